@@ -1,0 +1,203 @@
+"""Settings: strict, frozen, one YAML per run, and one way for a job to start, to resume and to fail.
+
+`Config` is the base of every settings class, `load` reads a YAML file and applies dotted command-line overrides,
+`main` is the body of every file in jobs/. `claim` and `finish` stand at the two ends of a job: they record in the
+output folder which settings made it, and what came out. `Mistake` is the exception for people: whatever raises it
+says what was found, what was expected and what to do, and the job ends with that message instead of a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+logger = logging.getLogger(__name__)
+
+C = TypeVar("C", bound="Config")
+
+
+class Mistake(ValueError):
+    """A person's mistake. The message says what we got, what we expected and what to do."""
+
+
+class Config(BaseModel):
+    """Frozen settings; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def load(kind: type[C], argv: list[str]) -> C:
+    """Read `run.yaml`, then apply overrides such as `--decoder.mask-ratio 0.75`.
+
+    Args:
+        kind: the settings class.
+        argv: the YAML path, then the overrides.
+
+    Raises:
+        Mistake: no such file, not YAML, an unknown key, a wrong type or a value out of range.
+    """
+    path, *overrides = argv
+    if not Path(path).is_file():
+        near = difflib.get_close_matches(Path(path).name, [p.name for p in Path("configs").glob("*.yaml")], 1)
+        hint = f"; did you mean configs/{near[0]}?" if near else ""
+        raise Mistake(f"no config file at {path} (looked from {Path.cwd()}){hint}")
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Mistake(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise Mistake(f"{path} must hold `key: value` settings, found {type(content).__name__}")
+    try:
+        base = kind.model_validate(content)
+        if not overrides:
+            return base
+        return tyro.cli(tyro.conf.AvoidSubcommands[kind], default=base, args=overrides, prog=path)  # type: ignore[valid-type]
+    except ValidationError as error:
+        raise Mistake(f"{path} does not describe a {kind.__name__}:\n{explain(error, kind)}") from None
+
+
+def explain(error: ValidationError, kind: type[BaseModel]) -> str:
+    """Say each validation error in one line: the field, what was found, what was expected."""
+    lines = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"]) or kind.__name__
+        if problem["type"] == "extra_forbidden":
+            names = _field_names(kind, problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), names, 1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known settings: {', '.join(names)}"
+            lines.append(f"  {field}: unknown setting; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"  {field}: required, but not given")
+        else:
+            lines.append(f"  {field}: {problem['msg']}, found {problem['input']!r}")
+    return "\n".join(lines)
+
+
+def _field_names(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Names of the settings at a place of the tree; all candidates where a union makes it ambiguous."""
+    kinds: list[type[BaseModel]] = [kind]
+    for part in location:
+        fields = [k.model_fields[part].annotation for k in kinds if part in k.model_fields]
+        if fields:
+            kinds = [inner for field in fields for inner in _models_in(field)]
+        else:  # an index of a list, or the tag of a union
+            tagged = [k for k in kinds if str(part) == getattr(k.model_fields.get("kind"), "default", None)]
+            kinds = tagged or kinds
+    return sorted({name for k in kinds for name in k.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Write a file so that it is either absent or whole, whatever is killed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.replace(path)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write JSON atomically, keys in the order given, the same bytes for equal content."""
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """Read a JSON object that one of our jobs wrote; `what` names it in the error message."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise Mistake(f"no {what} at {path}; run the job that writes it, or correct the path") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise Mistake(f"{path} should be a {what} in JSON, but cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise Mistake(f"{path} should be a {what}, a JSON object; found {type(content).__name__}")
+    return content
+
+
+def claim(folder: str | os.PathLike[str], config: Config) -> dict[str, Any] | None:
+    """Take an output folder for a run, or find that this very run has already been there.
+
+    The folder's `run.json` holds the settings that made it and, once the job is through, its result. A job
+    calls this first and `finish` last, so that the same command, run again, resumes or has nothing to do.
+
+    Returns:
+        The result of the finished run; None where work remains.
+
+    Raises:
+        Mistake: the folder belongs to a run with other settings.
+    """
+    path = Path(folder) / "run.json"
+    settings = config.model_dump(mode="json")
+    if not path.is_file():
+        write_json(path, {"settings": settings})
+        return None
+    run = read_json(path, "record of a run")
+    if run.get("settings") != settings:
+        listing = "\n  ".join(_differences(run.get("settings"), settings))
+        raise Mistake(
+            f"{folder} was made with other settings:\n  {listing}\n"
+            "choose another output folder, or delete this one to start afresh"
+        )
+    return run.get("result")
+
+
+def finish(folder: str | os.PathLike[str], config: Config, result: dict[str, Any]) -> dict[str, Any]:
+    """Record the result of a finished run in its folder, and return it."""
+    write_json(Path(folder) / "run.json", {"settings": config.model_dump(mode="json"), "result": result})
+    return result
+
+
+def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = sorted(there.keys() | here.keys())
+        return [line for k in keys for line in _differences(there.get(k), here.get(k), f"{name}.{k}".lstrip("."))]
+    return [] if there == here else [f"{name or 'settings'}: {there!r} there, {here!r} here"]
+
+
+def main(kind: type[C], job: Callable[[C], Any], without_config: Callable[[], Any] | None = None) -> None:
+    """Run a job from the command line: `python jobs/<job>.py <config.yaml> [--setting value ...]`.
+
+    Prints what the job returns, if it returns something. A `Mistake` ends the process with its message and
+    exit code 2; anything else is a bug of ours and keeps its traceback.
+
+    Args:
+        kind: the job's settings class.
+        job: the one function of dede_ray that does the work.
+        without_config: what to run when no config is given; an error where a job has no such thing.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    argv = sys.argv[1:]
+    try:
+        if argv and argv[0] in {"-h", "--help"}:
+            print(f"usage: {sys.argv[0]} <config.yaml> [--setting value ...]\n")
+            tyro.cli(tyro.conf.AvoidSubcommands[kind], args=["--help"], prog=sys.argv[0])  # type: ignore[valid-type]
+        if argv:
+            outcome = job(load(kind, argv))
+        elif without_config is not None:
+            outcome = without_config()
+        else:
+            raise Mistake(f"no config given; run: python {sys.argv[0]} <config.yaml> (see configs/)")
+    except Mistake as mistake:
+        sys.exit(_one_message(mistake))
+    if outcome is not None:
+        print(outcome)
+
+
+def _one_message(mistake: Mistake) -> int:
+    print(f"error: {mistake}", file=sys.stderr)
+    return 2
