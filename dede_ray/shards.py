@@ -371,7 +371,7 @@ def decode_image(content: bytes, limits: Limits, size_px: int | None = None) -> 
     except Image.DecompressionBombError:
         raise BadSample("image_too_large") from None
     except Exception as error:  # Pillow raises whatever its decoders meet: OSError, SyntaxError, struct.error ...
-        raise BadSample("image_truncated" if "truncated" in str(error) else "image_unreadable") from None
+        raise BadSample("image_truncated" if "truncated" in str(error).lower() else "image_unreadable") from None
 
 
 def _square(image: Image.Image, size_px: int) -> Image.Image:

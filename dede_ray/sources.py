@@ -118,10 +118,10 @@ class LabelledShards(Config):
         samples = {split: self._pairs(shards[split], limits) for split in shards}
         if self.calibration:
             giver = self.calibration_from
-            usable = {
-                (shard.name, sample.key): sample.label
+            usable = {  # decoded here and once more when written: the split gets exactly what was asked for
+                (shard.name, sample.key): sample.label or 0
                 for shard, sample in self._pairs(shards[giver], limits)
-                if sample.error is None and sample.label is not None
+                if _why_unusable(sample, limits) is None
             }
             if self.calibration >= len(usable):
                 raise Mistake(
