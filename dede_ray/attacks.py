@@ -208,6 +208,8 @@ _SURVEY_SCHEMA = pa.schema(
         ("sample_id", pa.string()),
         ("index", pa.int64()),
         ("is_usable", pa.bool_()),
+        ("height", pa.int32()),  # of the image; null if it is not usable
+        ("width", pa.int32()),
         ("label", pa.int32()),
         ("caption", pa.string()),
     ]
@@ -272,10 +274,12 @@ def poison(config: PoisonConfig) -> str:
     if classes and config.target_label >= len(classes.names):
         raise Mistake(f"target_label is {config.target_label}, but the classes are 0 to {len(classes.names) - 1}")
 
-    surveys, is_complete = zip(*_run(_survey, [(shard, config.limits) for shard in shards]), strict=True)
+    surveys, is_complete = zip(*_in_ray(_survey, [(shard, config.limits) for shard in shards]), strict=True)
     survey = pa.concat_tables(surveys).sort_by("sample_id")  # the draw must not depend on the listing
     num_usable = int(survey["is_usable"].to_numpy().sum())
-    truth = _truth(survey, _draw(survey, config), config, classes)
+    drawn = _draw(survey, config)
+    _check_fit(config.trigger, survey.take(drawn))
+    truth = _truth(survey, drawn, config, classes)
 
     plans = _plans(truth, survey["index"].to_pylist())
     todo = [
@@ -284,7 +288,7 @@ def poison(config: PoisonConfig) -> str:
         if not (output / shard.name).exists()  # a shard is written whole or not at all
     ]
     logger.info("%d shards: %d to write", len(shards), len(todo))
-    _run(_rewrite, todo)
+    _in_ray(_rewrite, todo)
     if classes:
         write_json(output / "classes.json", classes.model_dump())
     buffer = io.BytesIO()
@@ -304,15 +308,10 @@ def poison(config: PoisonConfig) -> str:
     return summary
 
 
-def _run(task: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
-    """Run a function in Ray, once per tuple of arguments, and wait; a person's mistake comes back as one."""
+def _in_ray(task: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
+    """Run a function as Ray tasks, one for each tuple of arguments, and wait for all results."""
     remote = ray.remote(task)
-    try:
-        return ray.get([remote.remote(*arguments) for arguments in calls])
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, Mistake):
-            raise Mistake(str(error.cause)) from None
-        raise
+    return ray.get([remote.remote(*arguments) for arguments in calls])
 
 
 def _survey(shard: Shard, limits: Limits) -> tuple[pa.Table, bool]:
@@ -320,18 +319,18 @@ def _survey(shard: Shard, limits: Limits) -> tuple[pa.Table, bool]:
     rows, end = [], ShardEnd()
     with open_shard(shard) as stream:
         for sample in iter_samples(stream, limits, end=end):
-            is_usable = sample.error is None
-            if is_usable:
+            height = width = None
+            if sample.error is None:
                 assert sample.image is not None
-                try:
-                    decode_image(sample.image, limits)
-                except BadSample:
-                    is_usable = False
+                with contextlib.suppress(BadSample):
+                    height, width, _ = decode_image(sample.image, limits).shape
             rows.append(
                 {
                     "sample_id": sample_id(shard.name, sample.key),
                     "index": sample.index,
-                    "is_usable": is_usable,
+                    "is_usable": height is not None,
+                    "height": height,
+                    "width": width,
                     "label": sample.label,
                     "caption": sample.caption,
                 }
@@ -360,6 +359,13 @@ def _draw(survey: pa.Table, config: PoisonConfig) -> np.ndarray:
             f"{is_eligible.sum():,} {who}; lower rate, or choose another target_label"
         )
     return np.random.default_rng(config.seed).choice(np.flatnonzero(is_eligible), num, replace=False)
+
+
+def _check_fit(trigger: Trigger, drawn: pa.Table) -> None:
+    """Stamp an empty image of the smallest drawn size: a trigger too large for it is a mistake before work begins."""
+    shorter_px = np.minimum(drawn["height"].to_numpy(), drawn["width"].to_numpy())
+    smallest = drawn.slice(int(shorter_px.argmin()), 1).to_pylist()[0]
+    trigger.stamp(np.zeros((smallest["height"], smallest["width"], 3), np.uint8), smallest["sample_id"])
 
 
 def _truth(survey: pa.Table, drawn: np.ndarray, config: PoisonConfig, classes: Classes | None) -> pa.Table:

@@ -159,6 +159,12 @@ def test_wherever_a_shard_is_cut_what_was_whole_is_read_and_the_cut_shows(write_
     assert read(path)[-1:] in ([], [s for s in read(path) if s.error == "shard_truncated"])
 
 
+def test_a_sample_whose_image_was_cut_away_is_not_one_without_an_image(write_tar, png):
+    path = write_tar("s.tar", [*triple("a", png()), ("b.txt", b"words"), ("b.png", png())])
+    path.write_bytes(path.read_bytes()[: path.read_bytes().index(b"b.png")])
+    assert [(sample.key, sample.error) for sample in read(path)] == [("a", None), ("b", "shard_truncated")]
+
+
 def test_rubbish_in_the_middle_ends_the_shard_and_is_not_taken_for_its_end(write_tar, png):
     path = write_tar("s.tar", [m for i in range(4) for m in triple(f"k{i}", png(i))])
     content = bytearray(path.read_bytes())

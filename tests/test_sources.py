@@ -90,8 +90,9 @@ def test_equal_settings_give_equal_bytes_and_a_second_run_nothing_to_do(digits, 
 def test_another_seed_draws_other_splits(digits, tmp_path):
     _, folder, config = digits
     ingest(config.model_copy(update={"output": str(tmp_path), "seed": 1}))
-    one, other = ({sample.key for sample in read(f)["test"]} for f in (folder, tmp_path))
-    assert one != other
+    for split in ("train", "calibration", "test"):
+        one, other = ({sample.key for sample in read(f)[split]} for f in (folder, tmp_path))
+        assert one != other
 
 
 def test_asking_for_more_digits_than_there_are_is_a_mistake(tmp_path):
