@@ -139,7 +139,7 @@ def claim(folder: str | os.PathLike[str], config: Config) -> dict[str, Any] | No
         The result of the finished run; None where work remains.
 
     Raises:
-        Mistake: the folder belongs to a run with other settings.
+        Mistake: the folder belongs to a run with other settings, which has left something in it.
     """
     path = Path(folder) / "run.json"
     settings = config.model_dump(mode="json")
@@ -148,12 +148,19 @@ def claim(folder: str | os.PathLike[str], config: Config) -> dict[str, Any] | No
         return None
     run = read_json(path, "record of a run")
     if run.get("settings") != settings:
+        if "result" not in run and not _has_output(folder):  # it stopped at a mistake, now corrected
+            write_json(path, {"settings": settings})
+            return None
         listing = "\n  ".join(_differences(run.get("settings"), settings))
         raise Mistake(
             f"{folder} was made with other settings:\n  {listing}\n"
             "choose another output folder, or delete this one to start afresh"
         )
     return run.get("result")
+
+
+def _has_output(folder: str | os.PathLike[str]) -> bool:
+    return any(not path.name.startswith(".") and path.name != "run.json" for path in Path(folder).iterdir())
 
 
 def finish(folder: str | os.PathLike[str], config: Config, result: dict[str, Any]) -> dict[str, Any]:
