@@ -61,7 +61,7 @@ def load(kind: type[C], argv: list[str]) -> C:
         base = kind.model_validate(content)
         if not overrides:
             return base
-        return tyro.cli(tyro.conf.AvoidSubcommands[kind], default=base, args=overrides, prog=path)  # type: ignore[valid-type]
+        return tyro.cli(tyro.conf.AvoidSubcommands[kind], default=base, args=overrides, prog=path)  # type: ignore[valid-type, misc]
     except ValidationError as error:
         raise Mistake(f"{path} does not describe a {kind.__name__}:\n{explain(error, kind)}") from None
 
@@ -193,7 +193,7 @@ def main(kind: type[C], job: Callable[[C], Any], without_config: Callable[[], An
     try:
         if argv and argv[0] in {"-h", "--help"}:
             print(f"usage: {sys.argv[0]} <config.yaml> [--setting value ...]\n")
-            tyro.cli(tyro.conf.AvoidSubcommands[kind], args=["--help"], prog=sys.argv[0])  # type: ignore[valid-type]
+            tyro.cli(tyro.conf.AvoidSubcommands[kind], args=["--help"], prog=sys.argv[0])  # type: ignore[valid-type, misc]
         if argv:
             outcome = job(load(kind, argv))
         elif without_config is not None:
