@@ -379,6 +379,11 @@ def _square(image: Image.Image, size_px: int) -> Image.Image:
     return image.resize((size_px, size_px), Image.Resampling.BICUBIC, box=box)
 
 
+def to_square(image_HWC: np.ndarray, size_px: int) -> np.ndarray:
+    """Resize and crop a decoded image as `decode_image` does, for jobs that change it between the two."""
+    return np.asarray(_square(Image.fromarray(image_HWC), size_px))
+
+
 def encode_image(image_HWC: np.ndarray, suffix: str, quality: int = 95) -> bytes:
     """Encode uint8 HWC RGB as `png` (exact) or `jpg` (4:2:0, at `quality`)."""
     buffer = io.BytesIO()
