@@ -1,0 +1,333 @@
+"""The DeDe decoder: rebuild an image from the victim's embedding and a few visible patches.
+
+After Hou et al., "DeDe: Detecting Backdoor Samples for SSL Encoders via Decoders" (CVPR 2025, arXiv:2411.16154). A
+masked autoencoder whose decoder reads the victim's embedding in place of the class token: the patch features never
+see the embedding, the decoder has to. A triggered image carries somebody else's embedding, so it is rebuilt badly.
+
+Shapes: B images, L patches, P = 3 * patch_px**2 pixels of one patch, V visible patches, E embedding width, D width.
+Masks are boolean, True = hidden. Pixels are in [0, 1], before and after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dede_ray.clip import read_tensors, to_unit_range
+from dede_ray.config import Config, Mistake, read_json, write_json
+from dede_ray.vision_libraries import timm
+
+
+class DecoderShape(Config):
+    """The network, apart from the image size and the embedding width, which the victim decides."""
+
+    patch_px: int = Field(4, ge=1)
+    """Side of one square patch."""
+    width: int = Field(192, ge=8)
+    """Token width D."""
+    heads: int = Field(3, ge=1)
+    """Attention heads; must divide the width."""
+    encoder_depth: int = Field(12, ge=1)
+    """Blocks over the visible patches."""
+    decoder_depth: int = Field(4, ge=1)
+    """Blocks over all patches and the embedding."""
+
+
+class MaskedDecoder(nn.Module):
+    """Rebuilds images from embeddings; see the module's first paragraph.
+
+    Attributes:
+        image_size, patch_px, num_patches, embedding_dim: what it expects.
+        victim: fingerprint of the victim whose embeddings it was trained on; empty while untrained.
+        has_null: whether a null embedding was trained (`null_rate` > 0).
+    """
+
+    def __init__(self, shape: DecoderShape, image_size: int, embedding_dim: int, embedding_scale: float = 1.0):
+        super().__init__()
+        if image_size % shape.patch_px or shape.width % shape.heads:
+            raise Mistake(
+                f"decoder: patch_px {shape.patch_px} must divide the victim's image size {image_size}, "
+                f"and heads {shape.heads} the width {shape.width}"
+            )
+        self.shape, self.image_size, self.patch_px = shape, image_size, shape.patch_px
+        self.embedding_dim = embedding_dim
+        self.num_patches = (image_size // shape.patch_px) ** 2
+        self.victim, self.has_null = "", False
+        width, pixels = shape.width, 3 * shape.patch_px**2
+        block = timm.models.vision_transformer.Block
+
+        self.embed_patch = nn.Linear(pixels, width)  # a convolution with kernel = stride = patch_px
+        self.encoder_position = nn.Parameter(torch.empty(1, self.num_patches, width))
+        self.class_token = nn.Parameter(torch.empty(1, 1, width))
+        self.encoder = nn.ModuleList(
+            block(width, shape.heads, mlp_ratio=4, qkv_bias=True) for _ in range(shape.encoder_depth)
+        )
+        self.encoder_norm = nn.LayerNorm(width)
+        self.embed_embedding = nn.Linear(embedding_dim, width, bias=False)
+        self.null_embedding = nn.Parameter(torch.empty(embedding_dim))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.decoder_position = nn.Parameter(torch.empty(1, 1 + self.num_patches, width))
+        self.decoder = nn.ModuleList(
+            block(width, shape.heads, mlp_ratio=4, qkv_bias=True) for _ in range(shape.decoder_depth)
+        )
+        self.to_pixels = nn.Linear(width, pixels)
+        # Linear in z, so a fixed scale only makes victims of different embedding norms start alike.
+        self.register_buffer("embedding_scale", torch.tensor(float(embedding_scale)))
+        for parameter in (self.encoder_position, self.class_token, self.mask_token, self.decoder_position):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        nn.init.normal_(self.null_embedding)
+
+    def forward(self, image_BCHW: Tensor, embedding_BE: Tensor, mask_BL: Tensor) -> Tensor:
+        """Predict every patch's pixels.
+
+        Args:
+            image_BCHW: float, in [0, 1].
+            embedding_BE: the victim's embeddings, or rows of `null()`.
+            mask_BL: True where hidden; the same number of hidden patches in every image.
+
+        Returns:
+            (B, L, P), pixels around [0, 1], not clipped.
+        """
+        patches_BLP = (self.patchify(image_BCHW) - 0.5) / 0.25
+        num_visible = int((~mask_BL[0]).sum())
+        visible_BV = mask_BL.int().argsort(dim=1, stable=True)[:, :num_visible]
+        token_BLD = self.embed_patch(patches_BLP) + self.encoder_position
+        token_BVD = token_BLD.gather(1, visible_BV.unsqueeze(-1).expand(-1, -1, token_BLD.shape[-1]))
+        batch = len(image_BCHW)
+
+        x = torch.cat([self.class_token.expand(batch, -1, -1), token_BVD], dim=1)
+        for block in self.encoder:
+            x = block(x)
+        x = self.encoder_norm(x)
+
+        embedding_B1D = self.embed_embedding(embedding_BE.to(x.dtype) * self.embedding_scale.to(x.dtype)).unsqueeze(1)
+        all_BLD = self.mask_token.to(x.dtype).expand(batch, self.num_patches, -1)
+        all_BLD = all_BLD.scatter(1, visible_BV.unsqueeze(-1).expand(-1, -1, x.shape[-1]), x[:, 1:])
+        x = torch.cat([embedding_B1D, all_BLD], dim=1) + self.decoder_position  # the embedding replaces token 0
+        for block in self.decoder:
+            x = block(x)
+        return 0.5 + 0.25 * self.to_pixels(x[:, 1:])
+
+    def null(self, batch: int) -> Tensor:
+        """The learned embedding that stands for "no embedding": (batch, E)."""
+        return (self.null_embedding / self.embedding_scale).expand(batch, -1)
+
+    def patchify(self, image_BCHW: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, L, P), patches numbered row by row."""
+        batch, channels, height, width = image_BCHW.shape
+        side = self.patch_px
+        x = image_BCHW.reshape(batch, channels, height // side, side, width // side, side)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, side * side * channels)
+
+    def unpatchify(self, patches_BLP: Tensor) -> Tensor:
+        """(B, L, P) -> (B, 3, H, W)."""
+        batch, side, rows = len(patches_BLP), self.patch_px, self.image_size // self.patch_px
+        x = patches_BLP.reshape(batch, rows, rows, side, side, 3)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, self.image_size, self.image_size)
+
+    @torch.inference_mode()
+    def reconstruct(
+        self, image_BCHW: Tensor, embedding_BE: Tensor | None, keys_B: Tensor, mask_ratio: float
+    ) -> tuple[Tensor, Tensor]:
+        """Rebuild images, the visible patches pasted back: (B, 3, H, W) in [0, 1], and the mask (B, L)."""
+        mask_BL = random_mask(keys_B, self.num_patches, mask_ratio)
+        embedding_BE = self.null(len(image_BCHW)) if embedding_BE is None else embedding_BE
+        patches_BLP = self(image_BCHW, embedding_BE, mask_BL).float()
+        patches_BLP = torch.where(mask_BL.unsqueeze(-1), patches_BLP, self.patchify(image_BCHW))
+        return self.unpatchify(patches_BLP).clamp(0, 1), mask_BL
+
+
+# ------------------------------------------------------------------------------------------------ masks and errors
+
+
+def sample_keys(sample_ids: Sequence[str], seed: int, *more: int) -> Tensor:
+    """One 64-bit key per sample, int64 (B,), for everything random about it: never worker state, never the batch."""
+    salt = ("/".join(str(number) for number in (seed, *more)) + "/").encode()
+    digests = b"".join(hashlib.blake2b(salt + name.encode(), digest_size=8).digest() for name in sample_ids)
+    return torch.frombuffer(bytearray(digests), dtype=torch.int64) if digests else torch.zeros(0, dtype=torch.int64)
+
+
+def keyed_uniform(keys_B: Tensor, count: int) -> Tensor:
+    """`count` numbers in [0, 1) per key, float64 (B, count), by a counter-based generator (SplitMix64)."""
+    counter = torch.arange(1, count + 1, device=keys_B.device, dtype=torch.int64)
+    x = keys_B.unsqueeze(1) + counter * -7046029254386353131  # 0x9E3779B97F4A7C15; int64 wraps around
+    x = (x ^ _shift_right(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ _shift_right(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    x = x ^ _shift_right(x, 31)
+    return _shift_right(x, 11).double() * 2.0**-53
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift of int64 as if unsigned."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def num_visible_patches(num_patches: int, mask_ratio: float) -> int:
+    """floor(L * (1 - ratio)); at 32 px, 4-px patches and ratio 0.99 that is 0: the embedding alone must do."""
+    return int(num_patches * (1 - mask_ratio) + 1e-9)
+
+
+def random_mask(keys_B: Tensor, num_patches: int, mask_ratio: float) -> Tensor:
+    """Hide patches at random, each image by its own key: bool (B, L), True = hidden."""
+    num_visible = num_visible_patches(num_patches, mask_ratio)
+    order_BL = keyed_uniform(keys_B, num_patches).argsort(dim=1)
+    mask_BL = torch.ones(len(keys_B), num_patches, dtype=torch.bool, device=keys_B.device)
+    return mask_BL.scatter(1, order_BL[:, :num_visible], False)
+
+
+def reconstruction_error(patches_BLP: Tensor, target_BLP: Tensor, mask_BL: Tensor) -> Tensor:
+    """Average each image's squared error over the patches the decoder did not see.
+
+    Args:
+        patches_BLP: predicted pixels, in [0, 1].
+        target_BLP: true pixels, in [0, 1].
+        mask_BL: True where hidden; at least one per image.
+
+    Returns:
+        float32 (B,), squared pixel units. Higher means worse, so it is the DeDe score as it stands.
+
+    Source: Hou et al., arXiv:2411.16154; their code sums in normalised pixel units, we divide so that sizes compare.
+    """
+    error_BL = (patches_BLP.float() - target_BLP.float()).square().mean(dim=-1)
+    return (error_BL * mask_BL).sum(dim=1) / mask_BL.sum(dim=1)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+class Reconstruction(nn.Module):
+    """The decoder's training objective: the error over hidden patches, a share of embeddings nulled."""
+
+    def __init__(self, decoder: MaskedDecoder, mask_ratio: float, null_rate: float):
+        super().__init__()
+        self.decoder, self.mask_ratio, self.null_rate = decoder, mask_ratio, null_rate
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Shapes: image uint8 (B, H, W, 3), embedding float (B, E), key int64 (B,); returns loss () and metrics."""
+        decoder, keys_B = self.decoder, batch["key"]
+        image_BCHW = to_unit_range(batch["image"])
+        mask_BL = random_mask(keys_B, decoder.num_patches, self.mask_ratio)
+        embedding_BE = batch["embedding"].float()
+        if self.null_rate > 0:
+            is_null_B1 = keyed_uniform(~keys_B, 1) < self.null_rate
+            embedding_BE = torch.where(is_null_B1, decoder.null(len(embedding_BE)).float(), embedding_BE)
+        patches_BLP = decoder(image_BCHW.to(decoder.class_token.dtype), embedding_BE, mask_BL)
+        return reconstruction_error(patches_BLP, decoder.patchify(image_BCHW), mask_BL).mean(), {}
+
+    def after_step(self) -> None:
+        pass
+
+
+@torch.inference_mode()
+def embedding_use(decoder: MaskedDecoder, batch: dict[str, Tensor], mask_ratio: float) -> dict[str, float]:
+    """Does the decoder read the embedding? Its error with the true, a neighbour's and the null embedding.
+
+    A decoder whose error hardly grows with somebody else's embedding ignores it, and its scores mean nothing.
+    """
+    image_BCHW, embedding_BE = to_unit_range(batch["image"]), batch["embedding"].float()
+    target_BLP = decoder.patchify(image_BCHW)
+    mask_BL = random_mask(batch["key"], decoder.num_patches, mask_ratio)
+
+    def error(embedding: Tensor) -> float:
+        return float(reconstruction_error(decoder(image_BCHW, embedding, mask_BL), target_BLP, mask_BL).mean())
+
+    errors = {"error_true": error(embedding_BE), "error_shuffled": error(embedding_BE.roll(1, dims=0))}
+    return {**errors, "error_null": error(decoder.null(len(image_BCHW)))} if decoder.has_null else errors
+
+
+# ------------------------------------------------------------------------------------------------ presets
+
+
+class DecoderPreset(Config):
+    """Network and optimisation of one published or tried setting."""
+
+    shape: DecoderShape
+    mask_ratio: float
+    null_rate: float
+    batch_size: int
+    epochs: float
+    optimiser: Literal["adam", "adamw"]
+    learning_rate: float
+    weight_decay: float
+    warmup_steps: int
+    schedule: Literal["constant", "cosine"]
+    clip_norm: float
+    shuffle: bool
+
+
+PRESETS: dict[str, DecoderPreset] = {
+    # For laptops and tests: the paper's construction at a tenth of its size.
+    "tiny": DecoderPreset(
+        shape=DecoderShape(patch_px=4, width=96, heads=3, encoder_depth=2, decoder_depth=2),
+        mask_ratio=0.9, null_rate=0.1, batch_size=256, epochs=20, optimiser="adamw", learning_rate=2e-3,
+        weight_decay=0.01, warmup_steps=100, schedule="cosine", clip_norm=1.0, shuffle=True,
+    ),
+    # Hou et al. as released, for 32-px victims: 12 + 4 blocks, Adam, no shuffling, no null embedding.
+    "paper": DecoderPreset(
+        shape=DecoderShape(patch_px=4, width=192, heads=3, encoder_depth=12, decoder_depth=4),
+        mask_ratio=0.9, null_rate=0.0, batch_size=256, epochs=200, optimiser="adam", learning_rate=1e-3,
+        weight_decay=1e-6, warmup_steps=0, schedule="constant", clip_norm=0.0, shuffle=False,
+    ),
+    # The same network trained to convergence sooner, with the null embedding.
+    "fast": DecoderPreset(
+        shape=DecoderShape(patch_px=4, width=192, heads=3, encoder_depth=12, decoder_depth=4),
+        mask_ratio=0.9, null_rate=0.1, batch_size=1024, epochs=100, optimiser="adamw", learning_rate=1e-3,
+        weight_decay=0.05, warmup_steps=1000, schedule="cosine", clip_norm=1.0, shuffle=True,
+    ),
+    # For 224-px victims: ViT-B/16 blocks over the visible patches, MAE's light decoder.
+    "vit_b16": DecoderPreset(
+        shape=DecoderShape(patch_px=16, width=768, heads=12, encoder_depth=12, decoder_depth=4),
+        mask_ratio=0.9, null_rate=0.1, batch_size=1024, epochs=40, optimiser="adamw", learning_rate=5e-4,
+        weight_decay=0.05, warmup_steps=1000, schedule="cosine", clip_norm=1.0, shuffle=True,
+    ),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def save_decoder(folder: str | Path, decoder: MaskedDecoder, about: dict[str, Any]) -> None:
+    """Write `decoder.json` and `decoder.safetensors`: tensors and settings, nothing executable."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in decoder.state_dict().items()}
+    save_file(state, folder / ".decoder.safetensors")
+    (folder / ".decoder.safetensors").replace(folder / "decoder.safetensors")
+    description = {
+        "shape": decoder.shape.model_dump(),
+        "image_size": decoder.image_size,
+        "embedding_dim": decoder.embedding_dim,
+        "has_null": decoder.has_null,
+        "victim": decoder.victim,
+        **about,
+    }
+    write_json(folder / "decoder.json", description)
+
+
+def load_decoder(folder: str | Path) -> MaskedDecoder:
+    """Load an exported decoder, frozen.
+
+    Raises:
+        Mistake: nothing there, not ours, or damaged.
+    """
+    folder = Path(folder)
+    description = read_json(folder / "decoder.json", "exported decoder (decoder.json)")
+    try:
+        shape = DecoderShape.model_validate(description["shape"])
+        decoder = MaskedDecoder(shape, int(description["image_size"]), int(description["embedding_dim"]))
+        decoder.victim, decoder.has_null = str(description["victim"]), bool(description["has_null"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise Mistake(f"{folder / 'decoder.json'} does not describe a decoder: {error!r}") from None
+    state = read_tensors(folder / "decoder.safetensors")
+    try:
+        decoder.load_state_dict(state)
+    except RuntimeError as error:
+        raise Mistake(f"{folder / 'decoder.safetensors'} does not fit its decoder.json: {error}") from None
+    return decoder.requires_grad_(False).eval()

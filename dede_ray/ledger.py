@@ -1,0 +1,393 @@
+"""One resumable pass over shards: read, decode on a CPU pool, work on actors, one Parquet part per chunk.
+
+The parts are the ledger. A part's name is a function of shard and chunk only; it is written under a temporary name
+and renamed, so it is absent or whole. A shard's end marker says how many chunks it has. A rerun lists what stands and
+does the rest, so killing anything at any time loses nothing and counts nothing twice.
+
+    <folder>/pass.json                              what the parts were made with; another pass may not continue them
+    <folder>/parts/<shard>/000003.parquet           one row per sample of chunk 3, unreadable ones included
+    <folder>/parts/<shard>/end.json                 {"num_samples": 9873, "num_chunks": 20, "is_complete": true}
+
+What the work is (scoring with detectors, embedding for the decoder's training) is a class given by the caller.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from pydantic import Field
+from ray.data import ActorPoolStrategy, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from dede_ray.config import Config, Mistake, read_json, write_json
+from dede_ray.shards import BadSample, Limits, Shard, ShardEnd, decode_image, iter_chunks, sample_id
+
+logger = logging.getLogger(__name__)
+
+BASE_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("content_hash", pa.string()),
+        ("shard", pa.string()),
+        ("index", pa.int64()),
+        ("error", pa.string()),
+    ]
+)
+
+
+class PassResources(Config):
+    """What one pass asks of the cluster."""
+
+    min_actors: int = Field(1, ge=1)
+    """Scoring actors to begin with."""
+    max_actors: int = Field(1, ge=1)
+    """Scoring actors that the pool may grow to."""
+    cpus_per_actor: float = Field(1, gt=0)
+    """CPUs each actor reserves."""
+    gpus_per_actor: float = Field(0, ge=0)
+    """GPUs each actor reserves; a fraction shares one."""
+    threads_per_actor: int | None = None
+    """Threads of an actor's arithmetic; None takes its CPUs. Part of what makes two runs' bytes equal."""
+    decode_cpus: float = Field(1, gt=0)
+    """CPUs each read-and-decode task reserves."""
+
+
+@dataclass
+class Chunk:
+    """What the work gets: the readable samples of one chunk, decoded."""
+
+    sample_ids: list[str]
+    image_BHWC: np.ndarray
+    captions: list[str | None]
+
+
+class Work(Protocol):
+    """Made once per actor; `columns` names and types what it returns, one value per sample."""
+
+    image_size: int
+    columns: dict[str, pa.DataType]
+
+    def __call__(self, chunk: Chunk) -> dict[str, np.ndarray]: ...
+
+
+@dataclass
+class PassSummary:
+    """Counts over all parts of a finished pass."""
+
+    num_samples: int
+    errors: dict[str, int]
+    truncated_shards: list[str]
+
+
+def run_pass(
+    shards: list[Shard],
+    folder: str | Path,
+    work: type[Work],
+    work_arguments: dict[str, Any],
+    *,
+    image_size: int,
+    made_with: dict[str, Any],
+    chunk_size: int,
+    limits: Limits,
+    resources: PassResources,
+    max_error_fraction: float,
+    name: str,
+) -> PassSummary:
+    """Do a pass, or what remains of it; Ray must be running.
+
+    Args:
+        shards: what to read.
+        folder: where the parts go; on several machines a folder that all of them see.
+        work: built in each actor as `work(**work_arguments)`, then called with one `Chunk` at a time.
+        image_size: images are decoded to squares of this side.
+        made_with: everything that the rows depend on; stored, and compared when a pass is continued.
+        max_error_fraction: stop when more than this share of the samples cannot be used.
+        name: for the log.
+
+    Raises:
+        Mistake: the folder holds parts of another pass, or too many samples are unusable.
+    """
+    folder = Path(folder).absolute()
+    made_with = {**made_with, "chunk_size": chunk_size, "limits": limits.model_dump(), "image_size": image_size}
+    _claim_parts(folder, made_with)
+    todo = {shard.name: _standing_chunks(folder, shard) for shard in shards if not _is_done(folder, shard)}
+    if todo:
+        skipped = len(shards) - len(todo)
+        if skipped or any(todo.values()):
+            logger.info("%s: continuing; %d of %d shards stand", name, skipped, len(shards))
+        open_shards = [shard for shard in shards if shard.name in todo]
+        receipts = _stream(open_shards, todo, folder, work, work_arguments, image_size, chunk_size, limits, resources)
+        _watch(receipts, len(open_shards), max_error_fraction, name)
+        unfinished = [shard.name for shard in open_shards if not _is_done(folder, shard)]
+        if unfinished:
+            raise RuntimeError(f"{name}: chunks are missing in {unfinished[:5]}; run the same command again")
+    summary = _summarise(shards, folder)
+    if sum(summary.errors.values()) > max_error_fraction * summary.num_samples:
+        raise Mistake(_too_many_errors(summary.errors, summary.num_samples, max_error_fraction, name))
+    return summary
+
+
+def read_parts(folder: str | Path, shard_name: str, columns: list[str] | None = None) -> pa.Table:
+    """All rows of one shard of a finished pass, in the shard's order."""
+    parts = Path(folder) / "parts" / shard_name
+    num_chunks = read_json(parts / "end.json", "end marker of a shard")["num_chunks"]
+    paths = [part_path(folder, shard_name, number) for number in range(num_chunks)]
+    return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
+
+
+def part_path(folder: str | Path, shard_name: str, number: int) -> Path:
+    return Path(folder) / "parts" / shard_name / f"{number:06d}.parquet"
+
+
+# ------------------------------------------------------------------------------------------------ what stands
+
+
+def _claim_parts(folder: Path, made_with: dict[str, Any]) -> None:
+    path = folder / "pass.json"
+    if not path.is_file():
+        write_json(path, made_with)
+        return
+    standing = read_json(path, "record of a pass")
+    changed = sorted(k for k in standing.keys() | made_with.keys() if standing.get(k) != made_with.get(k))
+    if changed:
+        listing = "\n  ".join(f"{key}: {standing.get(key)!r} there, {made_with.get(key)!r} now" for key in changed)
+        raise Mistake(
+            f"{folder} holds parts of another pass:\n  {listing}\nchoose another output folder, or delete this one"
+        )
+
+
+def _standing_chunks(folder: Path, shard: Shard) -> set[int]:
+    parts = folder / "parts" / shard.name
+    return {int(path.stem) for path in parts.glob("[0-9]*.parquet")} if parts.is_dir() else set()
+
+
+def _is_done(folder: Path, shard: Shard) -> bool:
+    end = folder / "parts" / shard.name / "end.json"
+    if not end.is_file():
+        return False
+    return _standing_chunks(folder, shard) >= set(range(read_json(end, "end marker of a shard")["num_chunks"]))
+
+
+def _summarise(shards: list[Shard], folder: Path) -> PassSummary:
+    errors: Counter[str] = Counter()
+    num_samples, truncated = 0, []
+    for shard in shards:
+        column = read_parts(folder, shard.name, ["error"])["error"]
+        num_samples += len(column)
+        errors.update(column.drop_null().to_pylist())
+        if not read_json(folder / "parts" / shard.name / "end.json", "end marker of a shard")["is_complete"]:
+            truncated.append(shard.name)
+    return PassSummary(num_samples, dict(sorted(errors.items())), truncated)
+
+
+# ------------------------------------------------------------------------------------------------ the stream
+
+
+class _ChunkSource(Datasource):
+    """Ray Data source whose rows are chunks: raw bytes of `chunk_size` consecutive samples of one shard.
+
+    One row, one chunk: Ray Data may merge and split blocks, never a row, so a chunk stays whole through every stage.
+    """
+
+    def __init__(self, shards: list[Shard], todo: dict[str, set[int]], folder: Path, chunk_size: int, limits: Limits):
+        super().__init__()
+        self._arguments = [(shard, todo[shard.name], folder, chunk_size, limits) for shard in shards]
+
+    def estimate_inmemory_data_size(self) -> int:
+        return sum(shard.num_bytes for shard, *_ in self._arguments)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        tasks = []
+        for arguments in self._arguments:
+            shard = arguments[0]
+            metadata = BlockMetadata(
+                num_rows=None, size_bytes=shard.num_bytes, input_files=[shard.url], exec_stats=None
+            )
+            tasks.append(ReadTask(lambda arguments=arguments: _read(*arguments), metadata))
+        return tasks
+
+
+def _read(shard: Shard, standing: set[int], folder: Path, chunk_size: int, limits: Limits) -> Iterator[pa.Table]:
+    end = ShardEnd()
+    number = -1
+    for number, samples in enumerate(iter_chunks(shard, chunk_size, limits, end)):
+        if number in standing:
+            continue  # its bytes passed by; nothing was decoded
+        yield pa.table(
+            {
+                "shard": [shard.name],
+                "number": [number],
+                "first_index": [number * chunk_size],
+                "key": [[sample.key for sample in samples]],
+                "image": pa.array([[sample.image for sample in samples]], pa.list_(pa.large_binary())),
+                "caption": pa.array([[sample.caption for sample in samples]], pa.list_(pa.string())),
+                "error": pa.array([[sample.error for sample in samples]], pa.list_(pa.string())),
+                "content_hash": [[sample.content_hash() for sample in samples]],
+            }
+        )
+    marker = {"num_samples": end.num_samples, "num_chunks": number + 1, "is_complete": end.is_complete}
+    write_json(folder / "parts" / shard.name / "end.json", marker)
+
+
+def _decode(rows: pa.Table, image_size: int, limits: Limits) -> pa.Table:
+    """Replace the encoded images by the pixels of the readable ones, one uint8 block per chunk."""
+    pixels, errors = [], []
+    for row in rows.to_pylist():
+        images, reasons = [], []
+        for content, error in zip(row["image"], row["error"], strict=True):
+            if error is None:
+                try:
+                    images.append(decode_image(content, limits, image_size))
+                except BadSample as bad:
+                    error = bad.reason
+            reasons.append(error)
+        pixels.append(b"".join(image.tobytes() for image in images))
+        errors.append(reasons)
+    rows = rows.drop_columns(["image", "error"])
+    rows = rows.append_column("pixels", pa.array(pixels, pa.large_binary()))
+    return rows.append_column("error", pa.array(errors, pa.list_(pa.string())))
+
+
+class _Worker:
+    """The actor: does the caller's work on each chunk and writes the part itself; only a receipt travels on."""
+
+    def __init__(self, folder: Path, work: type[Work], work_arguments: dict[str, Any], threads: int):
+        import torch
+
+        torch.set_num_threads(threads)
+        self.folder, self.work = folder, work(**work_arguments)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self._one(row) for row in rows.to_pylist()])
+
+    def _one(self, row: dict[str, Any]) -> dict[str, Any]:
+        errors = row["error"]
+        good = [i for i, error in enumerate(errors) if error is None]
+        ids = [sample_id(row["shard"], key) for key in row["key"]]
+        size = self.work.image_size
+        columns: dict[str, np.ndarray] = {}
+        if good:
+            image_BHWC = np.frombuffer(row["pixels"], np.uint8).reshape(len(good), size, size, 3)
+            columns = self.work(Chunk([ids[i] for i in good], image_BHWC, [row["caption"][i] for i in good]))
+        table = pa.table(
+            {
+                "sample_id": ids,
+                "content_hash": row["content_hash"],
+                "shard": [row["shard"]] * len(ids),
+                "index": range(row["first_index"], row["first_index"] + len(ids)),
+                "error": errors,
+            },
+            schema=BASE_SCHEMA,
+        )
+        for name, kind in self.work.columns.items():
+            values: list[Any] = [None] * len(ids)
+            for i, value in zip(good, columns.get(name, ()), strict=True):
+                values[i] = value
+            table = table.append_column(pa.field(name, kind), pa.array(values, kind))
+        write_parquet(table, part_path(self.folder, row["shard"], row["number"]))
+        return {"shard": row["shard"], "num_samples": len(ids), "errors": [e for e in errors if e is not None]}
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write atomically; equal tables give equal bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{time.monotonic_ns()}.tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    temporary.replace(path)
+
+
+def _stream(
+    shards: list[Shard],
+    todo: dict[str, set[int]],
+    folder: Path,
+    work: type[Work],
+    work_arguments: dict[str, Any],
+    image_size: int,
+    chunk_size: int,
+    limits: Limits,
+    resources: PassResources,
+) -> Iterable[dict[str, Any]]:
+    """Read, decode and work, overlapping; yields receipts."""
+    context = ray.data.DataContext.get_current()
+    block_bytes = context.target_max_block_size
+    # Chunks leave a shard's read task as soon as there are a few, not when the shard is through.
+    context.target_max_block_size = max(2 * chunk_size * image_size * image_size * 3, 1 << 20)
+    try:
+        threads = resources.threads_per_actor or max(1, int(resources.cpus_per_actor))
+        data = ray.data.read_datasource(
+            _ChunkSource(shards, todo, folder, chunk_size, limits),
+            override_num_blocks=len(shards),
+            num_cpus=resources.decode_cpus,
+        )
+        data = data.map_batches(
+            _decode,
+            fn_kwargs={"image_size": image_size, "limits": limits},
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=resources.decode_cpus,
+        )
+        data = data.map_batches(
+            _Worker,
+            fn_constructor_args=(folder, work, work_arguments, threads),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=resources.cpus_per_actor,
+            num_gpus=resources.gpus_per_actor,
+            compute=ActorPoolStrategy(min_size=resources.min_actors, max_size=resources.max_actors),
+        )
+        for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from batch.to_pylist()
+    finally:
+        context.target_max_block_size = block_bytes
+
+
+def _watch(receipts: Iterable[dict[str, Any]], num_shards: int, max_error_fraction: float, name: str) -> None:
+    """Log progress and stop a pass that is reading rubbish."""
+    started = last = time.monotonic()
+    num_samples = 0
+    errors: Counter[str] = Counter()
+    for num_chunks, receipt in enumerate(receipts, 1):
+        num_samples += receipt["num_samples"]
+        errors.update(receipt["errors"])
+        if num_samples >= 1000 and sum(errors.values()) > max_error_fraction * num_samples:
+            raise Mistake(_too_many_errors(errors, num_samples, max_error_fraction, name))
+        now = time.monotonic()
+        if now - last > 5:
+            rate = num_samples / (now - started)
+            logger.info(
+                "%s: %s samples in %d chunks of %d shards, %d unreadable, %s samples/s",
+                name,
+                f"{num_samples:,}",
+                num_chunks,
+                num_shards,
+                sum(errors.values()),
+                f"{rate:,.0f}",
+            )
+            last = now
+    logger.info(
+        "%s: %s samples done in %.1f s, %d unreadable",
+        name,
+        f"{num_samples:,}",
+        time.monotonic() - started,
+        sum(errors.values()),
+    )
+
+
+def _too_many_errors(errors: dict[str, int], num_samples: int, allowed: float, name: str) -> str:
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(errors.items()))
+    return (
+        f"{name}: {sum(errors.values()):,} of {num_samples:,} samples cannot be used ({counts}), more than "
+        f"max_error_fraction {allowed:g} allows; check the shards, or raise it"
+    )

@@ -1,0 +1,55 @@
+"""Reaching Ray: the cluster that a job was submitted to, or a small Ray of its own on this machine.
+
+`start_ray` is called once by each job before it works. Under `ray job submit`, or with RAY_ADDRESS set, it joins that
+cluster; otherwise it starts Ray in this process with what the machine has.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+from dede_ray.config import Mistake
+
+# Read by Ray Train's controller, which otherwise looks after its workers every two seconds only.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+logger = logging.getLogger(__name__)
+
+
+def start_ray() -> None:
+    """Join or start Ray, once; later calls do nothing.
+
+    Raises:
+        Mistake: RAY_ADDRESS names a cluster that does not answer.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    quiet = {"logging_level": logging.WARNING}
+    if address:
+        try:
+            ray.init(**quiet)
+        except ConnectionError as error:
+            raise Mistake(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}; start it or unset it") from None
+    else:
+        ray.init(address="local", include_dashboard=False, **quiet)
+    _quiet_ray_data()
+    logger.info("Ray with %d CPUs and %d GPUs", num_cpus(), int(ray.cluster_resources().get("GPU", 0)))
+
+
+def num_cpus() -> int:
+    """CPUs of the whole cluster."""
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def _quiet_ray_data() -> None:
+    """One line a second of our own says more than Ray Data's bars and plans."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
