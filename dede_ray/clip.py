@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import pickle
 import tempfile
 from pathlib import Path
@@ -61,12 +62,15 @@ def build_clip(described: dict[str, Any]) -> nn.Module:
     described["model_cfg"]["nonscalar_logit_scale"] = True
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(described))
+        logging.disable(logging.WARNING)  # open_clip warns that the weights are random; here they are meant to be
         try:
             return open_clip.create_model(
                 f"local-dir:{folder}", load_weights=False, pretrained_image=False, pretrained_text=False
             )
         except (TypeError, RuntimeError, AssertionError, KeyError) as error:
             raise Mistake(f"open_clip cannot build a model from this config: {error}") from None
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def save_clip(folder: str | Path, model: nn.Module, described: dict[str, Any]) -> None:
@@ -179,7 +183,7 @@ class Contrastive(nn.Module):
 
     def __init__(self, described: dict[str, Any], rank: int = 0, world: int = 1):
         super().__init__()
-        self.model = build_clip(described).to(memory_format=torch.channels_last)
+        self.model = build_clip(described)
         self.normalise = normaliser(described)
         self.loss = open_clip.ClipLoss(
             local_loss=world > 1, gather_with_grad=world > 1, cache_labels=True, rank=rank, world_size=world

@@ -180,7 +180,8 @@ def main(kind: type[C], job: Callable[[C], Any], without_config: Callable[[], An
         job: the one function of dede_ray that does the work.
         without_config: what to run when no config is given; an error where a job has no such thing.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("dede_ray").setLevel(logging.INFO)
     argv = sys.argv[1:]
     try:
         if argv and argv[0] in {"-h", "--help"}:

@@ -194,14 +194,22 @@ def _summarise(shards: list[Shard], folder: Path) -> PassSummary:
 
 
 class _ChunkSource(Datasource):
-    """Ray Data source whose rows are chunks: raw bytes of `chunk_size` consecutive samples of one shard.
+    """Ray Data source whose rows are chunks: `chunk_size` consecutive samples of one shard, decoded.
 
     One row, one chunk: Ray Data may merge and split blocks, never a row, so a chunk stays whole through every stage.
     """
 
-    def __init__(self, shards: list[Shard], todo: dict[str, set[int]], folder: Path, chunk_size: int, limits: Limits):
+    def __init__(
+        self,
+        shards: list[Shard],
+        todo: dict[str, set[int]],
+        folder: Path,
+        image_size: int,
+        chunk_size: int,
+        limits: Limits,
+    ):
         super().__init__()
-        self._arguments = [(shard, todo[shard.name], folder, chunk_size, limits) for shard in shards]
+        self._arguments = [(shard, todo[shard.name], folder, image_size, chunk_size, limits) for shard in shards]
 
     def estimate_inmemory_data_size(self) -> int:
         return sum(shard.num_bytes for shard, *_ in self._arguments)
@@ -215,49 +223,40 @@ class _ChunkSource(Datasource):
             metadata = BlockMetadata(
                 num_rows=None, size_bytes=shard.num_bytes, input_files=[shard.url], exec_stats=None
             )
-            tasks.append(ReadTask(lambda arguments=arguments: _read(*arguments), metadata))
+            tasks.append(ReadTask(lambda arguments=arguments: _read_and_decode(*arguments), metadata))
         return tasks
 
 
-def _read(shard: Shard, standing: set[int], folder: Path, chunk_size: int, limits: Limits) -> Iterator[pa.Table]:
+def _read_and_decode(
+    shard: Shard, standing: set[int], folder: Path, image_size: int, chunk_size: int, limits: Limits
+) -> Iterator[pa.Table]:
     end = ShardEnd()
     number = -1
     for number, samples in enumerate(iter_chunks(shard, chunk_size, limits, end)):
         if number in standing:
             continue  # its bytes passed by; nothing was decoded
+        images = []
+        for sample in samples:
+            if sample.error is None:
+                try:
+                    images.append(decode_image(sample.image or b"", limits, image_size))
+                except BadSample as bad:
+                    sample.error = bad.reason
         yield pa.table(
             {
                 "shard": [shard.name],
                 "number": [number],
                 "first_index": [number * chunk_size],
                 "key": [[sample.key for sample in samples]],
-                "image": pa.array([[sample.image for sample in samples]], pa.list_(pa.large_binary())),
                 "caption": pa.array([[sample.caption for sample in samples]], pa.list_(pa.string())),
                 "error": pa.array([[sample.error for sample in samples]], pa.list_(pa.string())),
                 "content_hash": [[sample.content_hash() for sample in samples]],
+                # The readable samples' pixels, uint8, one block: Ray Data then moves them without looking inside.
+                "pixels": pa.array([b"".join(image.tobytes() for image in images)], pa.large_binary()),
             }
         )
     marker = {"num_samples": end.num_samples, "num_chunks": number + 1, "is_complete": end.is_complete}
     write_json(folder / "parts" / shard.name / "end.json", marker)
-
-
-def _decode(rows: pa.Table, image_size: int, limits: Limits) -> pa.Table:
-    """Replace the encoded images by the pixels of the readable ones, one uint8 block per chunk."""
-    pixels, errors = [], []
-    for row in rows.to_pylist():
-        images, reasons = [], []
-        for content, error in zip(row["image"], row["error"], strict=True):
-            if error is None:
-                try:
-                    images.append(decode_image(content, limits, image_size))
-                except BadSample as bad:
-                    error = bad.reason
-            reasons.append(error)
-        pixels.append(b"".join(image.tobytes() for image in images))
-        errors.append(reasons)
-    rows = rows.drop_columns(["image", "error"])
-    rows = rows.append_column("pixels", pa.array(pixels, pa.large_binary()))
-    return rows.append_column("error", pa.array(errors, pa.list_(pa.string())))
 
 
 class _Worker:
@@ -327,15 +326,8 @@ def _stream(
     try:
         threads = resources.threads_per_actor or max(1, int(resources.cpus_per_actor))
         data = ray.data.read_datasource(
-            _ChunkSource(shards, todo, folder, chunk_size, limits),
+            _ChunkSource(shards, todo, folder, image_size, chunk_size, limits),
             override_num_blocks=len(shards),
-            num_cpus=resources.decode_cpus,
-        )
-        data = data.map_batches(
-            _decode,
-            fn_kwargs={"image_size": image_size, "limits": limits},
-            batch_size=1,
-            batch_format="pyarrow",
             num_cpus=resources.decode_cpus,
         )
         data = data.map_batches(

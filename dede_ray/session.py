@@ -30,7 +30,7 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
-    quiet = {"logging_level": logging.WARNING}
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
         try:
             ray.init(**quiet)

@@ -484,6 +484,8 @@ def _train_loop(run: _Run) -> dict[str, Any]:
     engine, optimiser, *_ = deepspeed.initialize(
         model=objective, optimizer=run.optimisation.build(objective), config=_deepspeed_config(run, world)
     )
+    if run.workers.zero_stage == 0:  # faster convolutions; the flat buffers of the other stages forbid it
+        engine.module.to(memory_format=torch.channels_last)
     first_step = _restore(engine, run, world)
     outcome: dict[str, Any] = {"loss": math.nan}
     log = _MetricsLog(run, first_step) if rank == 0 else None

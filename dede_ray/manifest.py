@@ -1,0 +1,92 @@
+"""The manifest: one row per sample, and everything that says what the rows mean.
+
+    <folder>/manifest.json            settings, fingerprints, versions, decision, counts; no clock time
+    <folder>/manifest/<shard>.parquet rows in the order of their sample ids; the files' order is theirs too
+    <folder>/flagged.txt              sample ids of the flagged, one a line
+
+Equal runs give equal bytes. This is the interface to everybody else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dede_ray.config import Mistake, read_json, write_atomically, write_json
+from dede_ray.ledger import write_parquet
+
+DECISION_COLUMNS = (
+    ("combined_score", pa.float32()),
+    ("p_value", pa.float64()),
+    ("flagged", pa.bool_()),
+    ("group_id", pa.string()),
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A written manifest; rows are read when they are first asked for."""
+
+    folder: Path
+    info: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.info["settings"]
+
+    @property
+    def score_columns(self) -> list[str]:
+        return self.info["score_columns"]
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """All rows, sorted by sample id."""
+        paths = [self.folder / "manifest" / f"{name}.parquet" for name in self.info["shards"]]
+        try:
+            return pa.concat_tables([pq.read_table(path) for path in paths])
+        except (OSError, pa.ArrowInvalid) as error:
+            raise Mistake(f"the manifest at {self.folder} is damaged: {error}; run the scoring job again") from None
+
+    def summary(self) -> str:
+        """The one line that a person came for."""
+        counts, decision = self.info["counts"], self.info["decision"]
+        unreadable = sum(counts["unreadable"].values())
+        return (
+            f"{counts['flagged']:,} of {counts['scored']:,} samples flagged by {decision['score']} "
+            f"({decision['rule']}); {unreadable:,} unreadable -> {self.folder}\n{decision['message']}"
+        )
+
+
+def write_manifest(folder: Path, shards: Iterable[tuple[str, pa.Table]], info: dict[str, Any]) -> Manifest:
+    """Write rows and description; `shards` gives each shard's rows, in the order of the shards' sample ids."""
+    names, flagged = [], []
+    for name, table in shards:
+        table = table.sort_by("sample_id")
+        write_parquet(table, folder / "manifest" / f"{name}.parquet")
+        flagged += table.filter(pc.fill_null(table["flagged"], False))["sample_id"].to_pylist()
+        names.append(name)
+    write_atomically(folder / "flagged.txt", "".join(f"{json.dumps(i)[1:-1]}\n" for i in flagged))
+    info = {"manifest": 1, **info, "shards": names}
+    write_json(folder / "manifest.json", info)
+    return Manifest(folder, info)
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Open a manifest.
+
+    Raises:
+        Mistake: nothing there, or not a manifest of ours.
+    """
+    folder = Path(folder)
+    info = read_json(folder / "manifest.json", "manifest (manifest.json)")
+    if info.get("manifest") != 1:
+        raise Mistake(f"{folder / 'manifest.json'} is no manifest that this version reads")
+    return Manifest(folder, info)

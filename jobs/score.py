@@ -1,0 +1,17 @@
+"""Score shards and write the manifest of suspected samples.
+
+python jobs/score.py configs/score_digits.yaml --decision.q 0.05
+"""
+
+from dede_ray.config import main
+from dede_ray.scoring import ScoreConfig, score
+from dede_ray.session import start_ray
+
+
+def job(config: ScoreConfig) -> str:
+    start_ray()
+    return score(config).summary()
+
+
+if __name__ == "__main__":
+    main(ScoreConfig, job)

@@ -1,0 +1,18 @@
+"""Train CLIP on (poisoned) shards, and the DeDe decoder against the frozen CLIP.
+
+python jobs/train_clip.py configs/train_clip_digits.yaml
+ray job submit --working-dir . -- python jobs/train_clip.py configs/train_clip_digits.yaml
+"""
+
+from dede_ray.config import main
+from dede_ray.session import start_ray
+from dede_ray.training import TrainConfig, train
+
+
+def job(config: TrainConfig) -> str:
+    start_ray()
+    return train(config)
+
+
+if __name__ == "__main__":
+    main(TrainConfig, job)
