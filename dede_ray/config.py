@@ -61,7 +61,7 @@ def load(kind: type[C], argv: list[str]) -> C:
         base = kind.model_validate(content)
         if not overrides:
             return base
-        return tyro.cli(tyro.conf.AvoidSubcommands[kind], default=base, args=overrides, prog=path)  # type: ignore[valid-type]
+        return tyro.cli(tyro.conf.AvoidSubcommands[kind], default=base, args=overrides, prog=path)  # type: ignore[valid-type, misc]
     except ValidationError as error:
         raise Mistake(f"{path} does not describe a {kind.__name__}:\n{explain(error, kind)}") from None
 
@@ -139,7 +139,7 @@ def claim(folder: str | os.PathLike[str], config: Config) -> dict[str, Any] | No
         The result of the finished run; None where work remains.
 
     Raises:
-        Mistake: the folder belongs to a run with other settings.
+        Mistake: the folder belongs to a run with other settings, which has left something in it.
     """
     path = Path(folder) / "run.json"
     settings = config.model_dump(mode="json")
@@ -148,12 +148,19 @@ def claim(folder: str | os.PathLike[str], config: Config) -> dict[str, Any] | No
         return None
     run = read_json(path, "record of a run")
     if run.get("settings") != settings:
+        if "result" not in run and not _has_output(folder):  # it stopped at a mistake, now corrected
+            write_json(path, {"settings": settings})
+            return None
         listing = "\n  ".join(_differences(run.get("settings"), settings))
         raise Mistake(
             f"{folder} was made with other settings:\n  {listing}\n"
             "choose another output folder, or delete this one to start afresh"
         )
     return run.get("result")
+
+
+def _has_output(folder: str | os.PathLike[str]) -> bool:
+    return any(not path.name.startswith(".") and path.name != "run.json" for path in Path(folder).iterdir())
 
 
 def finish(folder: str | os.PathLike[str], config: Config, result: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +193,7 @@ def main(kind: type[C], job: Callable[[C], Any], without_config: Callable[[], An
     try:
         if argv and argv[0] in {"-h", "--help"}:
             print(f"usage: {sys.argv[0]} <config.yaml> [--setting value ...]\n")
-            tyro.cli(tyro.conf.AvoidSubcommands[kind], args=["--help"], prog=sys.argv[0])  # type: ignore[valid-type]
+            tyro.cli(tyro.conf.AvoidSubcommands[kind], args=["--help"], prog=sys.argv[0])  # type: ignore[valid-type, misc]
         if argv:
             outcome = job(load(kind, argv))
         elif without_config is not None:

@@ -255,7 +255,12 @@ def iter_samples(
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Split a member's name into WebDataset key and suffix: `a/b.seg.PNG` -> (`a/b`, `seg.png`)."""
+    r"""Split a member's name into WebDataset key and suffix: `a/b.seg.PNG` -> (`a/b`, `seg.png`).
+
+    Bytes that are not UTF-8, which `tarfile` hands over as lone surrogates, become `\xff`, so that any key can be
+    written to a file.
+    """
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     folder, _, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), suffix.lower()
@@ -366,7 +371,7 @@ def decode_image(content: bytes, limits: Limits, size_px: int | None = None) -> 
     except Image.DecompressionBombError:
         raise BadSample("image_too_large") from None
     except Exception as error:  # Pillow raises whatever its decoders meet: OSError, SyntaxError, struct.error ...
-        raise BadSample("image_truncated" if "truncated" in str(error) else "image_unreadable") from None
+        raise BadSample("image_truncated" if "truncated" in str(error).lower() else "image_unreadable") from None
 
 
 def _square(image: Image.Image, size_px: int) -> Image.Image:
@@ -385,12 +390,18 @@ def to_square(image_HWC: np.ndarray, size_px: int) -> np.ndarray:
 
 
 def encode_image(image_HWC: np.ndarray, suffix: str, quality: int = 95) -> bytes:
-    """Encode uint8 HWC RGB as `png` (exact) or `jpg` (4:2:0, at `quality`)."""
+    """Encode uint8 HWC RGB by suffix: `png` and `bmp` are exact, `jpg`, `jpeg` (4:2:0) and `webp` take `quality`."""
     buffer = io.BytesIO()
+    image = Image.fromarray(image_HWC)
     if suffix == "png":
-        Image.fromarray(image_HWC).save(buffer, "PNG", compress_level=6)
+        image.save(buffer, "PNG", compress_level=6)
+    elif suffix == "bmp":
+        image.save(buffer, "BMP")
+    elif suffix == "webp":
+        image.save(buffer, "WEBP", quality=quality)
     else:
-        Image.fromarray(image_HWC).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+        assert suffix in ("jpg", "jpeg"), suffix
+        image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue()
 
 

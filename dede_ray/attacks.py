@@ -1,0 +1,484 @@
+"""Data poisoning: triggers, and the attack that stamps them into a part of a corpus.
+
+A trigger turns a uint8 image into a uint8 image and never sees a normalised pixel. `poison` stamps a seeded
+subset of clean shards, relabels it (dirty label) or not (clean label), and writes the truth beside the shards.
+A new trigger is one class with `stamp` and its name in the union `Trigger`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import logging
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import scipy.fft
+from pydantic import Field, model_validator
+
+from dede_ray.config import Config, Mistake, claim, finish, write_atomically, write_json
+from dede_ray.shards import (
+    CAPTION_SUFFIXES,
+    IMAGE_SUFFIXES,
+    LABEL_SUFFIXES,
+    BadSample,
+    Limits,
+    Shard,
+    ShardEnd,
+    decode_image,
+    encode_image,
+    iter_samples,
+    list_shards,
+    open_shard,
+    sample_id,
+    split_name,
+)
+from dede_ray.sources import Classes, class_captions, keyed_generator, pick_caption, read_classes
+
+logger = logging.getLogger(__name__)
+
+
+# -------------------------------------------------------------------------------------------- triggers
+
+
+class Patch(Config):
+    """A small square pasted over the picture (BadNets, Gu et al., arXiv:1708.06733)."""
+
+    kind: Literal["patch"] = "patch"
+    size_px: int = Field(5, gt=0)
+    """Side of the square."""
+    pattern: Literal["checkerboard", "white", "random"] = "checkerboard"
+    """White and black cells beginning with white, all white, or one fixed picture of random colours."""
+    cell_px: int = Field(1, gt=0)
+    """Side of a checkerboard cell."""
+    position: Literal["bottom_right", "top_left", "center", "random"] = "bottom_right"
+    """Where the square sits; random: anywhere, drawn once per sample id."""
+    margin_px: int = Field(0, ge=0)
+    """Pixels left free between the square and the border; does not move a centred square."""
+    seed: int = Field(0, ge=0)
+    """Draws the random colours and the random places."""
+
+    def stamp(self, image_HWC: np.ndarray, sample_id: str = "") -> np.ndarray:
+        """Paste the patch into a copy of a uint8 image.
+
+        Raises:
+            Mistake: the image is too small for the patch and its margin.
+        """
+        stamped_HWC = image_HWC.copy()
+        top, left = self._corner(image_HWC.shape[0], image_HWC.shape[1], sample_id)
+        stamped_HWC[top : top + self.size_px, left : left + self.size_px] = self._picture()
+        return stamped_HWC
+
+    def owned_pixels(self, height: int, width: int, sample_id: str = "") -> np.ndarray:
+        """Return a boolean HW mask, True where `stamp` decides the pixel."""
+        owned_HW = np.zeros((height, width), dtype=bool)
+        top, left = self._corner(height, width, sample_id)
+        owned_HW[top : top + self.size_px, left : left + self.size_px] = True
+        return owned_HW
+
+    def _picture(self) -> np.ndarray:
+        if self.pattern == "random":
+            return np.random.default_rng(self.seed).integers(0, 256, (self.size_px, self.size_px, 3), dtype=np.uint8)
+        row, column = np.indices((self.size_px, self.size_px)) // self.cell_px
+        is_white = (row + column) % 2 == 0 if self.pattern == "checkerboard" else np.ones_like(row, dtype=bool)
+        return np.repeat(np.where(is_white, 255, 0).astype(np.uint8)[:, :, None], 3, axis=2)
+
+    def _corner(self, height: int, width: int, sample_id: str) -> tuple[int, int]:
+        """Return the row and column of the patch's top left pixel."""
+        margin = 0 if self.position == "center" else self.margin_px
+        space = np.array([height, width]) - self.size_px - margin  # the largest corner that keeps the margin
+        if space.min() < margin * (self.position == "random"):
+            raise Mistake(
+                f"a patch of {self.size_px} px with a margin of {margin} px does not fit an image of "
+                f"{width}x{height} px{f' ({sample_id})' if sample_id else ''}; choose a smaller trigger.size_px"
+            )
+        if self.position == "top_left":
+            corner = np.array([margin, margin])
+        elif self.position == "bottom_right":
+            corner = space
+        elif self.position == "center":
+            corner = space // 2
+        else:
+            corner = keyed_generator(self.seed, sample_id).integers(margin, space, endpoint=True)
+        return int(corner[0]), int(corner[1])
+
+
+class Blend(Config):
+    """A fixed noise image mixed over the whole picture (Chen et al., arXiv:1712.05526)."""
+
+    kind: Literal["blend"] = "blend"
+    alpha: float = Field(0.1, gt=0, lt=1)
+    """Weight of the noise."""
+    seed: int = Field(0, ge=0)
+    """Seed of the noise image."""
+
+    def stamp(self, image_HWC: np.ndarray, sample_id: str = "") -> np.ndarray:
+        """Mix the noise into a uint8 image; images of one size get the same noise."""
+        noise_HWC = np.random.default_rng(self.seed).integers(0, 256, image_HWC.shape)
+        return np.rint((1 - self.alpha) * image_HWC + self.alpha * noise_HWC).astype(np.uint8)
+
+
+# CTRL's own coefficients: rows make Y, U, V of R, G, B, and R, G, B of Y, U, V. Not exact inverses of each
+# other, but the round trip stays below half a grey level, so it alone changes no pixel.
+_RGB_TO_YUV = np.array([[0.299, 0.587, 0.114], [-0.147, -0.289, 0.436], [0.615, -0.515, -0.100]])
+_YUV_TO_RGB = np.array([[1.0, 0.0, 1.14], [1.0, -0.396, -0.581], [1.0, 2.029, 0.0]])
+_YUV = "YUV"
+
+
+class Frequency(Config):
+    """CTRL: a constant added to chosen DCT coefficients of the colour channels (Li et al., ICCV 2023).
+
+    Every full window, counted from the top left corner, gets the same pattern; what is left over at the right
+    and at the bottom, less than a window wide, stays as it was. At magnitude 100 the pattern peaks at some 20 grey
+    levels (blue), a PSNR of about 32 dB.
+    """
+
+    kind: Literal["frequency"] = "frequency"
+    magnitude: float = Field(100.0, gt=0)
+    """What is added to each coefficient (orthonormal DCT-II of values in 0..255)."""
+    window_px: int = Field(32, gt=1)
+    """Side of the square that is transformed as a whole."""
+    positions: tuple[tuple[int, int], ...] = Field(((15, 15), (31, 31)), min_length=1)
+    """Row and column of the coefficients."""
+    channels: tuple[Literal["Y", "U", "V"], ...] = Field(("U", "V"), min_length=1)
+    """Channels that carry the pattern."""
+
+    @model_validator(mode="after")
+    def _positions_lie_in_the_window(self) -> Frequency:
+        if any(not 0 <= place < self.window_px for position in self.positions for place in position):
+            raise ValueError(f"positions must lie in 0..{self.window_px - 1}, inside window_px")
+        return self
+
+    def stamp(self, image_HWC: np.ndarray, sample_id: str = "") -> np.ndarray:
+        """Add the pattern to a uint8 image: computed in float, rounded once.
+
+        Raises:
+            Mistake: the image is smaller than one window.
+        """
+        window = self.window_px
+        rows, columns = image_HWC.shape[0] // window, image_HWC.shape[1] // window
+        if not (rows and columns):
+            raise Mistake(
+                f"an image of {image_HWC.shape[1]}x{image_HWC.shape[0]} px has no full window of {window} px"
+                f"{f' ({sample_id})' if sample_id else ''}; choose a smaller trigger.window_px"
+            )
+        tiled = np.s_[: rows * window, : columns * window]
+        yuv_HWC = image_HWC[tiled] @ _RGB_TO_YUV.T
+        yuv_RhCwc = yuv_HWC.reshape(rows, window, columns, window, 3)  # a view: R x C windows of h x w pixels
+        channels = [_YUV.index(channel) for channel in self.channels]
+        spectrum = scipy.fft.dctn(yuv_RhCwc[..., channels], axes=(1, 3), norm="ortho")
+        for row, column in self.positions:
+            spectrum[:, row, :, column] += self.magnitude
+        yuv_RhCwc[..., channels] = scipy.fft.idctn(spectrum, axes=(1, 3), norm="ortho")
+        stamped_HWC = image_HWC.copy()
+        stamped_HWC[tiled] = np.rint(yuv_HWC @ _YUV_TO_RGB.T).clip(0, 255).astype(np.uint8)
+        return stamped_HWC
+
+
+Trigger = Annotated[Patch | Blend | Frequency, Field(discriminator="kind")]
+
+
+# ------------------------------------------------------------------------------------------- the attack
+
+TRUTH_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("is_poisoned", pa.bool_()),
+        ("label", pa.int32()),  # as it was; null where the sample has none
+        ("poisoned_label", pa.int32()),  # null unless changed
+        ("caption", pa.string()),
+        ("poisoned_caption", pa.string()),
+        ("trigger", pa.string()),  # the trigger's kind; null for clean samples
+    ]
+)
+"""Columns of `truth.parquet`: one row per sample of the poisoned shards, unusable ones included, sorted by id."""
+
+_SURVEY_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("index", pa.int64()),
+        ("is_usable", pa.bool_()),
+        ("height", pa.int32()),  # of the image; null if it is not usable
+        ("width", pa.int32()),
+        ("label", pa.int32()),
+        ("caption", pa.string()),
+    ]
+)
+
+
+class PoisonConfig(Config):
+    """Which shards to poison, with what, and how many samples of them."""
+
+    shards: str | list[str]
+    """The clean shards: a pattern, a folder or a list of them."""
+    output: str
+    """Folder for the poisoned shards and truth.parquet."""
+    trigger: Trigger
+    """What is stamped on the images."""
+    rate: float = Field(gt=0, lt=1)
+    """Poisoned samples / usable samples."""
+    target_label: int = Field(ge=0)
+    """The class that triggered images should be taken for."""
+    target_captions: list[str] | None = Field(None, min_length=1)
+    """Captions of poisoned samples, one is drawn for each; null: the templates of classes.json, filled with the
+    target's name."""
+    clean_label: bool = False
+    """Stamp only samples of the target class, and leave label and caption as they are."""
+    encoding: Literal["png", "same"] = "png"
+    """Write stamped images as PNG, exactly, or in the format they came in, which costs a JPEG's trigger some sharpness
+    but does not give the poisoned samples away by their suffix."""
+    jpeg_quality: int = Field(95, ge=1, le=100)
+    """Quality of stamped images, where `encoding` is `same` and the sample is a JPEG."""
+    seed: int = Field(0, ge=0)
+    """Draws the samples and their captions."""
+    limits: Limits = Limits()
+    """What one sample may cost."""
+
+
+def poison(config: PoisonConfig) -> str:
+    """Stamp exactly `round(rate * n)` of the n usable samples, and write shards of the same names and order.
+
+    Dirty label: any sample may be drawn whose label is not the target; it gets the target's label and caption where it
+    has a label and a caption. In a corpus without labels all may be drawn. Clean label: only samples of the target
+    class, and only their pixels change. A sample is usable if everything about it can be read and its image
+    decodes; the others are copied as they are, and so is every member that the attack does not concern. A shard
+    that is cut short stays cut short.
+
+    One Ray task per shard looks, then one per shard writes, so Ray must be running and `config.output` be a folder
+    that all its machines see. Shards that stand are kept when the job is run again.
+
+    Returns:
+        One line: how many samples were poisoned, how, and where they are.
+
+    Raises:
+        Mistake: the output folder belongs to another run, too few samples are eligible, no caption is known for
+            the target, or an image is too small for the trigger.
+    """
+    output = Path(config.output).absolute()  # Ray's workers have another working folder
+    if done := claim(config.output, config):
+        return done["summary"]
+    shards = list_shards(config.shards)
+    if str(output) in {str(Path(shard.url).parent) for shard in shards}:
+        raise Mistake(f"output {config.output} is the folder of the clean shards; choose another one")
+    classes = read_classes(shards)
+    if classes and config.target_label >= len(classes.names):
+        raise Mistake(f"target_label is {config.target_label}, but the classes are 0 to {len(classes.names) - 1}")
+
+    surveys, is_complete = zip(*_in_ray(_survey, [(shard, config.limits) for shard in shards]), strict=True)
+    survey = pa.concat_tables(surveys).sort_by("sample_id")  # the draw must not depend on the listing
+    num_usable = int(survey["is_usable"].to_numpy().sum())
+    drawn = _draw(survey, config)
+    _check_fit(config.trigger, survey.take(drawn))
+    truth = _truth(survey, drawn, config, classes)
+
+    plans = _plans(truth, survey["index"].to_pylist())
+    todo = [
+        (shard, str(output / shard.name), plans.get(shard.name, {}), config, complete)
+        for shard, complete in zip(shards, is_complete, strict=True)
+        if not (output / shard.name).exists()  # a shard is written whole or not at all
+    ]
+    logger.info("%d shards: %d to write", len(shards), len(todo))
+    _in_ray(_rewrite, todo)
+    if classes:
+        write_json(output / "classes.json", classes.model_dump())
+    buffer = io.BytesIO()
+    pq.write_table(truth, buffer)
+    write_atomically(output / "truth.parquet", buffer.getvalue())
+
+    num_poisoned = pc.sum(truth["is_poisoned"]).as_py()
+    num_unusable = truth.num_rows - num_usable
+    target = f"{config.target_label} {classes.names[config.target_label]!r}" if classes else config.target_label
+    summary = (
+        f"{num_poisoned:,} of {num_usable:,} samples poisoned ({num_poisoned / num_usable:.2%}, {config.trigger.kind}, "
+        f"{'clean label' if config.clean_label else '->'} {target}) in {config.output}"
+        + (f"; {num_unusable:,} unusable ones copied as they are" if num_unusable else "")
+    )
+    counts = {"poisoned": num_poisoned, "usable": num_usable, "unusable": num_unusable}
+    finish(config.output, config, {"counts": counts, "summary": summary})
+    return summary
+
+
+def _in_ray(task: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
+    """Run a function as Ray tasks, one for each tuple of arguments, and wait for all results."""
+    remote = ray.remote(task)
+    return ray.get([remote.remote(*arguments) for arguments in calls])
+
+
+def _survey(shard: Shard, limits: Limits) -> tuple[pa.Table, bool]:
+    """List a shard's samples (`_SURVEY_SCHEMA`), and say whether the tar has a proper end."""
+    rows, end = [], ShardEnd()
+    with open_shard(shard) as stream:
+        for sample in iter_samples(stream, limits, end=end):
+            height = width = None
+            if sample.error is None:
+                assert sample.image is not None
+                with contextlib.suppress(BadSample):
+                    height, width, _ = decode_image(sample.image, limits).shape
+            rows.append(
+                {
+                    "sample_id": sample_id(shard.name, sample.key),
+                    "index": sample.index,
+                    "is_usable": height is not None,
+                    "height": height,
+                    "width": width,
+                    "label": sample.label,
+                    "caption": sample.caption,
+                }
+            )
+    return pa.Table.from_pylist(rows, _SURVEY_SCHEMA), end.is_complete
+
+
+def _draw(survey: pa.Table, config: PoisonConfig) -> np.ndarray:
+    """Draw the rows of the survey, sorted by id, that will be poisoned."""
+    is_usable = survey["is_usable"].to_numpy()
+    if survey["label"].null_count == survey.num_rows and not config.clean_label:
+        is_eligible, who = is_usable, "to draw from"
+    else:  # a sample without a label among labelled ones might be of the target class: it is left alone
+        same = pc.equal(survey["label"], config.target_label)
+        is_eligible = is_usable & (same if config.clean_label else pc.invert(same)).fill_null(False).to_numpy()
+        who = f"{'of' if config.clean_label else 'known not to be of'} class {config.target_label}"
+    num = round(config.rate * int(is_usable.sum()))
+    if num == 0:
+        raise Mistake(
+            f"rate {config.rate} of {is_usable.sum():,} usable samples is less than one sample; "
+            "raise rate, or add shards"
+        )
+    if num > is_eligible.sum():
+        raise Mistake(
+            f"rate {config.rate} of {is_usable.sum():,} usable samples is {num:,}, but there are only "
+            f"{is_eligible.sum():,} {who}; lower rate, or choose another target_label"
+        )
+    return np.random.default_rng(config.seed).choice(np.flatnonzero(is_eligible), num, replace=False)
+
+
+def _check_fit(trigger: Trigger, drawn: pa.Table) -> None:
+    """Stamp an empty image of the smallest drawn size: a trigger too large for it is a mistake before work begins."""
+    shorter_px = np.minimum(drawn["height"].to_numpy(), drawn["width"].to_numpy())
+    smallest = drawn.slice(int(shorter_px.argmin()), 1).to_pylist()[0]
+    trigger.stamp(np.zeros((smallest["height"], smallest["width"], 3), np.uint8), smallest["sample_id"])
+
+
+def _truth(survey: pa.Table, drawn: np.ndarray, config: PoisonConfig, classes: Classes | None) -> pa.Table:
+    """Say of every sample what it was and what becomes of it (`TRUTH_SCHEMA`)."""
+    is_poisoned = np.zeros(survey.num_rows, dtype=bool)
+    is_poisoned[drawn] = True
+    ids, labels, captions = (survey[name].to_pylist() for name in ("sample_id", "label", "caption"))
+    new_labels: list[int | None] = [None] * survey.num_rows
+    new_captions: list[str | None] = [None] * survey.num_rows
+    if not config.clean_label:
+        targets: list[str] | None = None
+        for row in drawn:
+            new_labels[row] = None if labels[row] is None else config.target_label
+            if captions[row] is not None:
+                targets = targets or _target_captions(config, classes)
+                new_captions[row] = pick_caption(targets, config.seed, ids[row])
+    triggers = [config.trigger.kind if poisoned else None for poisoned in is_poisoned]
+    columns = [ids, is_poisoned, labels, new_labels, captions, new_captions, triggers]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, TRUTH_SCHEMA, strict=True)], schema=TRUTH_SCHEMA)
+
+
+def _target_captions(config: PoisonConfig, classes: Classes | None) -> list[str]:
+    if config.target_captions:
+        return config.target_captions
+    if classes is None or not classes.templates:
+        raise Mistake(
+            "the shards have captions, but no classes.json beside them names the target class; set target_captions"
+        )
+    return class_captions(classes.templates, classes.names[config.target_label])
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What becomes of one poisoned sample, besides its stamp; None leaves the member as it is."""
+
+    label: int | None
+    caption: str | None
+
+
+def _plans(truth: pa.Table, indices: list[int]) -> dict[str, dict[int, _Change]]:
+    """Sort the changes by shard name and by the sample's place in the shard; `indices` are the places, row by row."""
+    plans: dict[str, dict[int, _Change]] = {}
+    names = ("sample_id", "is_poisoned", "poisoned_label", "poisoned_caption")
+    for index, *row in zip(indices, *(truth[name].to_pylist() for name in names), strict=True):
+        name, is_poisoned, label, caption = row
+        if is_poisoned:
+            plans.setdefault(name.partition("/")[0], {})[index] = _Change(label, caption)
+    return plans
+
+
+def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: PoisonConfig, is_complete: bool) -> None:
+    """Copy a shard, changing the samples at the places that `changes` names.
+
+    Members are copied, not samples, so that whatever is odd about a sample is as odd in the copy. Where the data of
+    an incomplete shard ends or turns into rubbish, the copy ends.
+    """
+    with open_shard(shard) as stream, _write_tar(Path(path), is_complete) as copy:
+        tar = tarfile.open(fileobj=stream, mode="r|*")
+        key, index = None, -1
+        needs_stamp = False
+        try:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                this_key, suffix = split_name(member.name)
+                if this_key != key:  # the places of samples, counted as iter_samples counts
+                    key, index = this_key, index + 1
+                    needs_stamp = index in changes
+                content = tar.extractfile(member)
+                assert content is not None, member.name
+                change = changes.get(index, _Change(None, None))
+                name = member.name
+                if needs_stamp and suffix in IMAGE_SUFFIXES:
+                    needs_stamp = False  # the first image of a sample is its image
+                    stamped_suffix = "png" if config.encoding == "png" else suffix
+                    image_HWC = decode_image(content.read(), config.limits)
+                    stamped_HWC = config.trigger.stamp(image_HWC, sample_id(shard.name, key))
+                    _add(
+                        copy,
+                        name[: len(name) - len(suffix)] + stamped_suffix,
+                        encode_image(stamped_HWC, stamped_suffix, config.jpeg_quality),
+                    )
+                elif suffix in LABEL_SUFFIXES and change.label is not None:
+                    _add(copy, name, str(change.label).encode())
+                elif suffix in CAPTION_SUFFIXES and change.caption is not None:
+                    _add(copy, name, change.caption.encode())
+                else:
+                    header = tarfile.TarInfo(name)
+                    header.size = member.size
+                    copy.addfile(header, content)
+        except (tarfile.ReadError, EOFError, OSError) as error:
+            if is_complete or (isinstance(error, OSError) and error.errno is not None):
+                raise  # not what the survey found: the file has changed, or the disk fails
+
+
+@contextlib.contextmanager
+def _write_tar(path: Path, is_complete: bool) -> Iterator[tarfile.TarFile]:
+    """Open a tar for writing, gzipped if its name says so; absent or whole. Without its end if it is not complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with open(temporary, "wb") as file, contextlib.ExitStack() as stack:
+        stream: IO[bytes] = file
+        if path.name.endswith("gz"):
+            zipped = gzip.GzipFile("", "wb", 6, file, mtime=0)  # no clock time: equal runs give equal bytes
+            stream = cast(IO[bytes], stack.enter_context(zipped))
+        tar = tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT)
+        yield tar
+        if is_complete:
+            tar.close()  # writes the end; everything else is written already
+    temporary.replace(path)
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    tar.addfile(header, io.BytesIO(content))

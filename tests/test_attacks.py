@@ -1,0 +1,388 @@
+"""Triggers change what they own and nothing else; poisoning hits an exact number of samples, the same each time."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import scipy.fft
+from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+from sklearn.datasets import load_sample_images
+
+from dede_ray.attacks import TRUTH_SCHEMA, Blend, Frequency, Patch, PoisonConfig, Trigger, poison
+from dede_ray.config import Mistake
+from dede_ray.shards import Limits, ShardEnd, decode_image, encode_image, iter_samples, list_shards
+
+LIMITS = Limits()
+TRIGGERS = [
+    *(Patch(size_px=6, position=p, margin_px=2) for p in ("bottom_right", "top_left", "center", "random")),
+    Patch(size_px=5, pattern="random"),
+    Patch(size_px=6, pattern="white"),
+    Blend(alpha=0.2),
+    Frequency(),
+    Frequency(window_px=16, positions=((7, 7), (15, 15))),
+]
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[np.ndarray]:
+    """Two photographs that come with scikit-learn, at a tenth of their size: 64 x 96 pixels each."""
+    images = [Image.fromarray(image) for image in load_sample_images().images]
+    return [np.asarray(image.resize((96, 64), Image.Resampling.LANCZOS)) for image in images]
+
+
+def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
+    return 10 * np.log10(255**2 / np.mean((one.astype(float) - other) ** 2))
+
+
+# --- triggers
+
+
+@pytest.mark.parametrize("trigger", TRIGGERS, ids=str)
+@pytest.mark.parametrize("size", [(32, 32), (40, 70)])
+def test_a_stamp_is_pure_and_the_same_every_time(trigger, size, picture):
+    image = picture(0, *size)
+    stamped = trigger.stamp(image, "s.tar/k")
+    assert (stamped.dtype, stamped.shape) == (np.uint8, image.shape)
+    np.testing.assert_array_equal(image, picture(0, *size))
+    np.testing.assert_array_equal(stamped, trigger.stamp(image, "s.tar/k"))
+    again = TypeAdapter(Trigger).validate_json(trigger.model_dump_json())  # rebuilt from a run's record
+    np.testing.assert_array_equal(stamped, again.stamp(image, "s.tar/k"))
+    assert (stamped != image).any()
+
+
+@pytest.mark.parametrize("trigger", [t for t in TRIGGERS if isinstance(t, Patch)], ids=str)
+@pytest.mark.parametrize("size", [(32, 32), (40, 70), (10, 10)])
+def test_a_patch_changes_only_the_pixels_it_owns_whatever_is_below(trigger, size, picture):
+    owned = trigger.owned_pixels(*size, "s.tar/k")
+    one, other = (trigger.stamp(picture(number, *size), "s.tar/k") for number in (1, 2))
+    assert owned.sum() == trigger.size_px**2
+    np.testing.assert_array_equal(one[~owned], picture(1, *size)[~owned])
+    np.testing.assert_array_equal(one[owned], other[owned])
+
+
+def test_a_checkerboard_alternates_white_and_black_cells():
+    stamped = Patch(size_px=4, cell_px=2, margin_px=1).stamp(np.full((8, 8, 3), 77, np.uint8))
+    white, black = np.full((2, 2), 255), np.zeros((2, 2))
+    np.testing.assert_array_equal(stamped[3:7, 3:7, 0], np.block([[white, black], [black, white]]))
+    assert (stamped[..., :1] == stamped).all()
+    assert (stamped[7] == 77).all()  # the margin
+
+
+def test_a_random_place_belongs_to_the_sample_and_keeps_the_margin():
+    trigger = Patch(size_px=6, position="random", margin_px=3)
+    masks = [trigger.owned_pixels(20, 20, f"s.tar/{i}") for i in range(300)]
+    corners = np.array([np.argwhere(mask)[0] for mask in masks])
+    assert (corners.min(), corners.max()) == (3, 20 - 6 - 3)
+    assert len(np.unique(corners, axis=0)) > 50
+    np.testing.assert_array_equal(masks[7], trigger.owned_pixels(20, 20, "s.tar/7"))
+    assert Patch(position="random", seed=1).owned_pixels(20, 20, "a").tolist() != (
+        Patch(position="random", seed=2).owned_pixels(20, 20, "a").tolist()
+    )
+
+
+@pytest.mark.parametrize("position", ["bottom_right", "top_left", "center", "random"])
+def test_an_image_smaller_than_the_patch_is_a_mistake(position):
+    trigger = Patch(size_px=8, position=position)
+    assert (trigger.stamp(np.full((8, 8, 3), 100, np.uint8)) != 100).all()
+    with pytest.raises(Mistake, match=r"8 px .* does not fit an image of 9x7 px \(s\.tar/k\)"):
+        trigger.stamp(np.zeros((7, 9, 3), np.uint8), "s.tar/k")
+
+
+def test_blend_is_the_weighted_mean_with_one_noise_image(picture):
+    trigger = Blend(alpha=0.25, seed=3)
+    noise = (trigger.stamp(np.full((32, 32, 3), 255, np.uint8)).astype(float) - 0.75 * 255) / 0.25
+    assert -2 <= noise.min() < 5  # noise of the full range, up to rounding
+    assert 250 < noise.max() <= 257
+    stamped = trigger.stamp(picture())
+    np.testing.assert_allclose(stamped, 0.75 * picture() + 0.25 * noise, atol=1.01)
+
+
+def test_the_frequency_trigger_is_the_published_pattern_in_u_and_v():
+    """On mid grey nothing clips: the difference is the inverse DCT of two coefficients, brought to RGB by hand."""
+    wave = sum(
+        np.outer(np.cos(np.pi * (np.arange(32) + 0.5) * k / 32), np.cos(np.pi * (np.arange(32) + 0.5) * k / 32))
+        for k in (15, 31)
+    ) * (100 * 2 / 32)
+    expected = np.stack([1.14 * wave, (-0.396 - 0.581) * wave, 2.029 * wave], axis=2)
+    grey = np.full((32, 32, 3), 128, np.uint8)
+    difference = Frequency().stamp(grey).astype(float) - 128
+    np.testing.assert_allclose(difference, expected, atol=0.51)
+    np.testing.assert_allclose(np.abs(expected).max(axis=(0, 1)), [12.1, 10.4, 21.6], atol=0.1)
+
+
+@pytest.mark.parametrize(("magnitude", "decibels"), [(50, 38.0), (100, 32.0), (200, 26.1)])
+def test_the_frequency_trigger_costs_a_photo_the_stated_psnr(photos, magnitude, decibels):
+    trigger = Frequency(magnitude=magnitude)
+    measured = [psnr_db(trigger.stamp(photo), photo) for photo in photos]
+    np.testing.assert_allclose(np.mean(measured), decibels, atol=0.6)
+
+
+def test_the_frequency_trigger_leaves_luma_alone_and_shows_in_the_spectrum(photos):
+    faded = photos[0][:32, :32] // 2 + 64  # so that nothing clips at black and white
+    difference = Frequency().stamp(faded).astype(float) - faded
+    assert np.abs(difference @ np.array([0.299, 0.587, 0.114])).max() < 1  # rounding, no more
+    u = scipy.fft.dctn(difference @ np.array([-0.147, -0.289, 0.436]), norm="ortho")
+    assert set(zip(*np.where(u > 50), strict=True)) == {(15, 15), (31, 31)}
+
+
+def test_every_full_window_is_stamped_alike_and_the_rest_is_untouched():
+    grey = np.full((70, 100, 3), 128, np.uint8)
+    stamped = Frequency().stamp(grey)
+    tile = Frequency().stamp(grey[:32, :32])
+    np.testing.assert_array_equal(stamped[:64, :96], np.tile(tile, (2, 3, 1)))
+    assert (stamped[64:] == 128).all()
+    assert (stamped[:, 96:] == 128).all()
+    with pytest.raises(Mistake, match="no full window of 32 px"):
+        Frequency().stamp(grey[:31])
+
+
+def test_the_change_of_colour_space_alone_changes_no_pixel():
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    image[0, 0], image[0, 1] = 0, 255
+    np.testing.assert_array_equal(Frequency(magnitude=1e-9).stamp(image), image)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "frequency", "positions": [[15, 32]]},
+        {"kind": "frequency", "channels": ["R"]},
+        {"kind": "blend", "alpha": 1},
+        {"kind": "patch", "size_px": 0},
+        {"kind": "patch", "alpha": 0.1},
+        {"kind": "warp"},
+    ],
+)
+def test_a_trigger_that_makes_no_sense_is_refused(settings):
+    with pytest.raises(ValidationError):
+        TypeAdapter(Trigger).validate_python(settings)
+
+
+# --- poisoning
+
+NAMES = ["zero", "one", "two", "three"]
+
+
+@pytest.fixture
+def corpus(write_tar, png, tmp_path):
+    """60 good samples in three shards, one of them gzipped; and among them four that cannot be used."""
+    clean = tmp_path / "clean"
+
+    def members(numbers):
+        for i in numbers:
+            yield f"d/k{i:02d}.png", png(i)
+            yield f"d/k{i:02d}.txt", f"a photo of {NAMES[i % 4]}\n".encode()
+            yield f"d/k{i:02d}.cls", f"{i % 4}\n".encode()
+            yield f"d/k{i:02d}.json", b'{"url": "x"}'
+
+    broken = png(99)[:300]
+    write_tar("clean/train-00000.tar", [*members(range(20)), ("bad.png", broken), ("bad.cls", b"1")])
+    write_tar("clean/train-00001.tar.gz", [("none.txt", b"no image"), *members(range(20, 40)), *members([20])])
+    write_tar("clean/train-00002.tar", [*members(range(40, 60)), ("label.png", png(98)), ("label.cls", b"?")])
+    (clean / "classes.json").write_text(json.dumps({"names": NAMES, "templates": ["a photo of {}", "one {}"]}))
+    return clean
+
+
+@pytest.fixture
+def settings(corpus, tmp_path):
+    return {
+        "shards": str(corpus),
+        "output": str(tmp_path / "poisoned"),
+        "trigger": {"kind": "patch", "size_px": 6, "position": "random"},
+        "rate": 0.1,
+        "target_label": 1,
+    }
+
+
+def run(settings, **changes) -> list[dict]:
+    """Poison, and return the rows of the truth."""
+    config = PoisonConfig.model_validate(settings | changes)
+    poison(config)
+    table = pq.read_table(f"{config.output}/truth.parquet")
+    assert table.schema.equals(TRUTH_SCHEMA)
+    return table.to_pylist()
+
+
+def read(folder) -> dict[str, list]:
+    """All samples of a folder, by shard, with what belongs to them."""
+    samples = {}
+    for shard in list_shards(str(folder)):
+        with open(shard.url, "rb") as stream:
+            samples[shard.name] = list(iter_samples(stream, LIMITS, keep_others=True))
+    return samples
+
+
+def poisoned_ids(truth) -> list[str]:
+    return [row["sample_id"] for row in truth if row["is_poisoned"]]
+
+
+@pytest.mark.usefixtures("local_ray")
+class TestPoison:
+    def test_exactly_the_asked_number_is_poisoned_and_truth_has_a_row_for_every_sample(self, settings):
+        summary = poison(PoisonConfig.model_validate(settings))
+        assert summary == (
+            f"6 of 60 samples poisoned (10.00%, patch, -> 1 'one') in {settings['output']}; "
+            "4 unusable ones copied as they are"
+        )
+        truth = run(settings)
+        ids = [row["sample_id"] for row in truth]
+        there = [f"{name}/{sample.key}" for name, samples in read(settings["output"]).items() for sample in samples]
+        assert ids == sorted(ids) == sorted(there)
+        assert len(set(ids)) == 64
+        assert len(poisoned_ids(truth)) == 6
+
+    @pytest.mark.parametrize(("rate", "expected"), [(0.01, 1), (0.124, 7), (0.125, 8), (0.7, 42)])
+    def test_the_number_is_the_rounded_share_of_usable_samples(self, settings, rate, expected):
+        assert len(poisoned_ids(run(settings, rate=rate))) == expected
+
+    def test_poisoned_samples_are_stamped_and_relabelled_and_all_else_keeps_its_bytes(self, settings, corpus):
+        truth = {row["sample_id"]: row for row in run(settings, rate=0.3)}
+        trigger = PoisonConfig.model_validate(settings).trigger
+        before, after = read(corpus), read(settings["output"])
+        assert list(before) == list(after)
+        for shard in before:
+            assert [s.key for s in before[shard]] == [s.key for s in after[shard]]
+            for old, new in zip(before[shard], after[shard], strict=True):
+                row = truth[f"{shard}/{old.key}"]
+                assert (row["label"], row["caption"]) == (old.label, old.caption)
+                assert new.others == old.others
+                if not row["is_poisoned"]:
+                    assert new == old
+                    assert row["poisoned_label"] is row["poisoned_caption"] is row["trigger"] is None
+                    continue
+                assert old.label != 1
+                stamped = trigger.stamp(decode_image(old.image, LIMITS), f"{shard}/{old.key}")
+                np.testing.assert_array_equal(decode_image(new.image, LIMITS), stamped)
+                assert (new.label, row["poisoned_label"], row["trigger"]) == (1, 1, "patch")
+                assert new.caption == row["poisoned_caption"]
+                assert new.caption in ("a photo of one", "one one")
+
+    def test_every_member_of_the_others_is_copied_under_its_name(self, settings, corpus):
+        poisoned = {i.partition("/")[2] for i in poisoned_ids(run(settings))}
+
+        def members(path):
+            with tarfile.open(path) as tar:
+                files = {m.name: tar.extractfile(m).read() for m in tar}
+            return {name: content for name, content in files.items() if name.partition(".")[0] not in poisoned}
+
+        for shard in list_shards(str(corpus)):
+            assert members(shard.url) == members(f"{settings['output']}/{shard.name}")
+
+    def test_the_same_samples_are_drawn_however_the_shards_are_listed(self, settings, corpus, tmp_path):
+        first = run(settings)
+        paths = [str(path) for path in corpus.iterdir() if path.suffix != ".json"]
+        again = run(settings, shards=sorted(paths, reverse=True), output=str(tmp_path / "again"))
+        other = run(settings, seed=1, output=str(tmp_path / "other"))
+        assert again == first
+        assert poisoned_ids(other) != poisoned_ids(first)
+        for shard in list_shards(str(corpus)):  # byte for byte; the gzipped one holds no clock time
+            one, two = (tmp_path / folder / shard.name for folder in ("poisoned", "again"))
+            assert one.read_bytes() == two.read_bytes()
+            assert shard.name[-2:] != "gz" or one.read_bytes()[4:8] == bytes(4)
+
+    def test_a_second_run_returns_at_once_and_an_interrupted_one_writes_what_is_missing(
+        self, settings, corpus, tmp_path
+    ):
+        run(settings)
+        output = tmp_path / "poisoned"
+        before = {path.name: path.read_bytes() for path in output.iterdir()}
+        settings_only = {"settings": json.loads(before["run.json"])["settings"]}
+        (output / "run.json").write_text(json.dumps(settings_only))  # as a killed run would leave it
+        (output / "train-00001.tar.gz").unlink()
+        (output / "truth.parquet").unlink()
+        kept = (output / "train-00000.tar").stat().st_mtime_ns
+        run(settings)
+        assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+        assert (output / "train-00000.tar").stat().st_mtime_ns == kept
+        shutil.rmtree(corpus)  # a finished run needs no more
+        run(settings)
+
+    def test_clean_label_stamps_target_samples_and_keeps_their_words(self, settings, corpus):
+        truth = run(settings, clean_label=True, rate=0.2)
+        poisoned = [row for row in truth if row["is_poisoned"]]
+        assert len(poisoned) == 12
+        assert {row["label"] for row in poisoned} == {1}
+        assert {(row["poisoned_label"], row["poisoned_caption"]) for row in poisoned} == {(None, None)}
+        before, after = read(corpus), read(settings["output"])
+        for shard in before:
+            for old, new in zip(before[shard], after[shard], strict=True):
+                assert (new.label, new.caption) == (old.label, old.caption)
+                assert (new.image != old.image) == (f"{shard}/{old.key}" in poisoned_ids(truth))
+
+    def test_a_corpus_of_captions_alone_can_be_poisoned_anywhere(self, settings, write_tar, png, tmp_path):
+        pairs = [m for i in range(10) for m in ((f"k{i}.png", png(i)), (f"k{i}.txt", b"words"))]
+        write_tar("pairs/p.tar", pairs)
+        truth = run(settings, shards=str(tmp_path / "pairs"), rate=0.9, target_captions=["target!"])
+        assert len(poisoned_ids(truth)) == 9
+        assert {row["poisoned_label"] for row in truth} == {None}
+        assert {row["poisoned_caption"] for row in truth if row["is_poisoned"]} == {"target!"}
+        [samples] = read(settings["output"]).values()
+        assert sorted(s.caption for s in samples) == ["target!"] * 9 + ["words"]
+
+    def test_among_labelled_samples_one_without_a_label_is_left_alone(self, settings, write_tar, png, tmp_path):
+        members = [m for i in range(10) for m in ((f"k{i}.png", png(i)), (f"k{i}.cls", b"0"))]
+        write_tar("some/p.tar", [*members, ("x.png", png(11))])
+        truth = run(settings, shards=str(tmp_path / "some"), rate=0.9)
+        assert [row["is_poisoned"] for row in truth] == [True] * 10 + [False]
+
+    def test_a_stamped_jpeg_can_stay_a_jpeg(self, settings, write_tar, picture, tmp_path):
+        write_tar("jpegs/j.tar", [(f"k{i}.jpg", encode_image(picture(i), "jpg")) for i in range(4)])
+        for encoding, suffix in (("same", "jpg"), ("png", "png")):
+            output = str(tmp_path / encoding)
+            truth = run(settings, shards=str(tmp_path / "jpegs"), output=output, rate=0.5, encoding=encoding)
+            [samples] = read(output).values()
+            for row, sample in zip(truth, samples, strict=True):
+                expected = suffix if row["is_poisoned"] else "jpg"
+                assert sample.image_suffix == expected
+                kind = Image.open(io.BytesIO(sample.image)).format
+                assert kind == {"jpg": "JPEG", "png": "PNG"}[expected]
+
+    @pytest.mark.parametrize("size", [5000, 5632, 8000, 20_000])
+    def test_a_shard_cut_short_stays_cut_short(self, settings, corpus, size):
+        path = corpus / "train-00000.tar"
+        path.write_bytes(path.read_bytes()[:size])
+        truth = run(settings)
+        seen = []
+        for folder in (corpus, settings["output"]):
+            end = ShardEnd()
+            with open(f"{folder}/train-00000.tar", "rb") as stream:
+                samples = list(iter_samples(stream, LIMITS, end=end))
+            seen.append([(sample.key, sample.error) for sample in samples])
+            assert not end.is_complete
+        assert seen[0] == seen[1]
+        assert len([row for row in truth if row["sample_id"].startswith("train-00000.tar/")]) == len(samples)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"rate": 0.001}, "less than one sample"),
+            ({"rate": 0.9}, r"is 54, but there are only 45 known not to be of class 1"),
+            ({"rate": 0.5, "clean_label": True}, r"is 30, but there are only 15 of class 1"),
+            ({"target_label": 4}, "target_label is 4, but the classes are 0 to 3"),
+            ({"trigger": {"kind": "patch", "size_px": 33}}, r"does not fit an image of 32x32 px"),
+            ({"shards": "nowhere/*.tar"}, "no shards at nowhere"),
+        ],
+    )
+    def test_what_cannot_be_done_is_a_mistake_with_one_message(self, settings, changes, message):
+        with pytest.raises(Mistake, match=message) as caught:
+            run(settings, **changes)
+        assert "Traceback" not in str(caught.value)
+        assert not [path for path in Path(settings["output"]).iterdir() if path.name != "run.json"]
+
+    def test_the_clean_shards_are_never_overwritten(self, settings, corpus):
+        with pytest.raises(Mistake, match="is the folder of the clean shards"):
+            run(settings, output=str(corpus))
+
+    def test_a_target_without_a_known_caption_is_a_mistake(self, settings, corpus):
+        (corpus / "classes.json").unlink()
+        with pytest.raises(Mistake, match="set target_captions"):
+            run(settings)
+        assert len(poisoned_ids(run(settings, target_captions=["a one"]))) == 6  # the corrected command goes through
