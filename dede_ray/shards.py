@@ -384,6 +384,11 @@ def _square(image: Image.Image, size_px: int) -> Image.Image:
     return image.resize((size_px, size_px), Image.Resampling.BICUBIC, box=box)
 
 
+def to_square(image_HWC: np.ndarray, size_px: int) -> np.ndarray:
+    """Resize and crop a decoded image as `decode_image` does, for jobs that change it between the two."""
+    return np.asarray(_square(Image.fromarray(image_HWC), size_px))
+
+
 def encode_image(image_HWC: np.ndarray, suffix: str, quality: int = 95) -> bytes:
     """Encode uint8 HWC RGB by suffix: `png` and `bmp` are exact, `jpg`, `jpeg` (4:2:0) and `webp` take `quality`."""
     buffer = io.BytesIO()
