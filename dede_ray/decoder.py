@@ -79,6 +79,7 @@ class MaskedDecoder(nn.Module):
         )
         self.to_pixels = nn.Linear(width, pixels)
         # Linear in z, so a fixed scale only makes victims of different embedding norms start alike.
+        self.embedding_scale: Tensor
         self.register_buffer("embedding_scale", torch.tensor(float(embedding_scale)))
         for parameter in (self.encoder_position, self.class_token, self.mask_token, self.decoder_position):
             nn.init.trunc_normal_(parameter, std=0.02)

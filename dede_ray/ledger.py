@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -221,9 +222,9 @@ class _ChunkSource(Datasource):
         for arguments in self._arguments:
             shard = arguments[0]
             metadata = BlockMetadata(
-                num_rows=None, size_bytes=shard.num_bytes, input_files=[shard.url], exec_stats=None
+                num_rows=None, size_bytes=shard.num_bytes, input_files=(shard.url,), exec_stats=None
             )
-            tasks.append(ReadTask(lambda arguments=arguments: _read_and_decode(*arguments), metadata))
+            tasks.append(ReadTask(partial(_read_and_decode, *arguments), metadata))
         return tasks
 
 

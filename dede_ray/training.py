@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 from pydantic import Field
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
 
@@ -232,13 +232,14 @@ class EmbedWork:
     """The pass that embeds: one float32 vector of width E per sample."""
 
     def __init__(self, victim_config: VictimConfig):
-        self.victim = load_victim(victim_config)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.victim = load_victim(victim_config).to(self.device)
         self.image_size = self.victim.image_size
         self.columns = {"embedding": pa.list_(pa.float32(), self.victim.embedding_dim)}
 
     def __call__(self, chunk: Chunk) -> dict[str, Any]:
-        image_BCHW = clip.to_unit_range(torch.tensor(chunk.image_BHWC))
-        return {"embedding": list(self.victim(image_BCHW).numpy())}
+        image_BCHW = clip.to_unit_range(torch.tensor(chunk.image_BHWC).to(self.device))
+        return {"embedding": list(self.victim(image_BCHW).cpu().numpy())}
 
 
 def _embedding_scale(parts: Path, shard: Shard) -> float:
@@ -349,8 +350,9 @@ class _DecoderRecipe:
 
     def export(self, folder: Path, objective: nn.Module) -> dict[str, Any]:
         """Write the decoder, and check on held-out samples that it reads the embedding."""
-        decoder = objective.decoder.float().eval()
+        decoder = objective.decoder
         assert isinstance(decoder, MaskedDecoder)
+        decoder.float().eval()
         save_decoder(folder, decoder, {"preset": self.preset.model_dump()})
         held: list[feed.Columns] = []
         for ref in self.holdout_index[:2]:
@@ -433,7 +435,7 @@ def _fit(
     if not use_gpu:
         environment["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported; its backend is then gloo
     trainer = TorchTrainer(
-        functools.partial(_train_loop, run),
+        functools.partial(_train_loop, run),  # type: ignore[arg-type]  # Ray's hint forgets return values
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=use_gpu,
@@ -443,7 +445,7 @@ def _fit(
             },
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # typed as the former RunConfig
             name="checkpoints",
             storage_path=str(folder),
             failure_config=FailureConfig(max_failures=workers.max_failures),
@@ -453,8 +455,8 @@ def _fit(
     )
     with _Progress(folder, num_steps):
         try:
-            outcome = trainer.fit().return_value
-        except ray.train.v2.api.exceptions.WorkerGroupError as error:
+            outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+        except TrainingFailedError as error:
             raise _mistake_in(error) or error from None
     if "mistake" in outcome:
         raise Mistake(outcome["mistake"])
