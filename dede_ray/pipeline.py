@@ -10,6 +10,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,28 +44,50 @@ class PipelineConfig(Config):
     """Such as `poison configs/poison_digits.yaml --rate 0.05`."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """One job with its settings, ready to run."""
+
+    line: str
+    name: str
+    settings: Config
+
+    def run(self) -> str:
+        """Do the work; Ray must be running. Returns what the job says."""
+        return STEPS[self.name][1](self.settings)
+
+
+def parse_steps(config: PipelineConfig) -> list[Step]:
+    """Read every step's config and overrides; nothing runs.
+
+    Raises:
+        Mistake: a step is no job's command line, or its settings are wrong.
+    """
+    steps = []
+    for line in config.steps:
+        name, *arguments = shlex.split(line)
+        if name not in STEPS or not arguments:
+            raise Mistake(f"step {line!r} is no job's command line; expected one of {', '.join(STEPS)} and a config")
+        steps.append(Step(line, name, load(STEPS[name][0], arguments)))
+    return steps
+
+
 def run_steps(config: PipelineConfig, until: str | None = None) -> str:
     """Run the steps, or those up to the first one of the job `until`; returns what the last one says.
 
     Raises:
         Mistake: whatever the jobs raise; a wrong step is found before the first one runs.
     """
-    parsed = []
-    for line in config.steps:
-        name, *arguments = shlex.split(line)
-        if name not in STEPS or not arguments:
-            raise Mistake(f"step {line!r} is no job's command line; expected one of {', '.join(STEPS)} and a config")
-        kind, job = STEPS[name]
-        parsed.append((line, job, load(kind, arguments)))
-        if name == until:
-            break
+    steps = parse_steps(config)
+    if until is not None:
+        steps = steps[: [step.name for step in steps].index(until) + 1]
     start_ray()
     said = ""
-    for number, (line, job, settings) in enumerate(parsed, 1):
-        logger.info("[%d/%d] %s", number, len(parsed), line)
+    for number, step in enumerate(steps, 1):
+        logger.info("[%d/%d] %s", number, len(steps), step.line)
         started = time.monotonic()
-        said = job(settings)
-        logger.info("[%d/%d] %.0f s: %s", number, len(parsed), time.monotonic() - started, said.splitlines()[0])
+        said = step.run()
+        logger.info("[%d/%d] %.0f s: %s", number, len(steps), time.monotonic() - started, said.splitlines()[0])
     return said
 
 
