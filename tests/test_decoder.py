@@ -307,7 +307,7 @@ def test_a_folder_without_a_decoder_or_with_a_damaged_one_is_a_mistake(decoder, 
     save_decoder(tmp_path, decoder, {})
     description = read_json(tmp_path / "decoder.json", "decoder")
     write_json(tmp_path / "decoder.json", {**description, "embedding_dim": 7})
-    with pytest.raises(Mistake, match="does not fit its decoder.json"):
+    with pytest.raises(Mistake, match="does not fit its decoder"):
         load_decoder(tmp_path)
     write_json(tmp_path / "decoder.json", {"image_size": 8})
     with pytest.raises(Mistake, match="does not describe a decoder"):
