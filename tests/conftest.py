@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import logging
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -37,16 +38,17 @@ def local_ray() -> Iterator[None]:
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # pytest would show pages of it beside a failure
+    ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
 
 
-@pytest.fixture
-def write_tar(tmp_path: Path) -> Callable[[str, Members], Path]:
-    """Write `name` (gzipped if it ends in gz) with these members, in this order, under the test's own folder."""
+@pytest.fixture(scope="session")
+def write_tar_in() -> Callable[[Path, Members], Path]:
+    """Write a tar (gzipped if its name ends in gz) with these members, in this order."""
 
-    def write(name: str, members: Members) -> Path:
-        path = tmp_path / name
+    def write(path: Path, members: Members) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -55,10 +57,16 @@ def write_tar(tmp_path: Path) -> Callable[[str, Members], Path]:
                 header.size = len(content)
                 tar.addfile(header, io.BytesIO(content))
         content = buffer.getvalue()
-        path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        path.write_bytes(gzip.compress(content) if path.name.endswith("gz") else content)
         return path
 
     return write
+
+
+@pytest.fixture
+def write_tar(write_tar_in: Callable[[Path, Members], Path], tmp_path: Path) -> Callable[[str, Members], Path]:
+    """The same, under the test's own folder."""
+    return lambda name, members: write_tar_in(tmp_path / name, members)
 
 
 @pytest.fixture(scope="session")
