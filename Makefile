@@ -20,7 +20,7 @@ lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: .venv/installed
-	$(BIN)/python jobs/bench.py configs/bench.yaml
+	$(BIN)/python jobs/speed.py configs/speed.yaml
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 found; install one, or: make PYTHON=/path/to/python"; exit 2; }

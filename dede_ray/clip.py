@@ -152,6 +152,9 @@ def normaliser(described: dict[str, Any]) -> Normalise:
 class Normalise(nn.Module):
     """Pixels in [0, 1] -> the model's normalised pixels; the only place where that happens."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: list[float], std: list[float]):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -183,7 +186,7 @@ class Contrastive(nn.Module):
 
     def __init__(self, described: dict[str, Any], rank: int = 0, world: int = 1):
         super().__init__()
-        self.model = build_clip(described)
+        self.model: Any = build_clip(described)
         self.normalise = normaliser(described)
         self.loss = open_clip.ClipLoss(
             local_loss=world > 1, gather_with_grad=world > 1, cache_labels=True, rank=rank, world_size=world
@@ -210,7 +213,7 @@ def to_unit_range(image_BHWC: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_captions(model: nn.Module, tokenize: Any, captions: list[str], batch_size: int = 256) -> Tensor:
+def encode_captions(model: Any, tokenize: Any, captions: list[str], batch_size: int = 256) -> Tensor:
     """Embed captions with the text tower: float32 (N, E), not normalised."""
     parts = [
         model.encode_text(tokenize(captions[i : i + batch_size])).float() for i in range(0, len(captions), batch_size)
@@ -232,8 +235,8 @@ class Augmentation(Config):
         if self.min_scale < 1:
             height, width = image_HWC.shape[:2]
             share = np.sqrt(self.min_scale + (1 - self.min_scale) * scale)
-            box = (left * (1 - share) * width, top * (1 - share) * height)
-            box = (*box, box[0] + share * width, box[1] + share * height)
+            x, y = left * (1 - share) * width, top * (1 - share) * height
+            box = (x, y, x + share * width, y + share * height)
             image_HWC = np.asarray(
                 Image.fromarray(image_HWC).resize((width, height), Image.Resampling.BICUBIC, box=box)
             )

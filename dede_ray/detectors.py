@@ -124,7 +124,7 @@ class ImageStatistics(Config):
 
 
 class _ImageStatisticsScorer:
-    columns = ("stat_contrast", "stat_edges")
+    columns: tuple[str, ...] = ("stat_contrast", "stat_edges")
     fingerprint = "image_statistics"
 
     @torch.inference_mode()

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,10 +50,10 @@ BASE_SCHEMA = pa.schema(
 class PassResources(Config):
     """What one pass asks of the cluster."""
 
-    min_actors: int = Field(1, ge=1)
-    """Scoring actors to begin with."""
-    max_actors: int = Field(1, ge=1)
-    """Scoring actors that the pool may grow to."""
+    min_actors: int | None = Field(None, ge=1)
+    """Actors to begin with; None takes all the cluster has room for now: one per GPU share, or per CPU but one."""
+    max_actors: int | None = Field(None, ge=1)
+    """Actors that the pool may grow to on an autoscaling cluster; None stays at `min_actors`."""
     cpus_per_actor: float = Field(1, gt=0)
     """CPUs each actor reserves."""
     gpus_per_actor: float = Field(0, ge=0)
@@ -61,6 +62,24 @@ class PassResources(Config):
     """Threads of an actor's arithmetic; None takes its CPUs. Part of what makes two runs' bytes equal."""
     decode_cpus: float = Field(1, gt=0)
     """CPUs each read-and-decode task reserves."""
+
+    def on(self, cluster: dict[str, float]) -> PassResources:
+        """Fill in what depends on the cluster: the size of the pool, and shares that fit on a single CPU."""
+        cpus, gpus = cluster.get("CPU", 1), cluster.get("GPU", 0)
+        if cpus < self.cpus_per_actor + self.decode_cpus:
+            if cpus > 1:
+                raise Mistake(
+                    f"resources: an actor's {self.cpus_per_actor:g} CPUs and a decode task's {self.decode_cpus:g} do "
+                    f"not fit into the cluster's {cpus:g}; lower them"
+                )
+            return self.model_copy(update={"cpus_per_actor": 0.5, "decode_cpus": 0.5, "min_actors": 1, "max_actors": 1})
+        if self.gpus_per_actor > gpus:
+            raise Mistake(f"resources: an actor needs {self.gpus_per_actor:g} GPUs, the cluster has {gpus:g}")
+        room = (cpus - self.decode_cpus) / self.cpus_per_actor
+        if self.gpus_per_actor > 0:
+            room = min(room, gpus / self.gpus_per_actor)
+        smallest = self.min_actors or max(1, int(room))
+        return self.model_copy(update={"min_actors": smallest, "max_actors": max(smallest, self.max_actors or 0)})
 
 
 @dataclass
@@ -227,9 +246,9 @@ class _ChunkSource(Datasource):
         for arguments in self._arguments:
             shard = arguments[0]
             metadata = BlockMetadata(
-                num_rows=None, size_bytes=shard.num_bytes, input_files=[shard.url], exec_stats=None
+                num_rows=None, size_bytes=shard.num_bytes, input_files=(shard.url,), exec_stats=None
             )
-            tasks.append(ReadTask(lambda arguments=arguments: _read_and_decode(*arguments), metadata))
+            tasks.append(ReadTask(partial(_read_and_decode, *arguments), metadata))
         return tasks
 
 
@@ -331,6 +350,7 @@ def _stream(
     resources: PassResources,
 ) -> Iterable[dict[str, Any]]:
     """Read, decode and work, overlapping; yields receipts."""
+    resources = resources.on(ray.cluster_resources())
     context = ray.data.DataContext.get_current()
     block_bytes = context.target_max_block_size
     # Chunks leave a shard's read task as soon as there are a few, not when the shard is through.

@@ -199,7 +199,7 @@ class _Member(tarfile.TarInfo):
     def fromtarfile(cls, tar: tarfile.TarFile) -> _Member:
         try:
             return super().fromtarfile(tar)  # type: ignore[return-value]
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             tar.closed_properly = True  # type: ignore[attr-defined]
             raise
 

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 from pydantic import Field
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
 
@@ -46,8 +46,8 @@ from dede_ray.decoder import (
     save_decoder,
 )
 from dede_ray.ledger import Chunk, PassResources, part_path, run_pass
-from dede_ray.shards import BadSample, Limits, Sample, Shard, decode_image, list_shards, sample_id
-from dede_ray.victims import OpenClipVictim, VictimConfig, load_victim
+from dede_ray.shards import BadSample, Limits, Sample, decode_image, list_shards, sample_id
+from dede_ray.victims import OpenClipVictim, Victim, VictimConfig, load_victim
 
 logger = logging.getLogger(__name__)
 
@@ -209,12 +209,7 @@ def _train_decoder(config: TrainConfig, section: DecoderTrain) -> str:
                 limits=config.limits, resources=config.embedding, max_error_fraction=config.max_error_fraction,
                 name=f"embedding {kind}",
             )  # fmt: skip
-        train_parts = folder / "embeddings" / "train"
-        recipe = _DecoderRecipe(
-            preset, config.seed, victim.image_size, victim.embedding_dim, victim.fingerprint,
-            _embedding_scale(train_parts, shards[0]), train_parts, folder / "embeddings" / "holdout",
-            held_index, config.limits,
-        )  # fmt: skip
+        recipe = decoder_recipe(preset, config.seed, victim, folder, held_index, config.limits)
         optimisation = _Optimisation(
             preset.optimiser, preset.learning_rate, preset.weight_decay, preset.warmup_steps, preset.schedule,
             preset.clip_norm,
@@ -228,24 +223,40 @@ def _train_decoder(config: TrainConfig, section: DecoderTrain) -> str:
     )
 
 
+def decoder_recipe(
+    preset: DecoderPreset, seed: int, victim: Victim, folder: Path, held_index: list[feed.ChunkRef], limits: Limits
+) -> _DecoderRecipe:
+    """The decoder's objective and data, once the folder holds the embeddings of training and held-out samples."""
+    parts = folder / "embeddings" / "train"
+    scale = _embedding_scale(parts)
+    return _DecoderRecipe(
+        preset, seed, victim.image_size, victim.embedding_dim, victim.fingerprint, scale, parts,
+        folder / "embeddings" / "holdout", held_index, limits,
+    )  # fmt: skip
+
+
 class EmbedWork:
     """The pass that embeds: one float32 vector of width E per sample."""
 
     def __init__(self, victim_config: VictimConfig):
-        self.victim = load_victim(victim_config)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.victim = load_victim(victim_config).to(self.device)
         self.image_size = self.victim.image_size
         self.columns = {"embedding": pa.list_(pa.float32(), self.victim.embedding_dim)}
 
     def __call__(self, chunk: Chunk) -> dict[str, Any]:
-        image_BCHW = clip.to_unit_range(torch.tensor(chunk.image_BHWC))
-        return {"embedding": list(self.victim(image_BCHW).numpy())}
+        image_BCHW = clip.to_unit_range(torch.tensor(chunk.image_BHWC).to(self.device))
+        return {"embedding": list(self.victim(image_BCHW).cpu().numpy())}
 
 
-def _embedding_scale(parts: Path, shard: Shard) -> float:
-    """One over the root mean square of the embeddings of a chunk."""
-    embeddings = pq.read_table(part_path(parts, shard.name, 0))["embedding"].drop_null()
-    if not len(embeddings):
-        raise Mistake(f"no sample at the beginning of {shard.url} can be used; score the shards to see the reasons")
+def _embedding_scale(parts: Path) -> float:
+    """One over the root mean square of the embeddings of the first chunk that has any."""
+    for path in sorted(parts.glob("parts/*/[0-9]*.parquet")):
+        embeddings = pq.read_table(path)["embedding"].drop_null()
+        if len(embeddings):
+            break
+    else:
+        raise Mistake("not one sample of the decoder's shards can be used; score them to see the reasons")
     values = np.stack(embeddings.to_numpy())
     return float(1 / max(np.sqrt(np.mean(np.square(values))), 1e-6))
 
@@ -349,8 +360,9 @@ class _DecoderRecipe:
 
     def export(self, folder: Path, objective: nn.Module) -> dict[str, Any]:
         """Write the decoder, and check on held-out samples that it reads the embedding."""
-        decoder = objective.decoder.float().eval()
+        decoder = objective.decoder
         assert isinstance(decoder, MaskedDecoder)
+        decoder.float().eval()
         save_decoder(folder, decoder, {"preset": self.preset.model_dump()})
         held: list[feed.Columns] = []
         for ref in self.holdout_index[:2]:
@@ -427,13 +439,21 @@ def _fit(
     num_steps = max(1, round(plan.num_samples * epochs / batch_size))
     threads = workers.threads_per_worker or max(1, (os.cpu_count() or 1) // workers.num_workers)
     use_gpu = workers.gpus_per_worker > 0
+    cpus = ray.cluster_resources().get("CPU", 1)
+    if cpus < 2 and workers.num_workers == 1:  # a single CPU is shared by the worker and its reader
+        workers = workers.model_copy(update={"cpus_per_worker": 0.5, "read_cpus": 0.5})
+    elif cpus < workers.num_workers * workers.cpus_per_worker + workers.read_cpus:
+        raise Mistake(
+            f"workers: {workers.num_workers} workers with {workers.cpus_per_worker:g} CPUs each and a reader with "
+            f"{workers.read_cpus:g} do not fit into the cluster's {cpus:g} CPUs"
+        )
     run = _Run(recipe, optimisation, plan, num_steps, folder, config.precision, config.log_every, config.seed,
                config.limits, workers, threads)  # fmt: skip
     environment = {"OMP_NUM_THREADS": str(threads)}
     if not use_gpu:
         environment["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported; its backend is then gloo
     trainer = TorchTrainer(
-        functools.partial(_train_loop, run),
+        functools.partial(_train_loop, run),  # type: ignore[arg-type]  # Ray's hint forgets return values
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=use_gpu,
@@ -443,7 +463,7 @@ def _fit(
             },
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # typed as the former RunConfig
             name="checkpoints",
             storage_path=str(folder),
             failure_config=FailureConfig(max_failures=workers.max_failures),
@@ -453,8 +473,8 @@ def _fit(
     )
     with _Progress(folder, num_steps):
         try:
-            outcome = trainer.fit().return_value
-        except ray.train.v2.api.exceptions.WorkerGroupError as error:
+            outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+        except TrainingFailedError as error:
             raise _mistake_in(error) or error from None
     if "mistake" in outcome:
         raise Mistake(outcome["mistake"])

@@ -45,7 +45,7 @@ class Victim(nn.Module):
 
     def __init__(self, model: nn.Module, described: dict[str, Any], name: str, precision: str = "fp32"):
         super().__init__()
-        self.model = model.requires_grad_(False).eval()
+        self.model: Any = model.requires_grad_(False).eval()
         self.normalise = clip.normaliser(described)
         self.tokenize = clip.tokenizer(described)
         self.name = name
@@ -54,7 +54,7 @@ class Victim(nn.Module):
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         transform = {"statistics": clip.pixel_statistics(described), "size": self.image_size, "precision": precision}
         self.fingerprint = fingerprint(model, transform)
-        self.model.to(dtype=self.dtype, memory_format=torch.channels_last)
+        self.model.to(dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def train(self, mode: bool = True) -> Victim:
         """Stay in eval mode: a victim in train mode would rewrite its BatchNorm statistics."""

@@ -2,9 +2,12 @@
 
 python jobs/train_clip.py configs/train_clip_digits.yaml
 ray job submit --working-dir . -- python jobs/train_clip.py configs/train_clip_digits.yaml
+
+Without a config it runs its part of configs/demo_smoke.yaml, whatever comes before it included.
 """
 
 from dede_ray.config import main
+from dede_ray.pipeline import smallest
 from dede_ray.session import start_ray
 from dede_ray.training import TrainConfig, train
 
@@ -15,4 +18,4 @@ def job(config: TrainConfig) -> str:
 
 
 if __name__ == "__main__":
-    main(TrainConfig, job)
+    main(TrainConfig, job, without_config=lambda: smallest("train_clip"))

@@ -1,0 +1,200 @@
+"""How fast our two passes are beside the plainest loops that do the same work, in one run on one machine.
+
+The trainer is compared with a bare PyTorch loop over the same batches held in memory; the score pass with a bare loop
+that decodes and scores one chunk after the other, its arithmetic using all cores. Ours and theirs take turns, because
+machines drift; the figures that count are the ratios. The images are the bundled digits, repeated under distinct keys;
+the weights are random, which changes nothing about the speed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import ray
+import torch
+from pydantic import Field
+
+from dede_ray import clip, feed, training
+from dede_ray.config import Config
+from dede_ray.decoder import PRESETS, MaskedDecoder, Reconstruction, save_decoder
+from dede_ray.detectors import DeDe
+from dede_ray.ledger import Chunk, PassResources, run_pass
+from dede_ray.scoring import ScoreWork
+from dede_ray.shards import Limits, Sample, Shard, decode_image, iter_chunks, list_shards, sample_id, write_shards
+from dede_ray.sources import Digits
+from dede_ray.victims import OpenClipVictim, load_victim
+
+
+class SpeedConfig(Config):
+    """Settings of jobs/speed.py."""
+
+    model: str = "configs/models/clip_digits.json"
+    """The victim's architecture."""
+    preset: Literal["tiny", "paper", "fast"] = "tiny"
+    """The decoder's preset."""
+    num_samples: int = Field(20_000, ge=1000)
+    steps: int = Field(120, ge=40)
+    """Training steps of one turn."""
+    repeats: int = Field(3, ge=1)
+    """Turns each; the median counts."""
+    chunk_size: int = 256
+
+
+def measure_speed(config: SpeedConfig) -> str:
+    """Measure both ratios; Ray must be running.
+
+    Returns:
+        A table, one line per figure: ours, the bare loop's, and their ratio.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shards = _write_shards(folder / "shards", config.num_samples)
+        victim = _write_victim(folder / "victim", config.model)
+        _write_decoder(folder / "decoder", victim, config.preset)
+        lines = [_compare_training(config, folder, shards, victim), _compare_scoring(config, folder, shards, victim)]
+    about = f"{os.cpu_count()} CPUs, {config.num_samples:,} images, preset {config.preset}"
+    return "\n".join([f"{about}, median of {config.repeats} turns", *lines])
+
+
+def _write_shards(folder: Path, num_samples: int) -> list[Shard]:
+    images = list(Digits(calibration=0, test=0).read(0, Limits())["train"])
+    samples = (
+        Sample(f"{i:08d}", i, image=images[i % len(images)].image, image_suffix="png", caption="a digit")
+        for i in range(num_samples)
+    )
+    write_shards(folder, "train", samples, max(1000, num_samples // 8))
+    return list_shards(str(folder))
+
+
+def _write_victim(folder: Path, model: str) -> OpenClipVictim:
+    described = clip.model_description(model)
+    clip.save_clip(folder, clip.build_clip(described), described)
+    return OpenClipVictim(path=str(folder))
+
+
+def _write_decoder(folder: Path, victim_config: OpenClipVictim, preset: str) -> None:
+    victim = load_victim(victim_config)
+    decoder = MaskedDecoder(PRESETS[preset].shape, victim.image_size, victim.embedding_dim)
+    decoder.victim, decoder.has_null = victim.fingerprint, True
+    save_decoder(folder, decoder, {})
+
+
+def _line(what: str, ours: list[float], bare: list[float]) -> str:
+    ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
+    return (
+        f"{what}: {statistics.median(ours):,.0f} images/s, bare loop {statistics.median(bare):,.0f}, ratio {ratio:.2f} "
+        f"(turns: {', '.join(f'{a / b:.2f}' for a, b in zip(ours, bare, strict=True))})"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def _compare_training(config: SpeedConfig, folder: Path, shards: list[Shard], victim_config: OpenClipVictim) -> str:
+    preset = PRESETS[config.preset]
+    batch_size = preset.batch_size
+    index = feed.index_shards(shards, training.CHUNK_SIZE)
+    num_samples = sum(ref.num_samples for ref in index)
+    ours, bare = [], []
+    for turn in range(config.repeats):
+        output = folder / f"run-{turn}"
+        settings = training.TrainConfig(
+            output=str(output),
+            decoder=training.DecoderTrain(
+                shards=str(folder / "shards"),
+                victim=victim_config,
+                preset=config.preset,
+                epochs=config.steps * batch_size / num_samples,
+            ),
+            log_every=10,
+        )
+        training.train(settings)
+        lines = [json.loads(line) for line in (output / "decoder" / "metrics.jsonl").read_text().splitlines()]
+        ours.append(_rate([line["samples_per_s"] for line in lines[1:-1]]))  # neither the start nor a short last one
+        bare.append(_bare_training(config, settings, output, index, load_victim(victim_config)))
+    return _line("decoder training, Ray Train + DeepSpeed", ours, bare)
+
+
+def _rate(rates: list[float]) -> float:
+    """Rate over equal numbers of samples: the harmonic mean."""
+    return len(rates) / sum(1 / rate for rate in rates)
+
+
+def _bare_training(
+    config: SpeedConfig, settings: training.TrainConfig, output: Path, index: list[feed.ChunkRef], victim: object
+) -> float:
+    """Forward, backward, clip, step, over batches that are in memory already."""
+    preset, seed = PRESETS[config.preset], settings.seed
+    recipe = training.decoder_recipe(preset, seed, victim, output / "decoder", index, settings.limits)  # type: ignore[arg-type]
+    plan = feed.Plan(index, preset.batch_size, settings.lanes, seed, preset.shuffle, 4)
+    windows = (feed.read_window(plan, list(range(plan.lanes)), w, settings.limits, recipe.decode) for w in range(8))
+    batches = [
+        {
+            name: torch.from_numpy(column.copy())
+            for name, column in columns.items()
+            if name in {"image", "embedding", "key"}
+        }
+        for columns in itertools.chain.from_iterable(windows)
+    ]
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(seed)
+    objective: Reconstruction = recipe.objective(0, 1)
+    optimiser = torch.optim.AdamW(objective.parameters(), lr=preset.learning_rate, weight_decay=preset.weight_decay)
+    warm_up, started = 10, 0.0
+    for step in range(config.steps):
+        if step == warm_up:
+            started = time.monotonic()
+        loss, _ = objective(batches[step % len(batches)])
+        optimiser.zero_grad()
+        loss.backward()
+        if preset.clip_norm:
+            torch.nn.utils.clip_grad_norm_(objective.parameters(), preset.clip_norm)
+        optimiser.step()
+    return (config.steps - warm_up) * preset.batch_size / (time.monotonic() - started)
+
+
+# ------------------------------------------------------------------------------------------------ scoring
+
+
+def _compare_scoring(config: SpeedConfig, folder: Path, shards: list[Shard], victim_config: OpenClipVictim) -> str:
+    arguments = {"victim_config": victim_config, "detectors": [DeDe(decoder=str(folder / "decoder"))]}
+    size = load_victim(victim_config).image_size
+    ours, bare, whole = [], [], []
+    for turn in range(config.repeats):
+        output = folder / f"pass-{turn}"
+        started = time.time()
+        run_pass(
+            shards, output, ScoreWork, arguments, image_size=size, made_with={}, chunk_size=config.chunk_size,
+            limits=Limits(), resources=PassResources(), max_error_fraction=0.0, name="score",
+        )  # fmt: skip
+        # From the first part on disk to the last: the pass without the start of its processes.
+        times = np.sort([path.stat().st_mtime for path in output.glob("parts/*/*.parquet")])
+        skip = min(int(ray.cluster_resources()["CPU"]), len(times) - 2)
+        ours.append((len(times) - 1 - skip) * config.chunk_size / (times[-1] - times[skip]))
+        whole.append(config.num_samples / (time.time() - started))
+        bare.append(_bare_scoring(config, shards, arguments))
+    return "\n".join([_line("scoring", ours, bare), _line("scoring, start of Ray's actors included", whole, bare)])
+
+
+def _bare_scoring(config: SpeedConfig, shards: list[Shard], arguments: dict) -> float:
+    """Read, decode, forward, score: one chunk after the other, in one process, arithmetic on all cores."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    work = ScoreWork(**arguments)
+    done, started = 0, 0.0
+    for number, (shard, chunk) in enumerate(
+        (s, c) for s in shards for c in iter_chunks(s, config.chunk_size, Limits())
+    ):
+        if number == 2:
+            started = time.monotonic()
+        images = [decode_image(sample.image or b"", Limits(), work.image_size) for sample in chunk]
+        work(Chunk([sample_id(shard.name, s.key) for s in chunk], np.stack(images), [s.caption for s in chunk]))
+        done += len(chunk) if number >= 2 else 0
+    return done / (time.monotonic() - started)

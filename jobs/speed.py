@@ -1,0 +1,17 @@
+"""Measure our trainer and our score pass beside bare loops that do the same work.
+
+python jobs/speed.py configs/speed.yaml
+"""
+
+from dede_ray.config import main
+from dede_ray.session import start_ray
+from dede_ray.speed import SpeedConfig, measure_speed
+
+
+def job(config: SpeedConfig) -> str:
+    start_ray()
+    return measure_speed(config)
+
+
+if __name__ == "__main__":
+    main(SpeedConfig, job)
