@@ -11,6 +11,7 @@ import json
 import logging
 import pickle
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, just before it refuses them
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise Mistake(
             f"{path} holds more than tensors: opening it would execute code from whoever made it, so we do not. "

@@ -15,7 +15,7 @@ from dede_ray.config import Mistake
 from dede_ray.ledger import PassResources, PassSummary, part_path, read_parts, run_pass
 from dede_ray.shards import Limits, decode_image, list_shards
 
-RESOURCES = PassResources(cpus_per_actor=0.5, decode_cpus=0.5)
+RESOURCES = PassResources(min_actors=1, cpus_per_actor=0.5, decode_cpus=0.5)
 
 
 class Brightness:
