@@ -174,15 +174,14 @@ def _train_clip(config: TrainConfig, section: ClipTrain) -> str:
     if done is None:
         described = clip.model_description(section.model)
         index = feed.index_shards(list_shards(section.shards), CHUNK_SIZE)
-        recipe = _ClipRecipe(section, described, config.limits)
+        plan = _plan(config, index, section.batch_size)
+        recipe = _ClipRecipe(section, described, config.limits, config.seed)
         with torch.random.fork_rng():
             clip.build_clip(described)  # a config that cannot be built is a mistake to report here, not in a worker
         optimisation = _Optimisation(
             "adamw", section.learning_rate, section.weight_decay, section.warmup_steps, "cosine", section.clip_norm
         )
-        done = finish(
-            folder, own, _fit(folder, config, recipe, optimisation, index, section.batch_size, section.epochs)
-        )
+        done = finish(folder, own, _fit(folder, config, recipe, optimisation, plan, section.epochs))
     return f"clip: {done['steps']:,} steps on {done['num_samples']:,} samples, loss {done['loss']:.3f} -> {folder}"
 
 
@@ -202,6 +201,7 @@ def _train_decoder(config: TrainConfig, section: DecoderTrain) -> str:
         preset = section.resolved()
         shards = list_shards(section.shards)
         index = feed.index_shards(shards, CHUNK_SIZE)
+        plan = _plan(config, index, preset.batch_size, preset.shuffle)
         holdout = list_shards(section.holdout) if section.holdout else shards[:1]
         held_index = feed.index_shards(holdout, CHUNK_SIZE) if section.holdout else index
         for kind, pass_shards in (("train", shards), ("holdout", holdout)):
@@ -216,7 +216,7 @@ def _train_decoder(config: TrainConfig, section: DecoderTrain) -> str:
             preset.optimiser, preset.learning_rate, preset.weight_decay, preset.warmup_steps, preset.schedule,
             preset.clip_norm,
         )  # fmt: skip
-        result = _fit(folder, config, recipe, optimisation, index, preset.batch_size, preset.epochs, preset.shuffle)
+        result = _fit(folder, config, recipe, optimisation, plan, preset.epochs)
         done = finish(folder, own, {**result, "victim": victim.fingerprint})
     use = done["export"]
     return (
@@ -273,7 +273,7 @@ class _ClipRecipe:
     section: ClipTrain
     described: dict[str, Any]
     limits: Limits
-    seed: int = 0
+    seed: int
 
     def objective(self, rank: int, world: int) -> clip.Contrastive:
         objective = clip.Contrastive(self.described, rank, world)
@@ -422,23 +422,25 @@ class _Run:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+def _plan(config: TrainConfig, index: list[feed.ChunkRef], batch_size: int, shuffle: bool = True) -> feed.Plan:
+    """Which samples make up which batch; settings that do not divide are found here, before anything is computed."""
+    if config.lanes % config.workers.num_workers:
+        raise Mistake(f"lanes {config.lanes} must be a multiple of workers.num_workers {config.workers.num_workers}")
+    steps_per_window = max(1, round(1024 / (batch_size / config.lanes)))
+    return feed.Plan(index, batch_size, config.lanes, config.seed, shuffle, min(steps_per_window, 16))
+
+
 def _fit(
     folder: Path,
     config: TrainConfig,
     recipe: _ClipRecipe | _DecoderRecipe,
     optimisation: _Optimisation,
-    index: list[feed.ChunkRef],
-    batch_size: int,
+    plan: feed.Plan,
     epochs: float,
-    shuffle: bool = True,
 ) -> dict[str, Any]:
     """Train one section to its end; resumes from the folder's last checkpoint."""
     workers = config.workers
-    if config.lanes % workers.num_workers:
-        raise Mistake(f"lanes {config.lanes} must be a multiple of workers.num_workers {workers.num_workers}")
-    steps_per_window = max(1, round(1024 / (batch_size / config.lanes)))
-    plan = feed.Plan(index, batch_size, config.lanes, config.seed, shuffle, min(steps_per_window, 16))
-    num_steps = max(1, round(plan.num_samples * epochs / batch_size))
+    num_steps = max(1, round(plan.num_samples * epochs / plan.batch_size))
     threads = workers.threads_per_worker or max(1, (os.cpu_count() or 1) // workers.num_workers)
     use_gpu = workers.gpus_per_worker > 0
     cpus = ray.cluster_resources().get("CPU", 1)
