@@ -304,8 +304,8 @@ PRESETS: dict[str, DecoderPreset] = {
     # The same network trained to convergence sooner, with null embedding and trimming.
     "fast": DecoderPreset(
         shape=DecoderShape(patch_px=4, width=192, heads=3, encoder_depth=12, decoder_depth=4),
-        mask_ratio=0.9, null_rate=0.1, trim_rate=0.1, batch_size=1024, epochs=100, optimiser="adamw", learning_rate=1e-3,
-        weight_decay=0.05, warmup_steps=1000, schedule="cosine", clip_norm=1.0, shuffle=True,
+        mask_ratio=0.9, null_rate=0.1, trim_rate=0.1, batch_size=1024, epochs=100, optimiser="adamw",
+        learning_rate=1e-3, weight_decay=0.05, warmup_steps=1000, schedule="cosine", clip_norm=1.0, shuffle=True,
     ),
     # For 224-px victims: ViT-B/16 blocks over the visible patches, MAE's light decoder.
     "vit_b16": DecoderPreset(
