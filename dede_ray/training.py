@@ -200,8 +200,8 @@ def _train_decoder(config: TrainConfig, section: DecoderTrain) -> str:
         shards = list_shards(section.shards)
         index = feed.index_shards(shards, CHUNK_SIZE)
         plan = _plan(config, index, preset.batch_size, preset.shuffle)
-        holdout = list_shards(section.holdout) if section.holdout else shards[:1]
-        held_index = feed.index_shards(holdout, CHUNK_SIZE) if section.holdout else index
+        holdout = list_shards(section.holdout) if section.holdout else [index[0].shard]
+        held_index = feed.index_shards(holdout, CHUNK_SIZE)
         for kind, pass_shards in (("train", shards), ("holdout", holdout)):
             run_pass(
                 pass_shards, folder / "embeddings" / kind, EmbedWork, {"victim_config": victim_config},
