@@ -96,9 +96,11 @@ class DecoderTrain(Config):
     """Hidden patches / patches while training."""
     null_rate: float | None = Field(None, ge=0, lt=1)
     """Share of samples trained with the null embedding, which the null-embedding ratio needs."""
+    trim_rate: float | None = Field(None, ge=0, lt=1)
+    """Worst rebuilt share of each batch that is left out of the loss, so that poisoned samples are never learnt."""
 
     def resolved(self) -> DecoderPreset:
-        own = self.model_dump(include={"epochs", "batch_size", "learning_rate", "mask_ratio", "null_rate"})
+        own = self.model_dump(include={"epochs", "batch_size", "learning_rate", "mask_ratio", "null_rate", "trim_rate"})
         return PRESETS[self.preset].model_copy(update={k: v for k, v in own.items() if v is not None})
 
 
@@ -334,7 +336,7 @@ class _DecoderRecipe:
     def objective(self, rank: int, world: int) -> Reconstruction:
         decoder = MaskedDecoder(self.preset.shape, self.image_size, self.embedding_dim, self.embedding_scale)
         decoder.victim, decoder.has_null = self.victim, self.preset.null_rate > 0
-        return Reconstruction(decoder, self.preset.mask_ratio, self.preset.null_rate)
+        return Reconstruction(decoder, self.preset.mask_ratio, self.preset.null_rate, self.preset.trim_rate)
 
     def decode(self, ref: feed.ChunkRef, epoch: int, start: int, samples: list[Sample]) -> feed.Columns:
         return self._columns(self.train_parts, ref, epoch, start, samples)

@@ -1,4 +1,4 @@
-"""What the tests share: one local Ray, tars written on the spot, small images."""
+"""What the tests share: one local Ray, tars written on the spot, small images, one evaluated world."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 os.environ.update(  # before numpy, torch and ray read them; Ray's workers inherit them
     OMP_NUM_THREADS="1",
@@ -28,6 +29,9 @@ import numpy as np
 import pytest
 
 from dede_ray.shards import Sample, encode_image, write_shards
+
+if TYPE_CHECKING:
+    from dede_ray.findings import Scan
 
 Members = Iterable[tuple[str, bytes]]
 
@@ -151,3 +155,42 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real data is not there: expected in ../shared/data, beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The planted world of evaluation.py."""
+    import evaluation
+
+    folder = tmp_path_factory.mktemp("world")
+    evaluation.plant(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def report(world: Path) -> Path:
+    """The folder of its evaluation."""
+    import evaluation
+
+    from dede_ray.report import evaluate
+
+    evaluate(evaluation.config(world))
+    return world / "report"
+
+
+@pytest.fixture(scope="session")
+def metrics(report: Path) -> dict[str, Any]:
+    """What that evaluation found."""
+    return json.loads((report / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def scan(world: Path) -> Scan:
+    """Its manifests and its truth, joined."""
+    import pyarrow.parquet as pq
+
+    from dede_ray.findings import join
+    from dede_ray.manifest import read_manifest
+
+    manifest, honest = read_manifest(world / "victim_scores"), read_manifest(world / "honest_scores")
+    return join(manifest, honest, pq.read_table(world / "truth.parquet"), "truth.parquet")
