@@ -189,11 +189,13 @@ def test_a_run_killed_in_both_sections_ends_with_the_same_weights(trained, write
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(trained, tmp_path):
     config, _ = trained
     wild = config.clip.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0, "clip_norm": 0.0})
+    workers = config.workers.model_copy(update={"num_workers": 2, "read_cpus": 0.25})
+    run = config.model_copy(update={"output": str(tmp_path), "clip": wild, "decoder": None, "workers": workers})
     with pytest.raises(Mistake, match=r"the loss of step \d+ is (nan|inf); stopped before the step"):
-        train(config.model_copy(update={"output": str(tmp_path), "clip": wild, "decoder": None}))
+        train(run)
     [path] = (tmp_path / "clip").glob("non_finite_step_*.json")
     ids = json.loads(path.read_text())["sample_ids"]
-    assert len(ids) == 32
+    assert len(ids) == 32  # both workers' shares
     assert set(ids) <= {f"train-{i // 32:05d}.tar/{i:04d}" for i in range(64)}
     assert not (tmp_path / "clip" / clip.WEIGHTS_FILE).exists()
 
