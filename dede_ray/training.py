@@ -35,7 +35,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
 
 from dede_ray import clip, feed
-from dede_ray.config import Config, Mistake, claim, finish
+from dede_ray.config import Config, Mistake, claim, finish, write_json
 from dede_ray.decoder import (
     PRESETS,
     DecoderPreset,
@@ -202,8 +202,8 @@ def _train_decoder(config: TrainConfig, section: DecoderTrain) -> str:
         shards = list_shards(section.shards)
         index = feed.index_shards(shards, CHUNK_SIZE)
         plan = _plan(config, index, preset.batch_size, preset.shuffle)
-        holdout = list_shards(section.holdout) if section.holdout else shards[:1]
-        held_index = feed.index_shards(holdout, CHUNK_SIZE) if section.holdout else index
+        holdout = list_shards(section.holdout) if section.holdout else [index[0].shard]
+        held_index = feed.index_shards(holdout, CHUNK_SIZE)
         for kind, pass_shards in (("train", shards), ("holdout", holdout)):
             run_pass(
                 pass_shards, folder / "embeddings" / kind, EmbedWork, {"victim_config": victim_config},
@@ -529,7 +529,7 @@ def _train_loop(run: _Run) -> dict[str, Any]:
         }
         loss, metrics = engine(batch)
         if not _all_finite(loss, world):
-            return {"mistake": _non_finite(run, step, loss, columns)}
+            return {"mistake": _non_finite(run, step, loss, columns, rank, world)}
         engine.backward(loss)
         for group in optimiser.param_groups:
             group["lr"] = run.optimisation.rate(step, run.num_steps)
@@ -593,12 +593,18 @@ def _all_finite(loss: torch.Tensor, world: int) -> bool:
     return bool(is_finite)
 
 
-def _non_finite(run: _Run, step: int, loss: torch.Tensor, columns: feed.Columns) -> str:
-    path = run.folder / f"non_finite_step_{step}.json"
-    ids = [name.decode() for name in columns["sample_id"].tolist()]
-    path.write_text(json.dumps({"step": step, "sample_ids": ids}, indent=2))
+def _non_finite(run: _Run, step: int, loss: torch.Tensor, columns: feed.Columns, rank: int, world: int) -> str:
+    """Name the samples of all ranks whose loss is not finite; called by every rank."""
+    mine = (float(loss), [name.decode() for name in columns["sample_id"].tolist()])
+    everyone: list[Any] = [mine] * world
+    if world > 1:
+        torch.distributed.all_gather_object(everyone, mine)
+    bad = [(value, ids) for value, ids in everyone if not math.isfinite(value)]
+    path, ids = run.folder / f"non_finite_step_{step}.json", [name for _, names in bad for name in names]
+    if rank == 0:
+        write_json(path, {"step": step, "sample_ids": ids})
     return (
-        f"the loss of step {step} is {float(loss)}; stopped before the step. The batch began with {ids[:3]}, all its "
+        f"the loss of step {step} is {bad[0][0]}; stopped before the step. The batch began with {ids[:3]}, all its "
         f"sample ids are in {path}. Lower learning_rate, or train in fp32"
     )
 
