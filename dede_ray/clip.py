@@ -11,13 +11,13 @@ import json
 import logging
 import pickle
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -50,7 +50,8 @@ def model_description(architecture: str) -> dict[str, Any]:
                 f"({len(open_clip.list_models())} are known), a JSON model config, or an exported folder"
             )
         described = {"model_cfg": known, "preprocess_cfg": {}}
-    if not {"embed_dim", "vision_cfg", "text_cfg"} <= described.get("model_cfg", {}).keys():
+    model = described.get("model_cfg")
+    if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
         raise Mistake(f"{architecture} is no open_clip model config: embed_dim, vision_cfg and text_cfg are needed")
     return described
 
@@ -122,14 +123,16 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, just before it refuses them
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise Mistake(
             f"{path} holds more than tensors: opening it would execute code from whoever made it, so we do not. "
             "Ask for safetensors, or convert it where you trust it: torch.save(model.state_dict(), path)"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise Mistake(f"{path} is no readable checkpoint: {error}") from None
+    except Exception as error:  # the readers raise whatever damage makes them meet: IndexError, KeyError, struct.error
+        raise Mistake(f"{path} is no readable checkpoint: {error!r}") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -207,5 +207,6 @@ def main(kind: type[C], job: Callable[[C], Any], without_config: Callable[[], An
 
 
 def _one_message(mistake: Mistake) -> int:
-    print(f"error: {mistake}", file=sys.stderr)
+    # One that was made in a Ray task arrives wrapped in an error whose text is the task's traceback.
+    print(f"error: {getattr(mistake, 'cause', mistake)}", file=sys.stderr)
     return 2

@@ -204,23 +204,46 @@ def reconstruction_error(patches_BLP: Tensor, target_BLP: Tensor, mask_BL: Tenso
 
 
 class Reconstruction(nn.Module):
-    """The decoder's training objective: the error over hidden patches, a share of embeddings nulled."""
+    """The decoder's training objective: the error over hidden patches, a share of embeddings nulled.
 
-    def __init__(self, decoder: MaskedDecoder, mask_ratio: float, null_rate: float):
+    Trimming is ours. The suspected data contains the poisoned samples, and a decoder that sees them often enough learns
+    to rebuild them too: their embeddings then explain their images, and the detector is blind. Leaving the worst
+    rebuilt share of each global batch out of the loss keeps it from ever learning them, without knowing which they are.
+    """
+
+    def __init__(self, decoder: MaskedDecoder, mask_ratio: float, null_rate: float, trim_rate: float = 0.0):
         super().__init__()
-        self.decoder, self.mask_ratio, self.null_rate = decoder, mask_ratio, null_rate
+        self.decoder, self.mask_ratio, self.null_rate, self.trim_rate = decoder, mask_ratio, null_rate, trim_rate
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Shapes: image uint8 (B, H, W, 3), embedding float (B, E), key int64 (B,); returns loss () and metrics."""
         decoder, keys_B = self.decoder, batch["key"]
         image_BCHW = to_unit_range(batch["image"])
         mask_BL = random_mask(keys_B, decoder.num_patches, self.mask_ratio)
+        is_null_B = keyed_uniform(~keys_B, 1).squeeze(1) < self.null_rate
         embedding_BE = batch["embedding"].float()
         if self.null_rate > 0:
-            is_null_B1 = keyed_uniform(~keys_B, 1) < self.null_rate
-            embedding_BE = torch.where(is_null_B1, decoder.null(len(embedding_BE)).float(), embedding_BE)
+            embedding_BE = torch.where(is_null_B.unsqueeze(1), decoder.null(len(embedding_BE)).float(), embedding_BE)
         patches_BLP = decoder(image_BCHW.to(decoder.class_token.dtype), embedding_BE, mask_BL)
-        return reconstruction_error(patches_BLP, decoder.patchify(image_BCHW), mask_BL).mean(), {}
+        error_B = reconstruction_error(patches_BLP, decoder.patchify(image_BCHW), mask_BL)
+        if self.trim_rate == 0:
+            return error_B.mean(), {}
+        # The null embedding says nothing about a sample, so samples that carry it are never trimmed.
+        is_kept_B = is_null_B | (error_B <= self._threshold(error_B.detach(), is_null_B))
+        share = is_kept_B.float().mean()
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(share, op=torch.distributed.ReduceOp.SUM)
+            share /= torch.distributed.get_world_size()
+        return (error_B * is_kept_B).mean() / share, {"trimmed": 1 - share}
+
+    def _threshold(self, error_B: Tensor, is_null_B: Tensor) -> Tensor:
+        """Error above which a sample is trimmed, over the global batch, so that it does not depend on the workers."""
+        error_B = error_B.masked_fill(is_null_B, torch.nan)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            gathered = [torch.empty_like(error_B) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(gathered, error_B)
+            error_B = torch.cat(gathered)
+        return error_B.nanquantile(1 - self.trim_rate)
 
     def after_step(self) -> None:
         pass
@@ -252,6 +275,7 @@ class DecoderPreset(Config):
     shape: DecoderShape
     mask_ratio: float
     null_rate: float
+    trim_rate: float
     batch_size: int
     epochs: float
     optimiser: Literal["adam", "adamw"]
@@ -268,25 +292,25 @@ PRESETS: dict[str, DecoderPreset] = {
     # leave six: a decoder this small otherwise copies its surroundings and hardly reads the embedding.
     "tiny": DecoderPreset(
         shape=DecoderShape(patch_px=4, width=96, heads=3, encoder_depth=2, decoder_depth=2),
-        mask_ratio=0.97, null_rate=0.1, batch_size=256, epochs=20, optimiser="adamw", learning_rate=2e-3,
+        mask_ratio=0.97, null_rate=0.1, trim_rate=0.1, batch_size=256, epochs=20, optimiser="adamw", learning_rate=2e-3,
         weight_decay=0.01, warmup_steps=100, schedule="cosine", clip_norm=1.0, shuffle=True,
     ),
     # Hou et al. as released, for 32-px victims: 12 + 4 blocks, Adam, no shuffling, no null embedding.
     "paper": DecoderPreset(
         shape=DecoderShape(patch_px=4, width=192, heads=3, encoder_depth=12, decoder_depth=4),
-        mask_ratio=0.9, null_rate=0.0, batch_size=256, epochs=200, optimiser="adam", learning_rate=1e-3,
+        mask_ratio=0.9, null_rate=0.0, trim_rate=0.0, batch_size=256, epochs=200, optimiser="adam", learning_rate=1e-3,
         weight_decay=1e-6, warmup_steps=0, schedule="constant", clip_norm=0.0, shuffle=False,
     ),
-    # The same network trained to convergence sooner, with the null embedding.
+    # The same network trained to convergence sooner, with null embedding and trimming.
     "fast": DecoderPreset(
         shape=DecoderShape(patch_px=4, width=192, heads=3, encoder_depth=12, decoder_depth=4),
-        mask_ratio=0.9, null_rate=0.1, batch_size=1024, epochs=100, optimiser="adamw", learning_rate=1e-3,
-        weight_decay=0.05, warmup_steps=1000, schedule="cosine", clip_norm=1.0, shuffle=True,
+        mask_ratio=0.9, null_rate=0.1, trim_rate=0.1, batch_size=1024, epochs=100, optimiser="adamw",
+        learning_rate=1e-3, weight_decay=0.05, warmup_steps=1000, schedule="cosine", clip_norm=1.0, shuffle=True,
     ),
     # For 224-px victims: ViT-B/16 blocks over the visible patches, MAE's light decoder.
     "vit_b16": DecoderPreset(
         shape=DecoderShape(patch_px=16, width=768, heads=12, encoder_depth=12, decoder_depth=4),
-        mask_ratio=0.9, null_rate=0.1, batch_size=1024, epochs=40, optimiser="adamw", learning_rate=5e-4,
+        mask_ratio=0.9, null_rate=0.1, trim_rate=0.1, batch_size=1024, epochs=40, optimiser="adamw", learning_rate=5e-4,
         weight_decay=0.05, warmup_steps=1000, schedule="cosine", clip_norm=1.0, shuffle=True,
     ),
 }  # fmt: skip

@@ -49,12 +49,16 @@ def index_shards(shards: list[Shard], chunk_size: int) -> list[ChunkRef]:
     """
     for shard in shards:
         if not shard.name.endswith(".tar"):
-            raise Mistake(
-                f"{shard.url} is compressed; training reads shards at many places, so it needs plain .tar files "
-                "(gunzip it, or write shards with jobs/ingest.py)"
-            )
+            raise _compressed(shard)
     index_one = ray.remote(num_cpus=1)(_index_one)
     return [ref for refs in ray.get([index_one.remote(shard, chunk_size) for shard in shards]) for ref in refs]
+
+
+def _compressed(shard: Shard) -> Mistake:
+    return Mistake(
+        f"{shard.url} is compressed; training reads shards at many places, so it needs plain .tar files "
+        "(gunzip it, or write shards with jobs/ingest.py)"
+    )
 
 
 def _index_one(shard: Shard, chunk_size: int) -> list[ChunkRef]:
@@ -62,18 +66,21 @@ def _index_one(shard: Shard, chunk_size: int) -> list[ChunkRef]:
     key, count, offset = None, 0, 0
     with open_shard(shard) as stream:
         try:
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
-                for member in tar:
-                    tar.members = []  # type: ignore[attr-defined]  # tarfile would remember every member
-                    if not member.isfile() or split_name(member.name)[0] == key:
-                        continue
-                    key = split_name(member.name)[0]
-                    if count == chunk_size:
-                        refs.append(ChunkRef(shard, len(refs), offset, count))
-                        count = 0
-                    if count == 0:
-                        offset = member.offset
-                    count += 1
+            tar = tarfile.open(fileobj=stream, mode="r:")
+        except tarfile.ReadError:  # `list_shards` found a tar in it, but none that begins with a header
+            raise _compressed(shard) from None
+        try:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would remember every member
+                if not member.isfile() or split_name(member.name)[0] == key:
+                    continue
+                key = split_name(member.name)[0]
+                if count == chunk_size:
+                    refs.append(ChunkRef(shard, len(refs), offset, count))
+                    count = 0
+                if count == 0:
+                    offset = member.offset
+                count += 1
         except tarfile.ReadError:
             pass  # a truncated shard: what stands before the cut is trained on, the score pass reports the rest
     return [*refs, ChunkRef(shard, len(refs), offset, count)] if count else refs

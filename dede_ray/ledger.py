@@ -4,7 +4,7 @@ The parts are the ledger. A part's name is a function of shard and chunk only; i
 and renamed, so it is absent or whole. A shard's end marker says how many chunks it has. A rerun lists what stands and
 does the rest, so killing anything at any time loses nothing and counts nothing twice.
 
-    <folder>/pass.json                              what the parts were made with; another pass may not continue them
+    <folder>/pass.json                              what the parts were made with and of; another pass may not continue
     <folder>/parts/<shard>/000003.parquet           one row per sample of chunk 3, unreadable ones included
     <folder>/parts/<shard>/end.json                 {"num_samples": 9873, "num_chunks": 20, "is_complete": true}
 
@@ -13,6 +13,7 @@ What the work is (scoring with detectors, embedding for the decoder's training) 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import Counter
@@ -138,7 +139,7 @@ def run_pass(
     """
     folder = Path(folder).absolute()
     made_with = {**made_with, "chunk_size": chunk_size, "limits": limits.model_dump(), "image_size": image_size}
-    _claim_parts(folder, made_with)
+    _claim_parts(folder, made_with, shards)
     todo = {shard.name: _standing_chunks(folder, shard) for shard in shards if not _is_done(folder, shard)}
     if todo:
         skipped = len(shards) - len(todo)
@@ -171,18 +172,23 @@ def part_path(folder: str | Path, shard_name: str, number: int) -> Path:
 # ------------------------------------------------------------------------------------------------ what stands
 
 
-def _claim_parts(folder: Path, made_with: dict[str, Any]) -> None:
+def _claim_parts(folder: Path, made_with: dict[str, Any], shards: list[Shard]) -> None:
+    """Take a folder for a pass, or continue the same pass there; shards may be added, but not exchanged."""
     path = folder / "pass.json"
-    if not path.is_file():
-        write_json(path, made_with)
-        return
-    standing = read_json(path, "record of a pass")
-    changed = sorted(k for k in standing.keys() | made_with.keys() if standing.get(k) != made_with.get(k))
-    if changed:
-        listing = "\n  ".join(f"{key}: {standing.get(key)!r} there, {made_with.get(key)!r} now" for key in changed)
+    standing = read_json(path, "record of a pass") if path.is_file() else made_with
+    made_of = standing.pop("shards", {})
+    changed = [(k, standing.get(k), made_with.get(k)) for k in sorted(standing.keys() | made_with.keys())]
+    for shard in shards:
+        now = f"{shard.url}, {shard.num_bytes:,} bytes"
+        changed.append((shard.name, made_of.setdefault(shard.name, now), now))
+    lines = [f"{name}: {there!r} there, {now!r} now" for name, there, now in changed if there != now]
+    if lines:
+        more = [f"and {len(lines) - 10:,} more"] if len(lines) > 10 else []
         raise Mistake(
-            f"{folder} holds parts of another pass:\n  {listing}\nchoose another output folder, or delete this one"
+            "\n  ".join([f"{folder} holds parts of another pass:", *lines[:10], *more])
+            + "\nchoose another output folder, or delete this one"
         )
+    write_json(path, {**made_with, "shards": made_of})
 
 
 def _standing_chunks(folder: Path, shard: Shard) -> set[int]:
@@ -250,8 +256,9 @@ def _read_and_decode(
     shard: Shard, standing: set[int], folder: Path, image_size: int, chunk_size: int, limits: Limits
 ) -> Iterator[pa.Table]:
     end = ShardEnd()
-    number = -1
-    for number, samples in enumerate(iter_chunks(shard, chunk_size, limits, end)):
+    chunks = iter_chunks(shard, chunk_size, limits, end)
+    first = next(chunks, [])  # a shard without samples still has one part, without rows
+    for number, samples in enumerate(itertools.chain([first], chunks)):
         if number in standing:
             continue  # its bytes passed by; nothing was decoded
         images = []
@@ -266,16 +273,21 @@ def _read_and_decode(
                 "shard": [shard.name],
                 "number": [number],
                 "first_index": [number * chunk_size],
-                "key": [[sample.key for sample in samples]],
-                "caption": pa.array([[sample.caption for sample in samples]], pa.list_(pa.string())),
-                "error": pa.array([[sample.error for sample in samples]], pa.list_(pa.string())),
-                "content_hash": [[sample.content_hash() for sample in samples]],
+                "key": _strings(sample.key for sample in samples),
+                "caption": _strings(sample.caption for sample in samples),
+                "error": _strings(sample.error for sample in samples),
+                "content_hash": _strings(sample.content_hash() for sample in samples),
                 # The readable samples' pixels, uint8, one block: Ray Data then moves them without looking inside.
                 "pixels": pa.array([b"".join(image.tobytes() for image in images)], pa.large_binary()),
             }
         )
     marker = {"num_samples": end.num_samples, "num_chunks": number + 1, "is_complete": end.is_complete}
     write_json(folder / "parts" / shard.name / "end.json", marker)
+
+
+def _strings(values: Iterable[str | None]) -> pa.Array:
+    """One row that is a list of strings."""
+    return pa.array([list(values)], pa.list_(pa.string()))
 
 
 class _Worker:

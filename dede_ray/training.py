@@ -35,7 +35,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
 
 from dede_ray import clip, feed
-from dede_ray.config import Config, Mistake, claim, finish
+from dede_ray.config import Config, Mistake, claim, finish, write_json
 from dede_ray.decoder import (
     PRESETS,
     DecoderPreset,
@@ -96,9 +96,11 @@ class DecoderTrain(Config):
     """Hidden patches / patches while training."""
     null_rate: float | None = Field(None, ge=0, lt=1)
     """Share of samples trained with the null embedding, which the null-embedding ratio needs."""
+    trim_rate: float | None = Field(None, ge=0, lt=1)
+    """Worst rebuilt share of each batch that is left out of the loss, so that poisoned samples are never learnt."""
 
     def resolved(self) -> DecoderPreset:
-        own = self.model_dump(include={"epochs", "batch_size", "learning_rate", "mask_ratio", "null_rate"})
+        own = self.model_dump(include={"epochs", "batch_size", "learning_rate", "mask_ratio", "null_rate", "trim_rate"})
         return PRESETS[self.preset].model_copy(update={k: v for k, v in own.items() if v is not None})
 
 
@@ -172,15 +174,14 @@ def _train_clip(config: TrainConfig, section: ClipTrain) -> str:
     if done is None:
         described = clip.model_description(section.model)
         index = feed.index_shards(list_shards(section.shards), CHUNK_SIZE)
-        recipe = _ClipRecipe(section, described, config.limits)
+        plan = _plan(config, index, section.batch_size)
+        recipe = _ClipRecipe(section, described, config.limits, config.seed)
         with torch.random.fork_rng():
             clip.build_clip(described)  # a config that cannot be built is a mistake to report here, not in a worker
         optimisation = _Optimisation(
             "adamw", section.learning_rate, section.weight_decay, section.warmup_steps, "cosine", section.clip_norm
         )
-        done = finish(
-            folder, own, _fit(folder, config, recipe, optimisation, index, section.batch_size, section.epochs)
-        )
+        done = finish(folder, own, _fit(folder, config, recipe, optimisation, plan, section.epochs))
     return f"clip: {done['steps']:,} steps on {done['num_samples']:,} samples, loss {done['loss']:.3f} -> {folder}"
 
 
@@ -200,8 +201,9 @@ def _train_decoder(config: TrainConfig, section: DecoderTrain) -> str:
         preset = section.resolved()
         shards = list_shards(section.shards)
         index = feed.index_shards(shards, CHUNK_SIZE)
-        holdout = list_shards(section.holdout) if section.holdout else shards[:1]
-        held_index = feed.index_shards(holdout, CHUNK_SIZE) if section.holdout else index
+        plan = _plan(config, index, preset.batch_size, preset.shuffle)
+        holdout = list_shards(section.holdout) if section.holdout else [index[0].shard]
+        held_index = feed.index_shards(holdout, CHUNK_SIZE)
         for kind, pass_shards in (("train", shards), ("holdout", holdout)):
             run_pass(
                 pass_shards, folder / "embeddings" / kind, EmbedWork, {"victim_config": victim_config},
@@ -214,7 +216,7 @@ def _train_decoder(config: TrainConfig, section: DecoderTrain) -> str:
             preset.optimiser, preset.learning_rate, preset.weight_decay, preset.warmup_steps, preset.schedule,
             preset.clip_norm,
         )  # fmt: skip
-        result = _fit(folder, config, recipe, optimisation, index, preset.batch_size, preset.epochs, preset.shuffle)
+        result = _fit(folder, config, recipe, optimisation, plan, preset.epochs)
         done = finish(folder, own, {**result, "victim": victim.fingerprint})
     use = done["export"]
     return (
@@ -271,7 +273,7 @@ class _ClipRecipe:
     section: ClipTrain
     described: dict[str, Any]
     limits: Limits
-    seed: int = 0
+    seed: int
 
     def objective(self, rank: int, world: int) -> clip.Contrastive:
         objective = clip.Contrastive(self.described, rank, world)
@@ -334,7 +336,7 @@ class _DecoderRecipe:
     def objective(self, rank: int, world: int) -> Reconstruction:
         decoder = MaskedDecoder(self.preset.shape, self.image_size, self.embedding_dim, self.embedding_scale)
         decoder.victim, decoder.has_null = self.victim, self.preset.null_rate > 0
-        return Reconstruction(decoder, self.preset.mask_ratio, self.preset.null_rate)
+        return Reconstruction(decoder, self.preset.mask_ratio, self.preset.null_rate, self.preset.trim_rate)
 
     def decode(self, ref: feed.ChunkRef, epoch: int, start: int, samples: list[Sample]) -> feed.Columns:
         return self._columns(self.train_parts, ref, epoch, start, samples)
@@ -420,23 +422,25 @@ class _Run:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+def _plan(config: TrainConfig, index: list[feed.ChunkRef], batch_size: int, shuffle: bool = True) -> feed.Plan:
+    """Which samples make up which batch; settings that do not divide are found here, before anything is computed."""
+    if config.lanes % config.workers.num_workers:
+        raise Mistake(f"lanes {config.lanes} must be a multiple of workers.num_workers {config.workers.num_workers}")
+    steps_per_window = max(1, round(1024 / (batch_size / config.lanes)))
+    return feed.Plan(index, batch_size, config.lanes, config.seed, shuffle, min(steps_per_window, 16))
+
+
 def _fit(
     folder: Path,
     config: TrainConfig,
     recipe: _ClipRecipe | _DecoderRecipe,
     optimisation: _Optimisation,
-    index: list[feed.ChunkRef],
-    batch_size: int,
+    plan: feed.Plan,
     epochs: float,
-    shuffle: bool = True,
 ) -> dict[str, Any]:
     """Train one section to its end; resumes from the folder's last checkpoint."""
     workers = config.workers
-    if config.lanes % workers.num_workers:
-        raise Mistake(f"lanes {config.lanes} must be a multiple of workers.num_workers {workers.num_workers}")
-    steps_per_window = max(1, round(1024 / (batch_size / config.lanes)))
-    plan = feed.Plan(index, batch_size, config.lanes, config.seed, shuffle, min(steps_per_window, 16))
-    num_steps = max(1, round(plan.num_samples * epochs / batch_size))
+    num_steps = max(1, round(plan.num_samples * epochs / plan.batch_size))
     threads = workers.threads_per_worker or max(1, (os.cpu_count() or 1) // workers.num_workers)
     use_gpu = workers.gpus_per_worker > 0
     cpus = ray.cluster_resources().get("CPU", 1)
@@ -525,7 +529,7 @@ def _train_loop(run: _Run) -> dict[str, Any]:
         }
         loss, metrics = engine(batch)
         if not _all_finite(loss, world):
-            return {"mistake": _non_finite(run, step, loss, columns)}
+            return {"mistake": _non_finite(run, step, loss, columns, rank, world)}
         engine.backward(loss)
         for group in optimiser.param_groups:
             group["lr"] = run.optimisation.rate(step, run.num_steps)
@@ -589,12 +593,18 @@ def _all_finite(loss: torch.Tensor, world: int) -> bool:
     return bool(is_finite)
 
 
-def _non_finite(run: _Run, step: int, loss: torch.Tensor, columns: feed.Columns) -> str:
-    path = run.folder / f"non_finite_step_{step}.json"
-    ids = [name.decode() for name in columns["sample_id"].tolist()]
-    path.write_text(json.dumps({"step": step, "sample_ids": ids}, indent=2))
+def _non_finite(run: _Run, step: int, loss: torch.Tensor, columns: feed.Columns, rank: int, world: int) -> str:
+    """Name the samples of all ranks whose loss is not finite; called by every rank."""
+    mine = (float(loss), [name.decode() for name in columns["sample_id"].tolist()])
+    everyone: list[Any] = [mine] * world
+    if world > 1:
+        torch.distributed.all_gather_object(everyone, mine)
+    bad = [(value, ids) for value, ids in everyone if not math.isfinite(value)]
+    path, ids = run.folder / f"non_finite_step_{step}.json", [name for _, names in bad for name in names]
+    if rank == 0:
+        write_json(path, {"step": step, "sample_ids": ids})
     return (
-        f"the loss of step {step} is {float(loss)}; stopped before the step. The batch began with {ids[:3]}, all its "
+        f"the loss of step {step} is {bad[0][0]}; stopped before the step. The batch began with {ids[:3]}, all its "
         f"sample ids are in {path}. Lower learning_rate, or train in fp32"
     )
 

@@ -1,16 +1,22 @@
-"""What the tests share: one local Ray, tars written on the spot, small images."""
+"""What the tests share: one local Ray, tars written on the spot, small images, one evaluated world."""
 
 from __future__ import annotations
 
 import gzip
 import io
+import json
+import logging
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 os.environ.update(  # before numpy, torch and ray read them; Ray's workers inherit them
     OMP_NUM_THREADS="1",
+    PYTHONPATH=os.pathsep.join(
+        [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    ),  # this checkout, in any cwd
     RAY_AUTH_MODE="disabled",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_TRAIN_METRICS_ENABLED="0",
@@ -22,7 +28,10 @@ os.environ.update(  # before numpy, torch and ray read them; Ray's workers inher
 import numpy as np
 import pytest
 
-from dede_ray.shards import encode_image
+from dede_ray.shards import Sample, encode_image, write_shards
+
+if TYPE_CHECKING:
+    from dede_ray.findings import Scan
 
 Members = Iterable[tuple[str, bytes]]
 
@@ -33,16 +42,17 @@ def local_ray() -> Iterator[None]:
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # pytest would show pages of it beside a failure
+    ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
 
 
-@pytest.fixture
-def write_tar(tmp_path: Path) -> Callable[[str, Members], Path]:
-    """Write `name` (gzipped if it ends in gz) with these members, in this order, under the test's own folder."""
+@pytest.fixture(scope="session")
+def write_tar_in() -> Callable[[Path, Members], Path]:
+    """Write a tar (gzipped if its name ends in gz) with these members, in this order."""
 
-    def write(name: str, members: Members) -> Path:
-        path = tmp_path / name
+    def write(path: Path, members: Members) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -51,10 +61,16 @@ def write_tar(tmp_path: Path) -> Callable[[str, Members], Path]:
                 header.size = len(content)
                 tar.addfile(header, io.BytesIO(content))
         content = buffer.getvalue()
-        path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        path.write_bytes(gzip.compress(content) if path.name.endswith("gz") else content)
         return path
 
     return write
+
+
+@pytest.fixture
+def write_tar(write_tar_in: Callable[[Path, Members], Path], tmp_path: Path) -> Callable[[str, Members], Path]:
+    """The same, under the test's own folder."""
+    return lambda name, members: write_tar_in(tmp_path / name, members)
 
 
 @pytest.fixture(scope="session")
@@ -77,9 +93,104 @@ def png(picture: Callable[..., np.ndarray]) -> Callable[..., bytes]:
 
 
 @pytest.fixture(scope="session")
+def write_pictures(png: Callable[..., bytes]) -> Callable[..., list[Path]]:
+    """Write shards of numbered pictures, each with a caption and a label: `<split>-00000.tar` ..."""
+
+    def write(
+        folder: Path, numbers: Iterable[int] = range(40), split: str = "train", per_shard: int = 20
+    ) -> list[Path]:
+        samples = (Sample(f"{n:04d}", 0, png(n), "png", caption=f"picture {n}", label=n % 4) for n in numbers)
+        return write_shards(folder, split, samples, per_shard)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def clip_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model config of a CLIP that trains in seconds: 32-px images, 16-wide embeddings."""
+    model = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    path = tmp_path_factory.mktemp("clip") / "tiny.json"
+    path.write_text(json.dumps(model))
+    return path
+
+
+@pytest.fixture(scope="session")
+def victim_folder(clip_config: Path) -> Path:
+    """That CLIP, exported with random weights."""
+    import torch
+
+    from dede_ray.clip import build_clip, model_description, save_clip
+
+    torch.manual_seed(0)
+    described = model_description(str(clip_config))
+    save_clip(clip_config.parent / "victim", build_clip(described), described)
+    return clip_config.parent / "victim"
+
+
+@pytest.fixture(scope="session")
+def decoder_folder(victim_folder: Path) -> Path:
+    """A decoder of one block per side for that victim, exported with random weights and a null embedding."""
+    import torch
+
+    from dede_ray.decoder import DecoderShape, MaskedDecoder, save_decoder
+    from dede_ray.victims import OpenClipVictim, load_victim
+
+    victim = load_victim(OpenClipVictim(path=str(victim_folder)))
+    torch.manual_seed(1)
+    shape = DecoderShape(patch_px=4, width=32, heads=2, encoder_depth=1, decoder_depth=1)
+    decoder = MaskedDecoder(shape, victim.image_size, victim.embedding_dim)
+    decoder.victim, decoder.has_null = victim.fingerprint, True
+    save_decoder(victim_folder.parent / "decoder", decoder, {})
+    return victim_folder.parent / "decoder"
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data beside the checkout; the test is skipped where there is none."""
     folder = Path(__file__).parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("real data is not there: expected in ../shared/data, beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The planted world of evaluation.py."""
+    import evaluation
+
+    folder = tmp_path_factory.mktemp("world")
+    evaluation.plant(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def report(world: Path) -> Path:
+    """The folder of its evaluation."""
+    import evaluation
+
+    from dede_ray.report import evaluate
+
+    evaluate(evaluation.config(world))
+    return world / "report"
+
+
+@pytest.fixture(scope="session")
+def metrics(report: Path) -> dict[str, Any]:
+    """What that evaluation found."""
+    return json.loads((report / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def scan(world: Path) -> Scan:
+    """Its manifests and its truth, joined."""
+    import pyarrow.parquet as pq
+
+    from dede_ray.findings import join
+    from dede_ray.manifest import read_manifest
+
+    manifest, honest = read_manifest(world / "victim_scores"), read_manifest(world / "honest_scores")
+    return join(manifest, honest, pq.read_table(world / "truth.parquet"), "truth.parquet")

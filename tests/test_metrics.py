@@ -13,6 +13,7 @@ from scipy import stats
 from dede_ray.metrics import (
     Interval,
     auroc,
+    auroc_difference,
     average_precision,
     detection_metrics,
     false_discovery_proportion,
@@ -176,3 +177,30 @@ def test_a_short_roc_curve_is_kept_whole():
     fpr, tpr = roc_curve(scores, is_poisoned)
     np.testing.assert_array_equal(fpr, whole_fpr)
     np.testing.assert_array_equal(tpr, whole_tpr)
+
+
+def test_the_difference_of_two_aurocs_knows_that_they_share_their_images():
+    rng = np.random.default_rng(0)
+    is_poisoned = np.arange(400) < 80
+    shared = rng.normal(size=400) + is_poisoned
+    one, other = shared + rng.normal(size=400) / 4, shared + rng.normal(size=400) / 4 - is_poisoned / 2
+    difference = auroc_difference(one, other, is_poisoned)
+    assert difference.value == pytest.approx(auroc(one, is_poisoned).value - auroc(other, is_poisoned).value)
+    alone = auroc(one, is_poisoned)
+    assert difference.high - difference.low < alone.high - alone.low
+    assert difference.low < difference.value < difference.high
+    swapped = auroc_difference(other, one, is_poisoned)
+    assert (swapped.low, swapped.high) == pytest.approx((-difference.high, -difference.low))
+    assert auroc_difference(one, one, is_poisoned).value == 0
+
+
+def test_the_difference_covers_what_it_promises():
+    """Two equally good scores: 95 % limits hold zero about 95 % of the time."""
+    rng = np.random.default_rng(0)
+    is_poisoned = np.arange(230) < 30
+    covered = 0
+    for _ in range(300):
+        shared = rng.normal(size=230) + is_poisoned
+        limits = auroc_difference(shared + rng.normal(size=230), shared + rng.normal(size=230), is_poisoned)
+        covered += limits.low <= 0 <= limits.high
+    assert 0.91 < covered / 300 < 0.99

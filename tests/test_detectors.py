@@ -1,0 +1,125 @@
+"""Detectors: a score belongs to the sample, the models and the seed; higher is more suspicious."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dede_ray.clip import to_unit_range
+from dede_ray.config import Mistake
+from dede_ray.decoder import MaskedDecoder, load_decoder, random_mask, sample_keys, save_decoder
+from dede_ray.detectors import CONTROLS, Batch, DeDe, ImageStatistics
+from dede_ray.victims import OpenClipVictim, Victim, load_victim
+
+RATIOS = [0.75, 0.97, 0.99]  # 16, 1 and 0 of 64 patches visible
+
+
+@pytest.fixture(scope="module")
+def victim(victim_folder) -> Victim:
+    return load_victim(OpenClipVictim(path=str(victim_folder)))
+
+
+@pytest.fixture(scope="module")
+def batch(victim, picture) -> Batch:
+    image_BCHW = to_unit_range(torch.from_numpy(np.stack([picture(i) for i in range(12)])))
+    return Batch([f"train-00000.tar/{i:04d}" for i in range(12)], image_BCHW, victim(image_BCHW))
+
+
+def part(batch: Batch, rows: list[int]) -> Batch:
+    return Batch([batch.sample_ids[i] for i in rows], batch.image_BCHW[rows], batch.embedding_BE[rows])
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_a_score_is_the_same_in_any_batch_and_order(victim, decoder_folder, batch, ratio):
+    for detector in (DeDe(decoder=str(decoder_folder), score_mask_ratio=ratio), ImageStatistics()):
+        scorer = detector.open(victim)
+        whole = scorer.score(batch)
+        assert tuple(whole) == scorer.columns
+        order = [7, 0, 11, 3, 1, 2, 10, 9, 8, 4, 6, 5]
+        shuffled = scorer.score(part(batch, order))
+        alone = [scorer.score(part(batch, [i])) for i in range(12)]
+        for name, score_B in whole.items():
+            assert (score_B.dtype, score_B.shape) == (np.float32, (12,))
+            np.testing.assert_allclose(shuffled[name], score_B[order], rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(np.concatenate([one[name] for one in alone]), score_B, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_dede_scores_are_errors_averaged_over_masks(victim, decoder_folder, batch, ratio):
+    """Recomputed from patches, one sample at a time."""
+    decoder = load_decoder(decoder_folder)
+    scores = DeDe(decoder=str(decoder_folder), score_mask_ratio=ratio, num_masks=3, seed=5).open(victim).score(batch)
+    for i in range(12):
+        image_BCHW, target_LP = batch.image_BCHW[i : i + 1], decoder.patchify(batch.image_BCHW[i : i + 1])[0]
+        sums: dict[bool, list[float]] = {True: [], False: []}
+        for repeat in range(3):
+            mask_BL = random_mask(sample_keys([batch.sample_ids[i]], 5, repeat), 64, ratio)
+            for is_null, embedding_BE in ((False, batch.embedding_BE[i : i + 1]), (True, decoder.null(1))):
+                with torch.inference_mode():
+                    patches_LP = decoder(image_BCHW, embedding_BE, mask_BL)[0]
+                sums[is_null].append(float((patches_LP - target_LP)[mask_BL[0]].square().sum()))
+        num_pixels = int(mask_BL.sum()) * 48
+        total, null = np.mean(sums[False]), np.mean(sums[True])
+        assert scores["dede_sum"][i] == pytest.approx(total, rel=1e-4)
+        assert scores["dede_mean"][i] == pytest.approx(total / num_pixels, rel=1e-4)
+        assert scores["dede_null"][i] == pytest.approx(null / num_pixels, rel=1e-4)
+        assert scores["dede_null_ratio"][i] == pytest.approx(np.log(total / null), abs=1e-4)
+
+
+def test_what_is_rebuilt_worse_scores_higher(victim, decoder_folder, batch):
+    """A picture and its negative, with one embedding: the one further from what the decoder draws scores higher."""
+    decoder = load_decoder(decoder_folder)
+    drawn_BCHW, _ = decoder.reconstruct(batch.image_BCHW, batch.embedding_BE, sample_keys(batch.sample_ids, 0), 0.99)
+    scorer = DeDe(decoder=str(decoder_folder), score_mask_ratio=0.99).open(victim)
+    near = scorer.score(Batch(batch.sample_ids, 0.9 * drawn_BCHW + 0.1 * batch.image_BCHW, batch.embedding_BE))
+    far = scorer.score(batch)
+    for name in ("dede_sum", "dede_mean"):
+        assert (near[name] < far[name]).all()
+
+
+def test_controls_never_look_at_the_embedding(victim, decoder_folder, batch):
+    other = Batch(batch.sample_ids, batch.image_BCHW, batch.embedding_BE.flip(0) + 1)
+    seen = {}
+    for detector in (DeDe(decoder=str(decoder_folder), score_mask_ratio=0.9), ImageStatistics()):
+        scorer = detector.open(victim)
+        one, two = scorer.score(batch), scorer.score(other)
+        seen.update({name: not np.array_equal(one[name], two[name]) for name in one})
+    assert {name for name, looks in seen.items() if not looks} == set(CONTROLS)
+
+
+def test_image_statistics_are_contrast_and_edges(batch, victim):
+    scores = ImageStatistics().open(victim).score(batch)
+    for i in range(12):
+        grey = batch.image_BCHW[i].numpy().astype(np.float64).mean(axis=0)
+        edges = np.mean((grey[1:] - grey[:-1]) ** 2) + np.mean((grey[:, 1:] - grey[:, :-1]) ** 2)
+        assert scores["stat_contrast"][i] == pytest.approx(grey.std(ddof=1), rel=1e-4)
+        assert scores["stat_edges"][i] == pytest.approx(edges, rel=1e-4)
+
+
+def test_the_seed_and_the_ratio_are_part_of_a_detectors_fingerprint(victim, decoder_folder):
+    variants = [{}, {"seed": 1}, {"score_mask_ratio": 0.9}, {"num_masks": 2}]
+    prints = [DeDe(decoder=str(decoder_folder), **variant).open(victim).fingerprint for variant in variants]
+    assert len(set(prints)) == 4
+    assert prints[0] == DeDe(decoder=str(decoder_folder)).open(victim).fingerprint
+
+
+def test_a_decoder_without_a_null_embedding_gives_no_null_scores(victim, decoder_folder, batch, tmp_path):
+    decoder = load_decoder(decoder_folder)
+    decoder.has_null = False
+    save_decoder(tmp_path, decoder, {})
+    scores = DeDe(decoder=str(tmp_path)).open(victim).score(batch)
+    assert set(scores) == {"dede_sum", "dede_mean"}
+
+
+def test_a_decoder_of_another_victim_is_a_mistake_that_names_the_widths(victim, decoder_folder, tmp_path):
+    wide = MaskedDecoder(load_decoder(decoder_folder).shape, image_size=32, embedding_dim=24)
+    wide.victim = victim.fingerprint
+    save_decoder(tmp_path / "wide", wide, {})
+    with pytest.raises(Mistake, match=r"embeddings of width 24 of 32-px images, victim .* gives 16 of 32 px"):
+        DeDe(decoder=str(tmp_path / "wide")).open(victim)
+    other = load_decoder(decoder_folder)
+    other.victim = "0123456789abcdef"
+    save_decoder(tmp_path / "other", other, {})
+    with pytest.raises(Mistake, match="trained against another victim"):
+        DeDe(decoder=str(tmp_path / "other")).open(victim)

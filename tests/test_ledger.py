@@ -1,0 +1,204 @@
+"""The ledger: one row per sample, nothing done twice, nothing lost, whatever dies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from dede_ray.config import Mistake
+from dede_ray.ledger import PassResources, PassSummary, part_path, read_parts, run_pass
+from dede_ray.shards import Limits, decode_image, list_shards
+
+RESOURCES = PassResources(min_actors=1, cpus_per_actor=0.5, decode_cpus=0.5)
+
+
+class Brightness:
+    """The work of these passes: the mean pixel of each image."""
+
+    def __init__(self, image_size: int = 32, die_once_at: str = ""):
+        self.image_size, self.columns, self.die_once_at = image_size, {"brightness": pa.float32()}, die_once_at
+
+    def __call__(self, chunk):
+        if self.die_once_at and not Path(self.die_once_at).exists():
+            Path(self.die_once_at).touch()
+            os._exit(1)
+        assert chunk.image_BHWC.shape == (len(chunk.sample_ids), self.image_size, self.image_size, 3)
+        return {"brightness": chunk.image_BHWC.mean(axis=(1, 2, 3))}
+
+
+def run(shards: Path, folder: Path, work_arguments=None, **changed) -> PassSummary:
+    settings = {
+        "image_size": 32, "made_with": {"victim": "one"}, "chunk_size": 4, "limits": Limits(), "resources": RESOURCES,
+        "max_error_fraction": 0.5, "name": "test",
+    }  # fmt: skip
+    return run_pass(list_shards(str(shards)), folder, Brightness, work_arguments or {}, **{**settings, **changed})
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Identity, time and content of every part and end marker."""
+    paths = sorted(path for path in folder.glob("parts/*/*") if not path.name.startswith("."))
+    return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns, p.read_bytes()) for p in paths}
+
+
+@pytest.fixture(scope="module")
+def shards(write_pictures, tmp_path_factory) -> Path:
+    """22 samples in shards of 10, 10 and 2."""
+    folder = tmp_path_factory.mktemp("pass") / "shards"
+    write_pictures(folder, range(22), per_shard=10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(local_ray, shards) -> Path:
+    run(shards, shards.parent / "finished")
+    return shards.parent / "finished"
+
+
+@pytest.fixture(scope="module")
+def odd(local_ray, write_tar_in, png, tmp_path_factory) -> tuple[Path, PassSummary]:
+    """A finished pass over one shard with every fault, one that is cut, and one without a sample."""
+    folder = tmp_path_factory.mktemp("odd")
+    good = [(f"{i:02d}.png", png(i)) for i in range(9)]
+    bad = [("no.txt", b"words"), ("rubbish.png", b"rubbish"), ("cut.png", png(0)[:-40]), ("01.png", png(1))]
+    sizes = [("wide.png", png(0, 40, 60)), ("small.png", png(1, 9, 9))]
+    write_tar_in(folder / "shards" / "bad.tar", [*good[:2], *bad[:2], *good[2:], *bad[2:], *sizes])
+    cut = write_tar_in(folder / "shards" / "cut.tar", good)
+    content = cut.read_bytes()
+    cut.write_bytes(content[: content.index(b"04.png") + 700])
+    with tarfile.open(folder / "shards" / "empty.tar", "w") as tar:
+        member = tarfile.TarInfo("folder")
+        member.type = tarfile.DIRTYPE
+        tar.addfile(member)
+    return folder / "pass", run(folder / "shards", folder / "pass")
+
+
+def test_every_sample_has_one_row_in_the_order_of_its_shard(odd, picture):
+    rows = read_parts(odd[0], "bad.tar").to_pylist()
+    keys = ["00", "01", "no", "rubbish", "02", "03", "04", "05", "06", "07", "08", "cut", "01#12", "wide", "small"]
+    assert [row["sample_id"] for row in rows] == [f"bad.tar/{key}" for key in keys]
+    assert [row["index"] for row in rows] == list(range(15))
+    for key, row in zip(keys, rows, strict=True):
+        assert row["shard"] == "bad.tar"
+        if key.isdigit():
+            assert row["brightness"] == pytest.approx(picture(int(key)).mean(), rel=1e-6)
+
+
+def test_what_cannot_be_used_is_a_row_with_a_reason_and_counted(odd):
+    folder, summary = odd
+    rows = read_parts(folder, "bad.tar").to_pylist()
+    errors = {row["sample_id"].split("/")[1]: row["error"] for row in rows if row["error"]}
+    assert errors == {
+        "no": "no_image", "rubbish": "image_unreadable", "cut": "image_truncated", "01#12": "duplicate_key"
+    }  # fmt: skip
+    assert {row["brightness"] is None for row in rows if row["error"]} == {True}
+    assert summary.num_samples == 15 + 5 + 0
+    assert summary.errors == dict.fromkeys(sorted([*errors.values(), "shard_truncated"]), 1)
+
+
+def test_images_of_other_sizes_reach_the_work_as_squares_of_its_size(odd, png):
+    squares = [decode_image(png(0, 40, 60), Limits(), 32), decode_image(png(1, 9, 9), Limits(), 32)]
+    brightness = read_parts(odd[0], "bad.tar")["brightness"].to_pylist()[-2:]
+    np.testing.assert_allclose(brightness, [square.mean() for square in squares], rtol=1e-6)
+
+
+def test_a_cut_shard_is_read_up_to_the_cut_and_named(odd):
+    folder, summary = odd
+    assert summary.truncated_shards == ["cut.tar"]
+    assert read_parts(folder, "cut.tar")["error"].to_pylist() == [None] * 4 + ["shard_truncated"]
+
+
+def test_a_shard_without_a_sample_has_no_rows(odd):
+    rows = read_parts(odd[0], "empty.tar")
+    assert (len(rows), rows.schema) == (0, read_parts(odd[0], "bad.tar").schema)
+
+
+def test_a_finished_pass_has_nothing_left_to_do(finished, shards):
+    before = snapshot(finished)
+    assert len(before) == 3 + 3 + 1 + 3  # parts of three shards, three end markers
+    assert run(shards, finished) == PassSummary(22, {}, [])
+    assert snapshot(finished) == before
+
+
+def test_what_stands_is_kept_and_what_is_missing_is_done(finished, shards, tmp_path):
+    whole, folder = snapshot(finished), tmp_path / "pass"
+    shutil.copytree(finished, folder)
+    part_path(folder, "train-00000.tar", 1).unlink()  # a hole, with the end marker standing
+    shutil.rmtree(folder / "parts" / "train-00001.tar")  # a shard never begun
+    (folder / "parts" / "train-00002.tar" / "end.json").unlink()  # killed before the end was known
+    part_path(folder, "train-00000.tar", 0).with_name(".000001.parquet.123.tmp").write_bytes(b"half a part")
+    before = snapshot(folder)
+    assert run(shards, folder) == PassSummary(22, {}, [])
+    after = snapshot(folder)
+    assert {name: part[2] for name, part in after.items()} == {name: part[2] for name, part in whole.items()}
+    parts = [name for name in before if name.endswith(".parquet")]
+    assert len(parts) == 2 + 0 + 1
+    assert {name: after[name] for name in parts} == {name: before[name] for name in parts}
+
+
+def test_rows_do_not_depend_on_chunks_actors_or_how_shards_are_named(finished, shards, tmp_path):
+    two = PassResources(min_actors=2, max_actors=2, cpus_per_actor=0.5, decode_cpus=0.5)
+    backwards = list_shards([str(path) for path in sorted(shards.glob("*.tar"), reverse=True)])
+    run_pass(
+        backwards, tmp_path / "other", Brightness, {}, image_size=32, made_with={}, chunk_size=3, limits=Limits(),
+        resources=two, max_error_fraction=0, name="test",
+    )  # fmt: skip
+    for shard in backwards:
+        assert read_parts(tmp_path / "other", shard.name).equals(read_parts(finished, shard.name))
+
+
+def test_an_actor_that_dies_is_replaced_and_its_chunk_done(finished, shards, tmp_path):
+    run(shards, tmp_path / "pass", {"die_once_at": str(tmp_path / "died")})
+    assert (tmp_path / "died").exists()
+    one, other = ({name: part[2] for name, part in snapshot(f).items()} for f in (tmp_path / "pass", finished))
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"made_with": {"victim": "another"}}, "victim: 'one' there, 'another' now"),
+        ({"chunk_size": 5}, "chunk_size: 4 there, 5 now"),
+        ({"limits": Limits(max_pixels=7)}, "limits: .*'max_pixels': 7"),
+    ],
+)
+def test_a_pass_with_other_settings_may_not_continue_and_hears_which(finished, shards, changed, named):
+    before = snapshot(finished)
+    with pytest.raises(Mistake, match=named):
+        run(shards, finished, **changed)
+    assert snapshot(finished) == before
+
+
+def test_other_shards_of_the_same_names_are_not_taken_for_done(finished, shards, write_pictures, tmp_path):
+    write_pictures(tmp_path / "others", range(100, 122), per_shard=10)
+    with pytest.raises(Mistake, match=r"train-00000\.tar"):
+        run(tmp_path / "others", finished)
+
+
+def test_further_shards_can_join_a_pass(finished, shards, write_pictures, tmp_path):
+    shutil.copytree(finished, tmp_path / "pass")
+    before = snapshot(tmp_path / "pass")
+    write_pictures(shards.parent / "more", range(30, 33), "extra")
+    both = list_shards([str(shards), str(shards.parent / "more")])
+    summary = run_pass(
+        both, tmp_path / "pass", Brightness, {}, image_size=32, made_with={"victim": "one"}, chunk_size=4,
+        limits=Limits(), resources=RESOURCES, max_error_fraction=0, name="test",
+    )  # fmt: skip
+    assert summary.num_samples == 25
+    assert snapshot(tmp_path / "pass").items() >= before.items()
+
+
+@pytest.mark.parametrize("num_samples", [8, 1500])  # judged at the end, and on the way
+def test_a_pass_that_reads_rubbish_stops_and_says_what_it_read(local_ray, write_tar, png, tmp_path, num_samples):
+    members = [(f"{i:04d}.png", b"rubbish" if i % 4 == 0 else png(i % 7)) for i in range(num_samples)]
+    write_tar("shards/a.tar", members)
+    with pytest.raises(Mistake, match=r"image_unreadable \d+.*max_error_fraction 0.2"):
+        run(tmp_path / "shards", tmp_path / "pass", max_error_fraction=0.2, chunk_size=50)
+    assert (
+        run(tmp_path / "shards", tmp_path / "pass", max_error_fraction=0.25, chunk_size=50).num_samples == num_samples
+    )

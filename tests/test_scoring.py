@@ -1,0 +1,329 @@
+"""Scoring, whole: shards to manifest, the same bytes however often it is killed, and one clear message per mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from dede_ray.clip import to_unit_range
+from dede_ray.config import Mistake
+from dede_ray.decisions import AssumedPoisonRate, Conformal
+from dede_ray.decoder import load_decoder, save_decoder
+from dede_ray.detectors import CONTROLS, Batch, DeDe, ImageStatistics
+from dede_ray.ledger import PassResources
+from dede_ray.manifest import Manifest, read_manifest
+from dede_ray.scoring import ScoreConfig, score
+from dede_ray.shards import list_shards
+from dede_ray.victims import OpenClipVictim, load_victim
+
+JOB = Path(__file__).parents[1] / "jobs" / "score.py"
+ONE = PassResources(min_actors=1, cpus_per_actor=0.5, decode_cpus=0.5)
+TWO = PassResources(min_actors=2, max_actors=2, cpus_per_actor=0.5, decode_cpus=0.5)
+
+
+@pytest.fixture(scope="module")
+def shards(write_pictures, write_tar_in, png, tmp_path_factory) -> Path:
+    """Three shards to score, one with faults and images that come twice; and 60 calibration samples."""
+    folder = tmp_path_factory.mktemp("scoring") / "shards"
+    write_pictures(folder, range(40), per_shard=20)
+    odd = [("twin.png", png(7)), ("bad.png", b"rubbish"), ("no.txt", b"words"), ("10.png", png(50)), ("9.png", png(51))]
+    write_tar_in(folder / "train-odd.tar", odd)
+    write_pictures(folder, range(100, 160), "calibration", per_shard=30)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(shards, victim_folder, decoder_folder):
+    def config(output: Path, **changed) -> ScoreConfig:
+        settings = {
+            "shards": str(shards / "train-*.tar"),
+            "calibration": str(shards / "calibration-*.tar"),
+            "output": str(output),
+            "victim": OpenClipVictim(path=str(victim_folder)),
+            "detectors": [DeDe(decoder=str(decoder_folder), score_mask_ratio=0.9), ImageStatistics()],
+            "decision": Conformal(q=0.5),
+            "chunk_size": 8,
+            "resources": ONE,
+        }
+        return ScoreConfig(**{**settings, **changed})
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def scored(local_ray, shards, settings) -> Manifest:
+    return score(settings(shards.parent / "scores"))
+
+
+def rows(manifest: Manifest) -> list[dict]:
+    return manifest.table.to_pylist()
+
+
+# --- the manifest
+
+
+def test_every_sample_has_one_row_sorted_by_its_id(scored, shards):
+    ids = [row["sample_id"] for row in rows(scored)]
+    expected = [f"train-{i // 20:05d}.tar/{i:04d}" for i in range(40)]
+    expected += [f"train-odd.tar/{key}" for key in ("twin", "bad", "no", "10", "9")]
+    assert ids == sorted(expected)
+    assert rows(read_manifest(scored.folder)) == rows(scored)
+    assert scored.info["shards"] == [shard.name for shard in list_shards(str(shards / "train-*.tar"))]
+
+
+def test_a_row_without_a_score_says_why_and_is_never_flagged(scored):
+    errors = {row["sample_id"]: row for row in rows(scored) if row["error"] is not None}
+    assert {name: row["error"] for name, row in errors.items()} == {
+        "train-odd.tar/bad": "image_unreadable",
+        "train-odd.tar/no": "no_image",
+    }
+    for row in errors.values():
+        assert {row[name] for name in [*scored.score_columns, "combined_score", "p_value"]} == {None}
+        assert row["flagged"] is False
+    for row in rows(scored):
+        if row["error"] is None:
+            assert all(np.isfinite(row[name]) for name in [*scored.score_columns, "combined_score", "p_value"])
+
+
+def test_another_decision_is_made_without_scoring_again_and_never_flags_a_row_without_a_score(scored, settings):
+    before, standing = files(scored.folder), parts(scored.folder)
+    manifest = score(settings(scored.folder, decision=AssumedPoisonRate(rate=0.999)))
+    flagged = [row["sample_id"] for row in rows(manifest) if row["flagged"]]
+    assert len(flagged) == 43
+    assert (manifest.folder / "flagged.txt").read_text().splitlines() == flagged
+    score(settings(scored.folder))
+    assert files(scored.folder) == before
+    assert parts(scored.folder) == standing
+
+
+def test_equal_images_share_a_group_and_others_have_none(scored):
+    groups = {row["sample_id"]: row["group_id"] for row in rows(scored) if row["group_id"] is not None}
+    assert set(groups) == {"train-00000.tar/0007", "train-odd.tar/twin"}
+    assert len(set(groups.values())) == 1
+    assert scored.info["counts"]["duplicated_images"] == 2
+
+
+def test_the_counts_and_the_summary_are_those_of_the_rows(scored):
+    counts = scored.info["counts"]
+    assert (counts["samples"], counts["scored"]) == (45, 43)
+    assert counts["unreadable"] == {"image_unreadable": 1, "no_image": 1}
+    assert counts["flagged"] == sum(row["flagged"] for row in rows(scored))
+    assert scored.info["decision"]["num_calibration"] == 60
+    assert scored.info["controls"] == [name for name in scored.score_columns if name in CONTROLS]
+    said = f"{counts['flagged']} of 43 samples flagged by dede_null_ratio (conformal); 2 unreadable"
+    assert scored.summary().startswith(said)
+
+
+def test_p_values_compare_with_the_calibration_samples(scored):
+    paths = sorted((scored.folder / "calibration" / "parts").glob("*/*.parquet"))
+    calibration = [value for path in paths for value in pq.read_table(path)["dede_null_ratio"].to_pylist()]
+    assert len(calibration) == 60
+    for row in rows(scored):
+        if row["error"] is None:
+            above = sum(value >= row["combined_score"] for value in calibration)
+            assert row["p_value"] == pytest.approx((1 + above) / 61)
+            assert row["combined_score"] == row["dede_null_ratio"]
+
+
+def test_the_manifest_says_what_made_it_and_holds_no_clock_time(scored, settings):
+    text = (scored.folder / "manifest.json").read_text()
+    info = json.loads(text)
+    assert ScoreConfig.model_validate(info["settings"]) == settings(scored.folder, resources=PassResources())
+    assert {len(info["victim"]["fingerprint"]), len(info["detectors"]["dede"])} == {64}
+    assert {"torch", "open_clip_torch", "pillow"} <= info["versions"].keys()
+    year = time.strftime("%Y")
+    assert not re.search(rf"{year}-\d\d|\d\d:\d\d:\d\d|{str(int(time.time()))[:5]}\d{{5}}", text)
+
+
+# --- what a score depends on
+
+
+def test_scores_do_not_depend_on_chunks_order_of_shards_or_number_of_actors(scored, settings, shards, tmp_path):
+    backwards = [str(path) for path in sorted(shards.glob("train-*.tar"), reverse=True)]
+    other = score(settings(tmp_path / "scores", shards=backwards, chunk_size=5, resources=TWO))
+    assert other.table.column_names == scored.table.column_names
+    for name in scored.table.column_names:
+        one, two = scored.table[name].to_pylist(), other.table[name].to_pylist()
+        if name in (*scored.score_columns, "combined_score"):
+            assert [value is None for value in one] == [value is None for value in two]
+            as_numbers = [np.array(column, np.float64) for column in (one, two)]
+            np.testing.assert_allclose(*as_numbers, rtol=1e-6, atol=1e-6, err_msg=name)
+        else:
+            assert one == two, name
+
+
+def test_what_stands_in_the_manifest_is_what_the_models_give_by_hand(scored, settings, picture):
+    config = settings(scored.folder)
+    victim = load_victim(config.victim)
+    image_BCHW = to_unit_range(torch.from_numpy(picture(3)[None]))
+    batch = Batch(["train-00000.tar/0003"], image_BCHW, victim(image_BCHW))
+    [row] = [row for row in rows(scored) if row["sample_id"] == "train-00000.tar/0003"]
+    for detector in config.detectors:
+        for name, value in detector.open(victim).score(batch).items():
+            assert row[name] == pytest.approx(float(value[0]), rel=1e-5, abs=1e-6), name
+
+
+# --- killed
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    kept = [folder / "manifest.json", folder / "flagged.txt", *sorted((folder / "manifest").iterdir())]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
+
+
+def parts(folder: Path) -> dict[str, tuple[int, int]]:
+    found = sorted(folder.glob("*/parts/*/[0-9]*.parquet"))
+    return {str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+
+def scoring(folder: Path, config: str = "score.yaml") -> subprocess.Popen:
+    """Run the job in a folder, as a person would, with paths that begin there."""
+    command = [sys.executable, str(JOB), config]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_job_run_again_gives_the_same_bytes_and_redoes_nothing(
+    write_pictures, victim_folder, decoder_folder, tmp_path
+):
+    settings = {
+        "shards": "shards/train-*.tar", "calibration": "shards/calibration-*.tar", "output": "scores",
+        "victim": {"path": "victim"}, "detectors": [{"kind": "dede", "decoder": "decoder"}],
+        "decision": {"kind": "conformal", "q": 0.5}, "chunk_size": 2, "resources": {"min_actors": 1},
+    }  # fmt: skip
+    for name in ("killed", "undisturbed"):
+        folder = tmp_path / name
+        write_pictures(folder / "shards", range(300), per_shard=100)
+        write_pictures(folder / "shards", range(700, 720), "calibration")
+        shutil.copytree(victim_folder, folder / "victim")
+        shutil.copytree(decoder_folder, folder / "decoder")
+        (folder / "score.yaml").write_text(yaml.safe_dump(settings))
+    killed, output = tmp_path / "killed", tmp_path / "killed" / "scores"
+
+    undisturbed, job = scoring(tmp_path / "undisturbed"), scoring(killed)
+    while len(parts(output)) < 12 and job.poll() is None:
+        time.sleep(0.01)
+    os.kill(job.pid, signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL
+    standing = wait_until_still(output)
+    assert 12 <= len(standing) < 160
+    assert not (output / "manifest.json").exists()
+    some_part = output / next(iter(standing))
+    some_part.with_name(f".{some_part.name}.1.tmp").write_bytes(b"half a part")
+
+    for job in (scoring(killed), undisturbed):
+        out, err = job.communicate()
+        assert job.returncode == 0, err
+        assert "samples flagged by dede_null_ratio" in out
+    assert parts(output).items() >= standing.items()
+    assert len(parts(output)) == 160
+    assert files(output) == files(tmp_path / "undisturbed" / "scores")
+
+
+def wait_until_still(folder: Path) -> dict[str, tuple[int, int]]:
+    """The driver's death ends its Ray, a moment later."""
+    while True:
+        before = parts(folder)
+        time.sleep(2)
+        if parts(folder) == before:
+            return before
+
+
+# --- mistakes
+
+
+def test_a_folder_scored_with_other_settings_is_not_continued(
+    scored, settings, victim_folder, decoder_folder, tmp_path
+):
+    before = files(scored.folder)
+    with pytest.raises(Mistake, match="chunk_size: 8 there, 9 now"):
+        score(settings(scored.folder, chunk_size=9))
+    with pytest.raises(Mistake, match="detectors: "):
+        score(settings(scored.folder, detectors=[DeDe(decoder=str(decoder_folder), score_mask_ratio=0.75)]))
+    decoder = load_decoder(decoder_folder)
+    other = OpenClipVictim(path=str(victim_folder), mean=[0.1, 0.1, 0.1])
+    decoder.victim = load_victim(other).fingerprint
+    save_decoder(tmp_path, decoder, {})
+    with pytest.raises(Mistake, match="victim: "):
+        score(settings(scored.folder, victim=other, detectors=[DeDe(decoder=str(tmp_path))]))
+    assert files(scored.folder) == before
+
+
+def test_a_decision_that_nothing_supports_is_a_mistake(local_ray, settings, decoder_folder, tmp_path):
+    with pytest.raises(Mistake, match="needs dede_null_ratio scores of calibration samples, found none"):
+        score(settings(tmp_path / "scores", calibration=None))
+    with pytest.raises(Mistake, match=r"decision\.score is 'dede_nul'.*give dede_sum, dede_mean, dede_null_ratio$"):
+        score(settings(tmp_path / "other", decision=Conformal(score="dede_nul")))
+    with pytest.raises(Mistake, match=r"decision\.score is 'stat_edges'"):  # a control decides nothing
+        score(settings(tmp_path / "other", decision=Conformal(score="stat_edges")))
+    with pytest.raises(Mistake, match="two detectors give the column dede_sum"):
+        score(settings(tmp_path / "other", detectors=[DeDe(decoder=str(decoder_folder))] * 2))
+
+
+def test_models_that_do_not_fit_are_a_mistake_before_anything_is_read(settings, decoder_folder, tmp_path):
+    other = load_decoder(decoder_folder)
+    other.victim = "0123456789abcdef"
+    save_decoder(tmp_path / "decoder", other, {})
+    with pytest.raises(Mistake, match="trained against another victim"):
+        score(settings(tmp_path / "scores", detectors=[DeDe(decoder=str(tmp_path / "decoder"))]))
+    with pytest.raises(Mistake, match="no exported decoder"):
+        score(settings(tmp_path / "scores", detectors=[DeDe(decoder=str(tmp_path / "absent"))]))
+    with pytest.raises(Mistake, match="no victim at"):
+        score(settings(tmp_path / "scores", victim=OpenClipVictim(path=str(tmp_path / "absent"))))
+    assert not (tmp_path / "scores").exists()
+
+
+def test_shards_that_are_rubbish_stop_the_job(local_ray, settings, write_tar, tmp_path):
+    write_tar("shards/a.tar", [(f"{i}.png", b"rubbish") for i in range(9)])
+    rubbish = {"shards": str(tmp_path / "shards"), "calibration": str(tmp_path / "shards")}
+    with pytest.raises(Mistake, match=r"9 of 9 samples cannot be used \(image_unreadable 9\)"):
+        score(settings(tmp_path / "scores", **rubbish))
+    with pytest.raises(Mistake, match="found 9, all without a score"):
+        score(settings(tmp_path / "scores", **rubbish, max_error_fraction=1))
+
+
+def test_a_mistake_ends_the_job_with_one_message_and_exit_code_2(
+    write_pictures, victim_folder, decoder_folder, clip_config, tmp_path
+):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    write_pictures(tmp_path / "shards", range(4))
+    (tmp_path / "garbage.tar").write_bytes(b"garbage" * 200)
+    (tmp_path / "bomb.pt").write_bytes(pickle.dumps({"state_dict": Bomb()}))
+    settings = {
+        "shards": "shards", "output": "scores", "victim": {"path": str(victim_folder)},
+        "detectors": [{"kind": "dede", "decoder": str(decoder_folder)}],
+        "decision": {"kind": "assumed_rate", "rate": 0.1},
+    }  # fmt: skip
+    mistakes = {
+        r"error: no shards at nowhere/\*\.tar": {"shards": "nowhere/*.tar"},
+        r"error: 1 of 1 shards cannot be read as tar:\n  .*garbage\.tar: ReadError": {"shards": "garbage.tar"},
+        r"error: bomb\.pt holds more than tensors": {"victim": {"path": "bomb.pt", "architecture": str(clip_config)}},
+    }
+    jobs = []
+    for changed in mistakes.values():
+        (tmp_path / f"{len(jobs)}.yaml").write_text(yaml.safe_dump({**settings, **changed}))
+        jobs.append(scoring(tmp_path, f"{len(jobs)}.yaml"))
+    for job, message in zip(jobs, mistakes, strict=True):
+        out, err = job.communicate()
+        assert (job.returncode, out) == (2, ""), err
+        said = "\n".join(line for line in err.splitlines() if not re.match(r"\d{4}-\d\d-\d\d", line))  # the log
+        assert re.match(message, said), err
+        assert said.count("error: ") == 1
+        assert "Traceback" not in err
+    assert not (tmp_path / "exploded").exists()

@@ -1,0 +1,207 @@
+"""Victims: frozen whatever is called, known by a fingerprint, loaded without executing anything."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dede_ray import clip
+from dede_ray.config import Mistake, read_json, write_json
+from dede_ray.victims import OpenClipVictim, Victim, load_victim
+from dede_ray.vision_libraries import open_clip
+
+
+@pytest.fixture
+def victim(victim_folder) -> Victim:
+    return load_victim(OpenClipVictim(path=str(victim_folder)))
+
+
+@pytest.fixture(scope="module")
+def image_BCHW(picture) -> torch.Tensor:
+    return clip.to_unit_range(torch.from_numpy(np.stack([picture(i) for i in range(24)])))
+
+
+@pytest.fixture
+def copied(victim_folder, tmp_path):
+    """The exported victim in a folder of the test's own."""
+    return shutil.copytree(victim_folder, tmp_path / "victim")
+
+
+# --- what a victim promises
+
+
+def test_a_victim_stays_frozen_and_in_eval_mode_whatever_is_called(victim, image_BCHW):
+    before = {name: tensor.clone() for name, tensor in victim.state_dict().items()}
+    embedding_BE = victim(image_BCHW)
+    assert victim.train() is victim
+    victim.train(True)
+    assert not any(module.training for module in victim.modules())
+    assert torch.equal(victim(image_BCHW), embedding_BE)
+    assert not any(parameter.requires_grad for parameter in victim.parameters())
+    assert not embedding_BE.requires_grad
+    for name, tensor in victim.state_dict().items():  # BatchNorm's running statistics are among them
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_an_embedding_is_the_same_in_any_batch(victim, image_BCHW):
+    together = victim(image_BCHW)
+    assert (together.dtype, tuple(together.shape)) == (torch.float32, (24, victim.embedding_dim))
+    for size in (1, 5, 8):
+        in_parts = torch.cat([victim(part) for part in image_BCHW.split(size)])
+        torch.testing.assert_close(in_parts, together, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(victim(image_BCHW.flip(0)).flip(0), together, rtol=1e-5, atol=1e-5)
+
+
+def test_a_victim_normalises_pixels_itself(victim, victim_folder, image_BCHW):
+    """Its own mean and standard deviation, then the model: as one does by hand."""
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    other = load_victim(OpenClipVictim(path=str(victim_folder), mean=mean, std=std))
+    normalised_BCHW = (image_BCHW - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(other(image_BCHW), other.model.encode_image(normalised_BCHW))
+    assert not torch.allclose(other(image_BCHW), victim(image_BCHW), atol=1e-3)
+
+
+def test_captions_are_embedded_one_by_one(victim):
+    captions = [f"picture {i}" for i in range(7)]
+    text_BE = victim.encode_text(captions)
+    assert tuple(text_BE.shape) == (7, victim.embedding_dim)
+    torch.testing.assert_close(torch.cat([victim.encode_text([c]) for c in captions]), text_BE, rtol=1e-5, atol=1e-5)
+
+
+# --- fingerprints
+
+
+def test_a_fingerprint_is_the_same_at_every_loading_and_in_every_folder(victim, copied):
+    assert load_victim(OpenClipVictim(path=str(copied))).fingerprint == victim.fingerprint
+    weights = OpenClipVictim(path=str(copied / clip.WEIGHTS_FILE), architecture=str(copied))
+    assert load_victim(weights).fingerprint == victim.fingerprint
+
+
+def test_one_changed_weight_changes_the_fingerprint(victim, copied):
+    state = load_file(copied / clip.WEIGHTS_FILE)
+    name = next(name for name, tensor in state.items() if tensor.numel() > 1 and tensor.is_floating_point())
+    state[name].view(-1)[0] += 1e-3
+    save_file(state, copied / clip.WEIGHTS_FILE)
+    assert load_victim(OpenClipVictim(path=str(copied))).fingerprint != victim.fingerprint
+
+
+def test_the_normaliser_and_the_precision_are_part_of_the_fingerprint(victim, victim_folder):
+    variants = [{"mean": [0.5, 0.5, 0.5]}, {"std": [0.5, 0.5, 0.5]}, {"precision": "bf16"}]
+    prints = {load_victim(OpenClipVictim(path=str(victim_folder), **variant)).fingerprint for variant in variants}
+    assert len(prints | {victim.fingerprint}) == 4
+
+
+# --- files
+
+
+def test_plain_open_clip_loads_an_export_and_gives_the_same_embeddings(victim, victim_folder, image_BCHW):
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{victim_folder}")
+    model.eval()
+    normalise = preprocess.transforms[-1]
+    tokens = open_clip.get_tokenizer(f"local-dir:{victim_folder}")(["picture 1", "picture 2"])
+    with torch.inference_mode():
+        torch.testing.assert_close(model.encode_image(normalise(image_BCHW)), victim(image_BCHW), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model.encode_text(tokens), victim.encode_text(["picture 1", "picture 2"]), rtol=1e-5, atol=1e-5
+        )
+    assert model.logit_scale.shape == ()
+
+
+def test_a_tensor_only_checkpoint_is_the_same_victim_as_the_export(victim, victim_folder, clip_config, tmp_path):
+    state = load_file(victim_folder / clip.WEIGHTS_FILE)
+    for name, content in (("bare.pt", state), ("nested.pt", {"epoch": 3, "state_dict": state})):
+        torch.save(content, tmp_path / name)
+        loaded = load_victim(OpenClipVictim(path=str(tmp_path / name), architecture=str(clip_config)))
+        assert loaded.fingerprint == victim.fingerprint, name
+
+
+def test_a_checkpoint_that_must_be_unpickled_is_refused_and_nothing_in_it_runs(clip_config, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    torch.save({"state_dict": {"weight": torch.zeros(1)}, "extra": Bomb()}, tmp_path / "zip.pt")
+    torch.save({"extra": Bomb()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb()))
+    shutil.copy(tmp_path / "plain.pt", tmp_path / "disguised.safetensors")
+    for name in ("zip.pt", "old.pt", "plain.pt", "disguised.safetensors"):
+        with pytest.raises(Mistake, match="execute code" if name.endswith(".pt") else "no readable checkpoint"):
+            load_victim(OpenClipVictim(path=str(tmp_path / name), architecture=str(clip_config)))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_what_is_no_checkpoint_is_a_mistake(copied, clip_config, tmp_path):
+    (tmp_path / "rubbish.pt").write_bytes(b"rubbish")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"state_dict": [1, 2]}, tmp_path / "list.pt")
+    for name in ("rubbish.pt", "empty.pt", "list.pt", "absent.pt"):
+        with pytest.raises(Mistake, match=name):
+            load_victim(OpenClipVictim(path=str(tmp_path / name), architecture=str(clip_config)))
+    with pytest.raises(Mistake, match="no victim at"):
+        load_victim(OpenClipVictim(path=str(tmp_path / "absent")))
+    with pytest.raises(Mistake, match=r"set victim\.architecture"):
+        load_victim(OpenClipVictim(path=str(tmp_path / "list.pt")))
+    with pytest.raises(Mistake, match="no CLIP architecture 'RN51'"):
+        load_victim(OpenClipVictim(path=str(tmp_path / "list.pt"), architecture="RN51"))
+
+
+def test_weights_of_another_architecture_are_a_mistake(copied, clip_config, tmp_path):
+    narrow = read_json(clip_config, "config")
+    write_json(tmp_path / "wide.json", {**narrow, "embed_dim": 20})
+    weights = copied / clip.WEIGHTS_FILE
+    with pytest.raises(Mistake, match="of another shape"):
+        load_victim(OpenClipVictim(path=str(weights), architecture=str(tmp_path / "wide.json")))
+    state = load_file(weights)
+    del state["logit_scale"]
+    save_file({**state, "more": torch.zeros(1)}, weights)
+    with pytest.raises(Mistake, match=r"1 tensors missing \['logit_scale'\], 1 unexpected \['more'\]"):
+        load_victim(OpenClipVictim(path=str(copied)))
+
+
+def test_a_model_config_that_describes_no_clip_is_a_mistake(copied, tmp_path):
+    write_json(tmp_path / "odd.json", {"embed_dim": 16})
+    with pytest.raises(Mistake, match="embed_dim, vision_cfg and text_cfg are needed"):
+        clip.model_description(str(tmp_path / "odd.json"))
+    write_json(copied / clip.CONFIG_FILE, {"model_cfg": None})
+    with pytest.raises(Mistake, match="embed_dim, vision_cfg and text_cfg are needed"):
+        load_victim(OpenClipVictim(path=str(copied)))
+    (copied / clip.CONFIG_FILE).write_text("{")
+    with pytest.raises(Mistake, match="cannot be read"):
+        load_victim(OpenClipVictim(path=str(copied)))
+
+
+# --- the contrastive objective
+
+
+def test_the_contrastive_loss_is_cross_entropy_in_both_directions(clip_config, image_BCHW):
+    torch.manual_seed(0)
+    described = clip.model_description(str(clip_config))
+    objective = clip.Contrastive(described).eval()
+    tokens = clip.tokenizer(described)([f"picture {i}" for i in range(24)])
+    image_BHWC = (255 * image_BCHW).round().to(torch.uint8).permute(0, 2, 3, 1)
+    with torch.inference_mode():
+        loss, metrics = objective({"image": image_BHWC, "tokens": tokens})
+        image_BE = torch.nn.functional.normalize(objective.model.encode_image(objective.normalise(image_BCHW)))
+        text_BE = torch.nn.functional.normalize(objective.model.encode_text(tokens))
+        similar_BB = (image_BE @ text_BE.T * objective.model.logit_scale.exp()).double()
+    expected = -sum(float(s_BB.log_softmax(dim=1).diagonal().mean()) / 2 for s_BB in (similar_BB, similar_BB.T))
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert float(metrics["cosine"]) == pytest.approx(float((image_BE * text_BE).sum(dim=1).mean()), abs=1e-5)
+
+
+def test_augmentation_is_decided_by_its_generator_and_keeps_the_shape(picture):
+    augmentation = clip.Augmentation(min_scale=0.5, flip=True)
+    image_HWC = picture(3)
+    views = [augmentation.apply(image_HWC, np.random.default_rng(seed)) for seed in (0, 0, 1, 2, 3)]
+    assert {(view.shape, view.dtype) for view in views} == {((32, 32, 3), np.dtype(np.uint8))}
+    np.testing.assert_array_equal(views[0], views[1])
+    assert len({view.tobytes() for view in views}) == 4
+    nothing = clip.Augmentation(min_scale=1, flip=False).apply(image_HWC, np.random.default_rng(0))
+    np.testing.assert_array_equal(nothing, image_HWC)
