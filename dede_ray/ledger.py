@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -293,9 +294,11 @@ def _strings(values: Iterable[str | None]) -> pa.Array:
 class _Worker:
     """The actor: does the caller's work on each chunk and writes the part itself; only a receipt travels on."""
 
-    def __init__(self, folder: Path, work: type[Work], work_arguments: dict[str, Any], threads: int):
+    def __init__(self, folder: Path, work: type[Work], work_arguments: dict[str, Any], threads: int, cwd: str):
         import torch
 
+        if os.path.isdir(cwd):  # relative paths mean what they mean where the job was started
+            os.chdir(cwd)
         torch.set_num_threads(threads)
         self.folder, self.work = folder, work(**work_arguments)
 
@@ -364,7 +367,7 @@ def _stream(
         )
         data = data.map_batches(
             _Worker,
-            fn_constructor_args=(folder, work, work_arguments, threads),
+            fn_constructor_args=(folder, work, work_arguments, threads, os.getcwd()),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=resources.cpus_per_actor,

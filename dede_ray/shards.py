@@ -116,6 +116,8 @@ def list_shards(patterns: str | Sequence[str]) -> list[Shard]:
             cannot be opened as a tar.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise Mistake("the list of shards is empty; name .tar files, a folder of them, or a pattern")
     shards: list[Shard] = []
     for pattern in patterns:
         found = [shard for part in _expand_braces(pattern) for shard in _list_one(part)]

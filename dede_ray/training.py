@@ -175,9 +175,12 @@ def _train_clip(config: TrainConfig, section: ClipTrain) -> str:
         described = clip.model_description(section.model)
         index = feed.index_shards(list_shards(section.shards), CHUNK_SIZE)
         plan = _plan(config, index, section.batch_size)
+        with torch.random.fork_rng():  # what cannot be built or loaded is a mistake to report here, not in a worker
+            model = clip.build_clip(described)
+        if section.init is not None:
+            clip.load_clip_weights(model, section.init)
+            section = section.model_copy(update={"init": os.path.abspath(section.init)})  # workers stand elsewhere
         recipe = _ClipRecipe(section, described, config.limits, config.seed)
-        with torch.random.fork_rng():
-            clip.build_clip(described)  # a config that cannot be built is a mistake to report here, not in a worker
         optimisation = _Optimisation(
             "adamw", section.learning_rate, section.weight_decay, section.warmup_steps, "cosine", section.clip_norm
         )

@@ -108,8 +108,8 @@ def test_finished_work_is_not_done_again(smoke, checkout, argv):
     job = run_job(checkout, *argv)
     assert job.returncode == 0, job.stderr
     assert work_in(checkout / "runs/smoke") == before
-    expected = {"demo": "report.html", "train_clip": "runs/smoke/victim/decoder", "score": "runs/smoke/scores"}
-    assert expected[argv[0]] in job.stdout.splitlines()[-1]
+    expected = {"demo": "runs/smoke/report/report.html", "train_clip": "smoke/victim/decoder", "score": "smoke/scores"}
+    assert expected[argv[0]] in job.stdout
 
 
 def test_score_without_a_config_scores_the_smallest_corpus(smoke, checkout, tmp_path):
@@ -183,8 +183,7 @@ def test_a_wrong_setting_is_said_before_ray_starts(mistaken, monkeypatch, job, c
         ("train_clip", {"clip__shards": "nowhere/*.tar"}, "no shards at nowhere/*.tar"),
         ("train_clip", {"clip__shards": "garbage.tar"}, "garbage.tar"),
         ("train_clip", {"clip__init": "bomb.pt"}, "bomb.pt holds more than tensors"),
-        ("poison", {"shards": "nowhere/*.tar"}, "no shards at nowhere/*.tar"),
-        ("score", {"shards": []}, "shards"),
+        ("score", {"shards": []}, "the list of shards is empty"),
     ],
 )
 def test_a_mistake_is_one_message_and_no_traceback(mistaken, monkeypatch, job, changes, expected):
@@ -278,9 +277,11 @@ def test_a_submitted_job_needs_no_config_and_names_what_it_exported(head, smoke,
 
 
 def test_a_submitted_job_takes_a_config_and_overrides(head, smoke, checkout, tmp_path):
-    shards = checkout / "runs/smoke/poisoned/train-*.tar"
-    overrides = ["--output", str(tmp_path), "--clip.shards", str(shards), "--clip.epochs", "0.5", "--decoder", "None"]
-    job = submit(head, checkout, "train_clip", "configs/train_clip_digits.yaml", *overrides)
+    shards = checkout / "runs/smoke/poisoned/train-*.tar"  # a path that every machine of the cluster sees
+    settings = {"output": "runs/else", "clip": {"shards": str(shards), "model": "configs/models/clip_digits.json"}}
+    (checkout / "configs/mine.yaml").write_text(yaml.safe_dump(settings))
+    overrides = ["--output", str(tmp_path), "--clip.epochs", "0.5"]
+    job = submit(head, checkout, "train_clip", "configs/mine.yaml", *overrides)
     assert job.returncode == 0, job.stdout
     assert f"-> {tmp_path / 'clip'}" in job.stdout
     assert list((tmp_path / "clip").glob("*.safetensors"))
