@@ -202,7 +202,7 @@ def test_a_job_prints_its_one_line_and_running_it_again_the_same(tmp_path):
     assert (
         first.stdout
         == second.stdout
-        == (f"train 1,200, calibration 300, test 297 samples in {tmp_path / 'digits'}; left out: none\n")
+        == (f"train 1,000, calibration 500, test 297 samples in {tmp_path / 'digits'}; left out: none\n")
     )
 
 
