@@ -175,7 +175,8 @@ def _train_clip(config: TrainConfig, section: ClipTrain) -> str:
         described = clip.model_description(section.model)
         index = feed.index_shards(list_shards(section.shards), CHUNK_SIZE)
         plan = _plan(config, index, section.batch_size)
-        recipe = _ClipRecipe(section, described, config.limits, config.seed)
+        init = None if section.init is None else str(Path(section.init).absolute())
+        recipe = _ClipRecipe(section.model_copy(update={"init": init}), described, config.limits, config.seed)
         with torch.random.fork_rng():
             clip.build_clip(described)  # a config that cannot be built is a mistake to report here, not in a worker
         optimisation = _Optimisation(
@@ -206,7 +207,7 @@ def _train_decoder(config: TrainConfig, section: DecoderTrain) -> str:
         held_index = feed.index_shards(holdout, CHUNK_SIZE)
         for kind, pass_shards in (("train", shards), ("holdout", holdout)):
             run_pass(
-                pass_shards, folder / "embeddings" / kind, EmbedWork, {"victim_config": victim_config},
+                pass_shards, folder / "embeddings" / kind, EmbedWork, {"victim_config": victim_config.located()},
                 image_size=victim.image_size, made_with={"victim": victim.fingerprint}, chunk_size=CHUNK_SIZE,
                 limits=config.limits, resources=config.embedding, max_error_fraction=config.max_error_fraction,
                 name=f"embedding {kind}",
