@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 import numpy as np
@@ -69,6 +70,10 @@ class DeDe(Config):
     def open(self, victim: Victim) -> Scorer:
         return _DeDeScorer(self, victim)
 
+    def located(self) -> DeDe:
+        """The same with absolute paths, for Ray's workers, whose working folder may be another."""
+        return self.model_copy(update={"decoder": str(Path(self.decoder).absolute())})
+
 
 class _DeDeScorer:
     def __init__(self, config: DeDe, victim: Victim):
@@ -121,6 +126,9 @@ class ImageStatistics(Config):
 
     def open(self, victim: Victim) -> Scorer:
         return _ImageStatisticsScorer()
+
+    def located(self) -> ImageStatistics:
+        return self
 
 
 class _ImageStatisticsScorer:

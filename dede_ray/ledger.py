@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -294,11 +293,9 @@ def _strings(values: Iterable[str | None]) -> pa.Array:
 class _Worker:
     """The actor: does the caller's work on each chunk and writes the part itself; only a receipt travels on."""
 
-    def __init__(self, folder: Path, work: type[Work], work_arguments: dict[str, Any], threads: int, cwd: str):
+    def __init__(self, folder: Path, work: type[Work], work_arguments: dict[str, Any], threads: int):
         import torch
 
-        if os.path.isdir(cwd):  # relative paths mean what they mean where the job was started
-            os.chdir(cwd)
         torch.set_num_threads(threads)
         self.folder, self.work = folder, work(**work_arguments)
 
@@ -367,7 +364,7 @@ def _stream(
         )
         data = data.map_batches(
             _Worker,
-            fn_constructor_args=(folder, work, work_arguments, threads, os.getcwd()),
+            fn_constructor_args=(folder, work, work_arguments, threads),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=resources.cpus_per_actor,

@@ -78,7 +78,7 @@ def score(config: ScoreConfig) -> Manifest:
     summaries = [
         run_pass(
             pass_shards, output / name, ScoreWork,
-            {"victim_config": config.victim, "detectors": config.detectors},
+            {"victim_config": config.victim.located(), "detectors": [each.located() for each in config.detectors]},
             image_size=victim.image_size, made_with=made_with, chunk_size=config.chunk_size, limits=config.limits,
             resources=config.resources, max_error_fraction=config.max_error_fraction, name=name,
         )

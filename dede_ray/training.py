@@ -177,10 +177,10 @@ def _train_clip(config: TrainConfig, section: ClipTrain) -> str:
         plan = _plan(config, index, section.batch_size)
         with torch.random.fork_rng():  # what cannot be built or loaded is a mistake to report here, not in a worker
             model = clip.build_clip(described)
-        if section.init is not None:
-            clip.load_clip_weights(model, section.init)
-            section = section.model_copy(update={"init": os.path.abspath(section.init)})  # workers stand elsewhere
-        recipe = _ClipRecipe(section, described, config.limits, config.seed)
+            if section.init is not None:
+                clip.load_clip_weights(model, section.init)
+        init = None if section.init is None else str(Path(section.init).absolute())
+        recipe = _ClipRecipe(section.model_copy(update={"init": init}), described, config.limits, config.seed)
         optimisation = _Optimisation(
             "adamw", section.learning_rate, section.weight_decay, section.warmup_steps, "cosine", section.clip_norm
         )
@@ -209,7 +209,7 @@ def _train_decoder(config: TrainConfig, section: DecoderTrain) -> str:
         held_index = feed.index_shards(holdout, CHUNK_SIZE)
         for kind, pass_shards in (("train", shards), ("holdout", holdout)):
             run_pass(
-                pass_shards, folder / "embeddings" / kind, EmbedWork, {"victim_config": victim_config},
+                pass_shards, folder / "embeddings" / kind, EmbedWork, {"victim_config": victim_config.located()},
                 image_size=victim.image_size, made_with={"victim": victim.fingerprint}, chunk_size=CHUNK_SIZE,
                 limits=config.limits, resources=config.embedding, max_error_fraction=config.max_error_fraction,
                 name=f"embedding {kind}",

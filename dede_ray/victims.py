@@ -29,6 +29,12 @@ class OpenClipVictim(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward pass; embeddings are float32 either way."""
 
+    def located(self) -> OpenClipVictim:
+        """The same with absolute paths, for Ray's workers, whose working folder may be another."""
+        is_file = self.architecture is not None and Path(self.architecture).exists()
+        architecture = str(Path(self.architecture).absolute()) if self.architecture and is_file else self.architecture
+        return self.model_copy(update={"path": str(Path(self.path).absolute()), "architecture": architecture})
+
 
 VictimConfig = OpenClipVictim  # becomes a tagged union when the second kind lands
 

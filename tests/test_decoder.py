@@ -265,6 +265,23 @@ def test_the_null_rate_is_the_share_of_samples_trained_without_embedding(decoder
     assert objective.decoder.null_embedding.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("null_rate", [0.0, 0.3])
+def test_trimming_leaves_the_worst_rebuilt_out_of_the_loss_but_none_without_embedding(decoder, null_rate):
+    torch.manual_seed(0)
+    keys_B = sample_keys([str(i) for i in range(40)], 0)
+    batch = {"image": torch.randint(256, (40, 8, 8, 3), dtype=torch.uint8), "key": keys_B}
+    batch["embedding"] = torch.randn(40, 6)
+    one_by_one = Reconstruction(decoder, mask_ratio=0.75, null_rate=null_rate)
+    errors = [one_by_one({name: column[i : i + 1] for name, column in batch.items()})[0].item() for i in range(40)]
+    is_null = keyed_uniform(~keys_B, 1)[:, 0].numpy() < null_rate
+    with_embedding = sorted(error for error, null in zip(errors, is_null, strict=True) if not null)
+    num_kept = int(0.75 * (len(with_embedding) - 1)) + 1  # those up to the quantile
+    kept = with_embedding[:num_kept] + [error for error, null in zip(errors, is_null, strict=True) if null]
+    loss, metrics = Reconstruction(decoder, mask_ratio=0.75, null_rate=null_rate, trim_rate=0.25)(batch)
+    assert loss.item() == pytest.approx(np.mean(kept), rel=1e-5)
+    assert float(metrics["trimmed"]) == pytest.approx(1 - len(kept) / 40)
+
+
 # --- presets and files
 
 

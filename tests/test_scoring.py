@@ -177,6 +177,19 @@ def test_what_stands_in_the_manifest_is_what_the_models_give_by_hand(scored, set
             assert row[name] == pytest.approx(float(value[0]), rel=1e-5, abs=1e-6), name
 
 
+def test_relative_paths_begin_where_the_job_was_started_also_for_workers_that_run_elsewhere(
+    scored, settings, shards, victim_folder, monkeypatch, tmp_path
+):
+    shutil.copytree(victim_folder.parent, tmp_path / "models")
+    shutil.copytree(shards, tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
+    one_shard = {"shards": "shards/train-00000.tar", "calibration": "shards/calibration-00000.tar"}
+    models = {"victim": OpenClipVictim(path="models/victim"), "detectors": [DeDe(decoder="models/decoder")]}
+    manifest = score(settings(Path("scores"), **one_shard, **models))
+    assert manifest.info["victim"] == {"path": "models/victim", "fingerprint": scored.info["victim"]["fingerprint"]}
+    assert len(rows(manifest)) == 20
+
+
 # --- killed
 
 

@@ -135,9 +135,10 @@ VICTIM = OpenClipVictim(path="nowhere")
 # --- what must not matter
 
 
-def test_two_workers_train_the_same_decoder_as_one(trained, tmp_path):
+def test_two_workers_train_the_same_decoder_as_one(trained, monkeypatch, tmp_path):
     config, _ = trained
-    section = config.decoder.model_copy(update={"victim": OpenClipVictim(path=f"{config.output}/clip")})
+    monkeypatch.chdir(config.output)  # Ray's workers run elsewhere
+    section = config.decoder.model_copy(update={"victim": OpenClipVictim(path="clip")})
     workers = config.workers.model_copy(update={"num_workers": 2, "read_cpus": 0.25})
     alike = config.model_copy(update={"output": str(tmp_path), "clip": None, "decoder": section, "workers": workers})
     train(alike)
