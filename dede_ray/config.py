@@ -47,6 +47,17 @@ def load(kind: type[C], argv: list[str]) -> C:
         Mistake: no such file, not YAML, an unknown key, a wrong type or a value out of range.
     """
     path, *overrides = argv
+    content = _read_yaml(path)
+    try:
+        base = kind.model_validate(content)
+        if not overrides:
+            return base
+        return tyro.cli(tyro.conf.AvoidSubcommands[kind], default=base, args=overrides, prog=path)  # type: ignore[valid-type, misc]
+    except ValidationError as error:
+        raise Mistake(f"{path} does not describe a {kind.__name__}:\n{explain(error, kind)}") from None
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         near = difflib.get_close_matches(Path(path).name, [p.name for p in Path("configs").glob("*.yaml")], 1)
         hint = f"; did you mean configs/{near[0]}?" if near else ""
@@ -57,13 +68,7 @@ def load(kind: type[C], argv: list[str]) -> C:
         raise Mistake(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise Mistake(f"{path} must hold `key: value` settings, found {type(content).__name__}")
-    try:
-        base = kind.model_validate(content)
-        if not overrides:
-            return base
-        return tyro.cli(tyro.conf.AvoidSubcommands[kind], default=base, args=overrides, prog=path)  # type: ignore[valid-type, misc]
-    except ValidationError as error:
-        raise Mistake(f"{path} does not describe a {kind.__name__}:\n{explain(error, kind)}") from None
+    return content
 
 
 def explain(error: ValidationError, kind: type[BaseModel]) -> str:
@@ -176,7 +181,7 @@ def _differences(there: Any, here: Any, name: str = "") -> list[str]:
     return [] if there == here else [f"{name or 'settings'}: {there!r} there, {here!r} here"]
 
 
-def main(kind: type[C], job: Callable[[C], Any], without_config: Callable[[], Any] | None = None) -> None:
+def main(kind: type[C], job: Callable[[C], Any], in_demo: Callable[[str | None], Any] | None = None) -> None:
     """Run a job from the command line: `python jobs/<job>.py <config.yaml> [--setting value ...]`.
 
     Prints what the job returns, if it returns something. A `Mistake` ends the process with its message and
@@ -185,7 +190,8 @@ def main(kind: type[C], job: Callable[[C], Any], without_config: Callable[[], An
     Args:
         kind: the job's settings class.
         job: the one function of dede_ray that does the work.
-        without_config: what to run when no config is given; an error where a job has no such thing.
+        in_demo: runs a demo (a config of `steps:`) up to this job; called with the demo's path, or with None when no
+            config is given at all. An error where a job has no such thing.
     """
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("dede_ray").setLevel(logging.INFO)
@@ -194,10 +200,10 @@ def main(kind: type[C], job: Callable[[C], Any], without_config: Callable[[], An
         if argv and argv[0] in {"-h", "--help"}:
             print(f"usage: {sys.argv[0]} <config.yaml> [--setting value ...]\n")
             tyro.cli(tyro.conf.AvoidSubcommands[kind], args=["--help"], prog=sys.argv[0])  # type: ignore[valid-type, misc]
-        if argv:
+        if in_demo is not None and (not argv or (len(argv) == 1 and "steps" in _read_yaml(argv[0]))):
+            outcome = in_demo(argv[0] if argv else None)
+        elif argv:
             outcome = job(load(kind, argv))
-        elif without_config is not None:
-            outcome = without_config()
         else:
             raise Mistake(f"no config given; run: python {sys.argv[0]} <config.yaml> (see configs/)")
     except Mistake as mistake:

@@ -91,8 +91,8 @@ def run_steps(config: PipelineConfig, until: str | None = None) -> str:
     return said
 
 
-def smallest(until: str) -> str:
-    """The embedded configuration that a job runs when it is given none: small, real, done in a minute or two."""
-    if not SMALLEST.is_file():
+def run_up_to(job: str, path: str | None = None) -> str:
+    """Run a demo up to its first step of a job, so that the job has what it needs: by default the smallest one."""
+    if path is None and not SMALLEST.is_file():
         raise Mistake(f"no config given, and {SMALLEST} is not there; name a config")
-    return run_steps(load(PipelineConfig, [str(SMALLEST)]), until)
+    return run_steps(load(PipelineConfig, [path or str(SMALLEST)]), job)

@@ -2,11 +2,13 @@
 
 python jobs/score.py configs/score_digits.yaml --decision.q 0.05
 
-Without a config it runs its part of configs/demo_smoke.yaml, whatever comes before it included.
+With a demo_*.yaml it runs its part of that demo, whatever comes before it included; without a config, of the smallest.
 """
 
+from functools import partial
+
 from dede_ray.config import main
-from dede_ray.pipeline import smallest
+from dede_ray.pipeline import run_up_to
 from dede_ray.scoring import ScoreConfig, score
 from dede_ray.session import start_ray
 
@@ -17,4 +19,4 @@ def job(config: ScoreConfig) -> str:
 
 
 if __name__ == "__main__":
-    main(ScoreConfig, job, without_config=lambda: smallest("score"))
+    main(ScoreConfig, job, in_demo=partial(run_up_to, "score"))

@@ -285,6 +285,12 @@ def test_a_submitted_job_needs_no_config_and_names_what_it_exported(head, smoke,
     assert all(list(folder.glob("*.safetensors")) for folder in folders)
 
 
+def test_a_submitted_job_takes_a_demo_and_goes_on_where_the_same_upload_stopped(head, smoke, checkout):
+    job = submit(head, checkout, "train_clip", SMOKE)
+    assert job.returncode == 0, job.stdout
+    assert "/runs/smoke/victim/decoder" in job.stdout
+
+
 @pytest.mark.slow
 def test_a_submitted_job_takes_a_config_and_overrides(head, smoke, checkout, tmp_path):
     shards = checkout / "runs/smoke/poisoned/train-*.tar"  # a path that every machine of the cluster sees
