@@ -48,12 +48,8 @@ def start_ray() -> None:
     else:
         ray.init(address="local", include_dashboard=False, **quiet)
     _quiet_ray_data()
-    logger.info("Ray with %d CPUs and %d GPUs", num_cpus(), int(ray.cluster_resources().get("GPU", 0)))
-
-
-def num_cpus() -> int:
-    """CPUs of the whole cluster."""
-    return int(ray.cluster_resources().get("CPU", 1))
+    resources = ray.cluster_resources()
+    logger.info("Ray with %d CPUs and %d GPUs", resources.get("CPU", 1), resources.get("GPU", 0))
 
 
 def _quiet_ray_data() -> None:

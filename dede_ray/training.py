@@ -20,7 +20,7 @@ import shutil
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -298,8 +298,9 @@ class _ClipRecipe:
                 images.append(self.section.augmentation.apply(image_HWC, rng))
                 captions.append(sample.caption)
                 ids.append(name)
-        context_length = self.described["model_cfg"]["text_cfg"].get("context_length", 77)
-        tokens = [_tokens(json.dumps(self.described["model_cfg"]["text_cfg"]), caption) for caption in captions]
+        text_cfg = self.described["model_cfg"]["text_cfg"]
+        context_length, described_text = text_cfg.get("context_length", 77), json.dumps(text_cfg)
+        tokens = [_tokens(described_text, caption) for caption in captions]
         return {
             "image": np.stack(images) if images else np.empty((0, size, size, 3), np.uint8),
             "tokens": np.stack(tokens) if tokens else np.empty((0, context_length), np.int64),
@@ -422,7 +423,6 @@ class _Run:
     limits: Limits
     workers: Workers
     threads: int
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 def _plan(config: TrainConfig, index: list[feed.ChunkRef], batch_size: int, shuffle: bool = True) -> feed.Plan:
