@@ -180,36 +180,6 @@ def image_size_px(described: dict[str, Any]) -> int:
     return int(size[0] if isinstance(size, list | tuple) else size)
 
 
-class Contrastive(nn.Module):
-    """The CLIP objective over the global batch (Radford et al., arXiv:2103.00020, figure 3).
-
-    Each rank holds its share of the batch; image and text embeddings are gathered with their gradients, so that
-    loss and gradients equal those of one process holding the whole batch.
-    """
-
-    def __init__(self, described: dict[str, Any], rank: int = 0, world: int = 1):
-        super().__init__()
-        self.model: Any = build_clip(described)
-        self.normalise = normaliser(described)
-        self.loss = open_clip.ClipLoss(
-            local_loss=world > 1, gather_with_grad=world > 1, cache_labels=True, rank=rank, world_size=world
-        )
-
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Shapes: image uint8 (B, H, W, 3), tokens int64 (B, context length); returns loss () and metrics."""
-        image_BCHW = to_unit_range(batch["image"]).to(self.model.logit_scale.dtype)
-        image_BE, text_BE, scale = self.model(self.normalise(image_BCHW), batch["tokens"])
-        loss = self.loss(image_BE.float(), text_BE.float(), scale.float().squeeze())
-        with torch.no_grad():
-            agreement = (image_BE * text_BE).float().sum(dim=-1).mean()
-        return loss, {"cosine": agreement, "logit_scale": scale.detach().float().squeeze()}
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Clamp the logit scale to [0, ln 100], as CLIP does."""
-        self.model.logit_scale.clamp_(0, float(np.log(100)))
-
-
 def to_unit_range(image_BHWC: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [0, 1], stored channels last."""
     return image_BHWC.permute(0, 3, 1, 2).float() / 255

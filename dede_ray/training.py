@@ -36,6 +36,7 @@ from torch import nn
 
 from dede_ray import clip, feed
 from dede_ray.config import Config, Mistake, claim, finish, write_json
+from dede_ray.contrastive import Contrastive
 from dede_ray.decoder import (
     PRESETS,
     DecoderPreset,
@@ -278,8 +279,8 @@ class _ClipRecipe:
     limits: Limits
     seed: int
 
-    def objective(self, rank: int, world: int) -> clip.Contrastive:
-        objective = clip.Contrastive(self.described, rank, world)
+    def objective(self, rank: int, world: int) -> Contrastive:
+        objective = Contrastive(clip.build_clip(self.described), self.described, rank=rank, world=world)
         if self.section.init is not None:
             clip.load_clip_weights(objective.model, self.section.init)
         return objective
