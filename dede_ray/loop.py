@@ -321,7 +321,7 @@ def _train(run: Run) -> dict[str, Any]:
     first_step = checkpoint.restore(engine, seen)
     num_steps = run.plan.num_steps
     outcome: dict[str, Any] = {"loss": math.nan}
-    log = _MetricsLog(run, first_step) if rank == 0 else None
+    log = _MetricsLog(run, world, first_step) if rank == 0 else None
     look = _Lookout(rank, world)
     rows = feed.batches(
         run.plan, first_step, rank, world, run.limits, run.recipe.decode, run.workers.read_cpus, run.workers.readers
@@ -551,8 +551,8 @@ def _export(engine: Any, run: Run, rank: int) -> dict[str, Any]:
 class _MetricsLog:
     """Rank 0's metrics.jsonl and validation.jsonl; steps done again replace what they wrote."""
 
-    def __init__(self, run: Run, first_step: int):
-        self.run, self.loss = run, math.nan
+    def __init__(self, run: Run, world: int, first_step: int):
+        self.run, self.world, self.loss = run, world, math.nan
         for name in ("metrics.jsonl", "validation.jsonl"):
             path = run.folder / name
             lines = path.read_text().splitlines() if first_step and path.is_file() else []
@@ -581,6 +581,7 @@ class _MetricsLog:
             "learning_rate": self.run.optimisation.rate(step, self.run.plan.num_steps),
             "samples_per_s": len(self.losses) * self.run.plan.batch_size / elapsed,
             "input_wait_share": self.wait_s / elapsed,
+            "num_workers": self.world,
             "num_unusable": self.unusable,
             "samples_seen": (step + 1) * self.run.plan.batch_size,
             **({} if norm is None else {"gradient_norm": float(norm)}),
