@@ -2,7 +2,7 @@
 
 A `Follower` lives in the driver while a section trains. Every few seconds it reads `metrics.jsonl` and
 `validation.jsonl` and tells each tracker the steps that are new to it. Training never waits for a tracker: one that
-fails is warned about once and tried again, from where it stopped.
+fails is warned about once and tried again, from where it stopped. Only the end of the job waits for a last try.
 
 `tracking.json` keeps, for each tracker, the id of its run and the last step it was told, so that a killed job goes on
 with the same runs. Steps that training does again repeat what they did, so trackers keep the values they have: only
@@ -95,7 +95,6 @@ class Follower:
 
     def __enter__(self) -> Follower:
         self._shown = next(reversed(_whole_lines(self.folder / STREAMS["train"])), None)  # of the run to be resumed
-        self._poll()  # in the main thread, for trackers that ask for a login
         self._thread.start()
         return self
 
@@ -109,6 +108,7 @@ class Follower:
             view.close(kind is None)
 
     def _follow(self) -> None:
+        self._poll()
         while not self._stop.wait(POLL_S):
             self._poll()
 
@@ -282,7 +282,7 @@ class _WandB:
         told.setdefault("id", uuid.uuid4().hex[:8])
         self.run = wandb.init(
             project=run.project, name=run.name, dir=str(run.folder), id=told["id"], resume="allow", config=run.settings,
-            allow_val_change=True, reinit="create_new", settings=wandb.Settings(console="off"),
+            allow_val_change=True, reinit="create_new", settings=wandb.Settings(console="off", login_timeout=60),
         )  # fmt: skip
         # Validation lags behind training, so W&B's own counter, which only goes up, cannot be the axis.
         for stream in STREAMS:
