@@ -35,6 +35,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
 
 from dede_ray import clip, feed
+from dede_ray.augmentation import Augmentation
 from dede_ray.config import Config, Mistake, claim, finish, write_json
 from dede_ray.contrastive import Contrastive
 from dede_ray.decoder import (
@@ -64,7 +65,7 @@ class ClipTrain(Config):
     """An open_clip name, a JSON model config in open_clip's format, or a folder exported by this job."""
     init: str | None = None
     """Checkpoint to start from (.safetensors or tensor-only .pt); None starts at random."""
-    augmentation: clip.Augmentation = clip.Augmentation()
+    augmentation: Augmentation = Augmentation()
     """What happens to training images; scoring never augments."""
     batch_size: int = Field(256, ge=2)
     """Global batch: the number of images that each caption is told apart from."""
@@ -287,16 +288,16 @@ class _ClipRecipe:
 
     def decode(self, ref: feed.ChunkRef, epoch: int, start: int, samples: list[Sample]) -> feed.Columns:
         images, captions, ids = [], [], []
-        size = clip.image_size_px(self.described)
+        size, augmentation = clip.image_size_px(self.described), self.section.augmentation
         for sample in samples:
             if sample.error is None and sample.caption is not None and sample.image is not None:
                 try:
-                    image_HWC = decode_image(sample.image, self.limits, size)
+                    image_HWC = decode_image(sample.image, self.limits, enough_px=augmentation.decode_px(size))
                 except BadSample:
                     continue
                 name = sample_id(ref.shard.name, sample.key)
                 rng = np.random.default_rng(sample_keys([name], self.seed, epoch).numpy().view(np.uint64))
-                images.append(self.section.augmentation.apply(image_HWC, rng))
+                images.append(augmentation.apply(image_HWC, size, rng))
                 captions.append(sample.caption)
                 ids.append(name)
         text_cfg = self.described["model_cfg"]["text_cfg"]
