@@ -24,8 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pydantic import Field
+from torch import nn
 
 from dede_ray import clip, feed
+from dede_ray.augmentation import Augmentation
 from dede_ray.config import Config, Mistake, claim, finish
 from dede_ray.contrastive import Contrastive, LossKind, with_loss
 from dede_ray.decoder import (
@@ -55,12 +57,22 @@ class ClipTrain(Optimisation):
     shards: str | list[str] | list[feed.Source]
     """Shards with captions; or several sources with weights."""
     model: str = "RN50"
-    """An open_clip name, a JSON model config in open_clip's format, or a folder exported by this job."""
+    """An open_clip name, a JSON model config in open_clip's format, an exported folder, or hf-hub:<org>/<name>."""
     init: str | None = None
-    """Checkpoint to start from (.safetensors or tensor-only .pt); None starts at random."""
+    """Weights to start from (.safetensors, tensor-only .pt, exported folder, hf-hub:...); None starts at random."""
+    lock_image: clip.ImageLock | None = None
+    """Keep the image tower, or all but its last groups, as `init` has it (LiT)."""
+    lock_text: clip.TextLock | None = None
+    """Keep the text tower, or all but its last layers, as `init` has it."""
+    patch_dropout: float | None = Field(None, ge=0, lt=1)
+    """Share of patches that a ViT image tower leaves out while training (FLIP); None does as the model config says."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
+    compile: bool = False
+    """torch.compile both towers; needs a C++ compiler."""
     loss: LossKind = "info_nce"
     """CLIP's softmax over the global batch, or SigLIP's sigmoid for every pair."""
-    augmentation: clip.Augmentation = clip.Augmentation()
+    augmentation: Augmentation = Augmentation()
     """What happens to training images; scoring never augments."""
     batch_size: int = Field(256, ge=2)
     """Global batch: the number of images that each caption is told apart from."""
@@ -156,12 +168,10 @@ def _train_clip(config: TrainConfig, section: ClipTrain) -> str:
         plan = feed.Plan(
             index, section.batch_size, config.lanes, config.seed, True, steps_per_window, section.epochs, weights
         )
-        with torch.random.fork_rng():  # what cannot be built or loaded is a mistake to report here, not in a worker
-            model = clip.build_clip(described)
-            if section.init is not None:
-                clip.load_clip_weights(model, section.init)
-        init = None if section.init is None else str(Path(section.init).absolute())
+        init = None if section.init is None else str(clip.resolve_weights(section.init).absolute())
         recipe = _ClipRecipe(section.model_copy(update={"init": init}), described, config.limits, config.seed)
+        with torch.random.fork_rng():  # what cannot be built or loaded is a mistake to report here, not in a worker
+            recipe.model()
         done = finish(folder, own, fit(_run(config, folder, recipe, section, plan, section.accumulation)))
     return f"clip: {done['steps']:,} steps on {done['num_samples']:,} samples, loss {done['loss']:.3f} -> {folder}"
 
@@ -284,16 +294,22 @@ class _ClipRecipe:
     seed: int
 
     def objective(self, rank: int, world: int) -> Contrastive:
-        model = clip.build_clip(self.described)
-        if self.section.init is not None:
-            clip.load_clip_weights(model, self.section.init)
-        return Contrastive(model, self.described, self.section.loss, rank, world)
+        return Contrastive(self.model(), self.described, self.section.loss, rank, world)
+
+    def model(self) -> nn.Module:
+        section = self.section
+        model = clip.build_clip(self.described, section.patch_dropout)
+        if section.init is not None:
+            clip.load_clip_weights(model, section.init)
+        clip.lock_towers(model, section.lock_image, section.lock_text)
+        clip.prepare_for_training(model, section.gradient_checkpointing, section.compile)
+        return model
 
     def decode(
         self, ref: feed.ChunkRef, epoch: int, start: int, samples: list[Sample]
     ) -> tuple[feed.Columns, list[Reason | None]]:
         images, captions, ids, errors = [], [], [], []
-        size = clip.image_size_px(self.described)
+        size, augmentation = clip.image_size_px(self.described), self.section.augmentation
         for sample in samples:
             name, error, image_HWC = sample_id(ref.shard.name, sample.key), sample.error, None
             try:
@@ -302,21 +318,21 @@ class _ClipRecipe:
                 elif error is None and sample.caption is None:
                     error = "caption_missing"
                 elif error is None:
-                    image_HWC = decode_image(sample.image, self.limits, size)  # type: ignore[arg-type]
+                    enough_px = augmentation.decode_px(size)
+                    image_HWC = decode_image(sample.image, self.limits, enough_px=enough_px)  # type: ignore[arg-type]
             except BadSample as bad:
                 error = bad.reason
             errors.append(error)
             if image_HWC is not None:
                 rng = np.random.default_rng(sample_keys([name], self.seed, epoch).numpy().view(np.uint64))
-                images.append(self.section.augmentation.apply(image_HWC, rng))
+                images.append(augmentation.apply(image_HWC, size, rng))
                 captions.append(sample.caption or "")
                 ids.append(name)
-        text_cfg = self.described["model_cfg"]["text_cfg"]
-        context_length, described_text = text_cfg.get("context_length", 77), json.dumps(text_cfg)
-        tokens = [_tokens(described_text, caption) for caption in captions]
+        tokens_BT, is_truncated_B = clip.tokenise(_tokenizer(json.dumps(self.described["model_cfg"])), captions)
         columns = {
             "image": np.stack(images) if images else np.empty((0, size, size, 3), np.uint8),
-            "tokens": np.stack(tokens) if tokens else np.empty((0, context_length), np.int64),
+            "tokens": tokens_BT,
+            "is_truncated": is_truncated_B,
             "sample_id": np.array([name.encode() for name in ids], "S"),
         }
         return columns, errors
@@ -329,14 +345,10 @@ class _ClipRecipe:
         return {}
 
 
-@functools.lru_cache(maxsize=100_000)
-def _tokens(text_cfg: str, caption: str) -> np.ndarray:
-    return _tokenizer(text_cfg)([caption])[0].numpy()
-
-
 @functools.lru_cache(maxsize=4)
-def _tokenizer(text_cfg: str) -> Any:
-    return clip.tokenizer({"model_cfg": {"text_cfg": json.loads(text_cfg)}})
+def _tokenizer(model_cfg: str) -> Any:
+    """One tokenizer per process and model; it keeps what it has learnt about words."""
+    return clip.tokenizer({"model_cfg": json.loads(model_cfg)})
 
 
 @dataclass(frozen=True)
