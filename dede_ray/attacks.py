@@ -24,9 +24,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import scipy.fft
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from dede_ray.config import Config, Mistake, claim, finish, write_atomically, write_json
+from dede_ray.config import Config, Mistake, claim, explain, finish, read_json, write_atomically, write_json
 from dede_ray.shards import (
     CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -306,6 +306,19 @@ def poison(config: PoisonConfig) -> str:
     counts = {"poisoned": num_poisoned, "usable": num_usable, "unusable": num_unusable}
     finish(config.output, config, {"counts": counts, "summary": summary})
     return summary
+
+
+def read_attack(folder: str) -> PoisonConfig:
+    """Read the settings that `poison` recorded in its output folder.
+
+    Raises:
+        Mistake: the folder does not hold them.
+    """
+    path = Path(folder) / "run.json"
+    try:
+        return PoisonConfig.model_validate(read_json(path, "record of a poisoning").get("settings"))
+    except ValidationError as error:
+        raise Mistake(f"{path} does not describe a poisoning:\n{explain(error, PoisonConfig)}") from None
 
 
 def _in_ray(task: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:

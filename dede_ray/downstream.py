@@ -9,11 +9,12 @@ backdoor. Numbers of a detector against a victim that does not pass the gate mea
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +44,16 @@ class Stamp(Protocol):
     """The part of a trigger that is needed here."""
 
     def stamp(self, image_HWC: np.ndarray, sample_id: str = "") -> np.ndarray: ...
+
+
+class Identified(Protocol):
+    """Whatever carries a sample's id."""
+
+    @property
+    def sample_id(self) -> str: ...
+
+
+S = TypeVar("S", bound=Identified)
 
 
 @dataclass(frozen=True)
@@ -182,9 +193,14 @@ def zero_shot_head(victim: Victim, classes: Classes) -> Head:
     Source: Radford et al., arXiv:2103.00020, section 3.1.4.
     """
     captions = [caption for name in classes.names for caption in class_captions(classes.templates, name)]
-    text_CTE = _unit(victim.encode_text(captions).cpu().numpy()).reshape(len(classes.names), len(classes.templates), -1)
-    text_CE = _unit(text_CTE.mean(axis=1))
+    text_CE = class_embeddings(victim.encode_text(captions).cpu().numpy(), len(classes.templates))
     return lambda embedding_NE: (embedding_NE @ text_CE.T).argmax(axis=1)
+
+
+def class_embeddings(caption_NE: NDArray[np.float32], num_templates: int) -> NDArray[np.float32]:
+    """The zero-shot classifier's rows (C, E) of length one, from captions (C * num_templates, E), class by class."""
+    caption_CTE = unit(caption_NE).reshape(-1, num_templates, caption_NE.shape[1])
+    return unit(caption_CTE.mean(axis=1))
 
 
 def probe_head(embedding_NE: NDArray[np.float32], label_N: NDArray[np.int64]) -> Head:
@@ -225,18 +241,29 @@ def embed(
 def _squares(
     images: Sequence[Labelled], size_px: int, limits: Limits, trigger: Stamp | None
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Decode, stamp or not, then bring to size: one path, so that the stamp is the only difference."""
     for image in images:
-        try:
-            image_HWC = decode_image(image.content, limits)
-        except BadSample:
-            continue
-        if trigger is not None:
-            image_HWC = trigger.stamp(image_HWC, image.sample_id)
-        yield to_square(image_HWC, size_px), image.label
+        with contextlib.suppress(BadSample):
+            yield square(image.content, image.sample_id, size_px, limits, trigger), image.label
 
 
-def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+def square(content: bytes, sample_id: str, size_px: int, limits: Limits, trigger: Stamp | None = None) -> np.ndarray:
+    """Decode, stamp or not, then bring to size: one path, so that the stamp is the only difference.
+
+    Returns:
+        uint8 (size_px, size_px, 3).
+
+    Raises:
+        BadSample: the image cannot be decoded.
+        Mistake: the trigger does not fit it.
+    """
+    image_HWC = decode_image(content, limits)
+    if trigger is not None:
+        image_HWC = trigger.stamp(image_HWC, sample_id)
+    return to_square(image_HWC, size_px)
+
+
+def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Bring each row to length one."""
     return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
 
@@ -254,9 +281,13 @@ def draw_labelled(shards: Sequence[Shard], num: int, seed: int, limits: Limits) 
                     if sample.error is None and sample.image is not None and sample.label is not None:
                         yield Labelled(sample_id(shard.name, sample.key), sample.image, sample.label)
 
-    # Keeps `num` encoded images in memory, however many there are.
-    drawn = heapq.nsmallest(num, labelled(), key=lambda image: keyed_generator(seed, image.sample_id).random())
+    drawn = draw(labelled(), num, seed)
     if not drawn:
         names = ", ".join(shard.name for shard in shards[:3])
         raise Mistake(f"no sample with an image and a label (a .cls member) in {names}; name labelled shards")
     return sorted(drawn, key=lambda image: image.sample_id)
+
+
+def draw(samples: Iterable[S], num: int, seed: int) -> list[S]:
+    """Draw up to `num` samples by id, the same ones in whatever order they come; keeps only `num` in memory."""
+    return heapq.nsmallest(num, samples, key=lambda sample: keyed_generator(seed, sample.sample_id).random())
