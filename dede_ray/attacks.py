@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, cast
+from typing import IO, Annotated, Any, Literal, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +42,7 @@ from dede_ray.shards import (
     open_shard,
     sample_id,
     split_name,
+    to_square,
 )
 from dede_ray.sources import Classes, class_captions, keyed_generator, pick_caption, read_classes
 
@@ -186,6 +187,28 @@ class Frequency(Config):
 
 
 Trigger = Annotated[Patch | Blend | Frequency, Field(discriminator="kind")]
+
+
+class Stamp(Protocol):
+    """What every trigger can do."""
+
+    def stamp(self, image_HWC: np.ndarray, sample_id: str = "") -> np.ndarray: ...
+
+
+def square(content: bytes, sample_id: str, size_px: int, limits: Limits, trigger: Stamp | None = None) -> np.ndarray:
+    """Decode, stamp or not, then bring to size: one path, so that the stamp is the only difference.
+
+    Returns:
+        uint8 (size_px, size_px, 3).
+
+    Raises:
+        BadSample: the image cannot be decoded.
+        Mistake: the trigger does not fit it.
+    """
+    image_HWC = decode_image(content, limits)
+    if trigger is not None:
+        image_HWC = trigger.stamp(image_HWC, sample_id)
+    return to_square(image_HWC, size_px)
 
 
 # ------------------------------------------------------------------------------------------- the attack

@@ -10,11 +10,10 @@ backdoor. Numbers of a detector against a victim that does not pass the gate mea
 from __future__ import annotations
 
 import contextlib
-import heapq
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +23,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
+from dede_ray.attacks import Stamp, square
 from dede_ray.clip import to_unit_range
 from dede_ray.config import Config, Mistake
 from dede_ray.metrics import Interval, proportion
-from dede_ray.shards import BadSample, Limits, Shard, decode_image, iter_chunks, sample_id, to_square
-from dede_ray.sources import Classes, class_captions, keyed_generator
+from dede_ray.shards import BadSample, Limits, Shard, iter_chunks, sample_id
+from dede_ray.sources import Classes, class_captions, draw
 from dede_ray.victims import Victim
 
 logger = logging.getLogger(__name__)
@@ -38,22 +38,6 @@ BATCH_SIZE = 256
 # Shapes: N images, E embedding width, C classes.
 Head = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 """A classifier on embeddings: (N, E) -> predicted label (N,)."""
-
-
-class Stamp(Protocol):
-    """The part of a trigger that is needed here."""
-
-    def stamp(self, image_HWC: np.ndarray, sample_id: str = "") -> np.ndarray: ...
-
-
-class Identified(Protocol):
-    """Whatever carries a sample's id."""
-
-    @property
-    def sample_id(self) -> str: ...
-
-
-S = TypeVar("S", bound=Identified)
 
 
 @dataclass(frozen=True)
@@ -246,22 +230,6 @@ def _squares(
             yield square(image.content, image.sample_id, size_px, limits, trigger), image.label
 
 
-def square(content: bytes, sample_id: str, size_px: int, limits: Limits, trigger: Stamp | None = None) -> np.ndarray:
-    """Decode, stamp or not, then bring to size: one path, so that the stamp is the only difference.
-
-    Returns:
-        uint8 (size_px, size_px, 3).
-
-    Raises:
-        BadSample: the image cannot be decoded.
-        Mistake: the trigger does not fit it.
-    """
-    image_HWC = decode_image(content, limits)
-    if trigger is not None:
-        image_HWC = trigger.stamp(image_HWC, sample_id)
-    return to_square(image_HWC, size_px)
-
-
 def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """Bring each row to length one."""
     return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
@@ -286,8 +254,3 @@ def draw_labelled(shards: Sequence[Shard], num: int, seed: int, limits: Limits) 
         names = ", ".join(shard.name for shard in shards[:3])
         raise Mistake(f"no sample with an image and a label (a .cls member) in {names}; name labelled shards")
     return sorted(drawn, key=lambda image: image.sample_id)
-
-
-def draw(samples: Iterable[S], num: int, seed: int) -> list[S]:
-    """Draw up to `num` samples by id, the same ones in whatever order they come; keeps only `num` in memory."""
-    return heapq.nsmallest(num, samples, key=lambda sample: keyed_generator(seed, sample.sample_id).random())
