@@ -42,6 +42,7 @@ Reason = L[
     "image_truncated",  # the image data ends early
     "image_too_large",  # more pixels than `max_pixels`
     "member_too_large",  # a member longer than `max_member_bytes`
+    "caption_missing",  # no caption where training needs one
     "caption_unreadable",  # not UTF-8
     "caption_too_long",  # longer than `max_caption_chars`
     "label_unreadable",  # not an integer
