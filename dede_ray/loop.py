@@ -20,12 +20,13 @@ import os
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import ray
 import torch
@@ -39,7 +40,7 @@ from dede_ray import feed
 from dede_ray.config import Config, Mistake, read_json, write_atomically, write_json
 from dede_ray.contrastive import backward
 from dede_ray.optimisation import Optimisation
-from dede_ray.shards import Limits, Sample
+from dede_ray.shards import Limits, Reason, Sample
 from dede_ray.tracking import Follower, Tracking
 
 logger = logging.getLogger(__name__)
@@ -79,22 +80,30 @@ class Workers(Config):
     """Seconds between looks whether an elastic run can grow."""
 
 
-class Recipe(Protocol):
-    """What a run trains, and on what: the part that the CLIP and the decoder do not share."""
+class Recipe(ABC):
+    """What a run trains, and on what: the part that the CLIP and the decoder do not share. Travels to the workers."""
 
+    @abstractmethod
     def objective(self, rank: int, world: int) -> nn.Module:
         """forward(batch) -> (loss, metrics); begin_step, after_step, arrays, load_arrays as in Contrastive."""
 
+    @abstractmethod
     def decode(
         self, ref: feed.ChunkRef, epoch: int, start: int, samples: list[Sample]
-    ) -> tuple[feed.Columns, list[Any]]:
+    ) -> tuple[feed.Columns, list[Reason | None]]:
         """Samples to columns; see feed.Decode."""
+
+    @abstractmethod
+    def export(self, folder: Path, objective: Any) -> dict[str, Any]:
+        """Rank 0, at the end: write what other jobs read."""
 
     def validate(self, objective: Any, device: torch.device, rank: int, world: int) -> dict[str, float]:
         """Collective: how good is it so far."""
+        return {}
 
-    def export(self, folder: Path, objective: Any) -> dict[str, Any]:
-        """Rank 0, at the end: write what other jobs read."""
+    def lr_scale(self, step: int) -> float:
+        """What the schedule's learning rate of a step is multiplied with."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -116,10 +125,9 @@ class Run:
     """Steps between validations; 0 validates at the end only, None never."""
     tracking: Tracking = field(default_factory=Tracking)
 
-    @property
-    def worlds(self) -> range:
-        """Numbers of workers that the run may have."""
-        return range(self.workers.min_workers or self.workers.num_workers, self.workers.num_workers + 1)
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        return self.optimisation.rate(step, self.plan.num_steps) * self.recipe.lr_scale(step)
 
 
 def check_workers(run_lanes: int, batch_size: int, accumulation: int, workers: Workers) -> None:
@@ -341,7 +349,7 @@ def _train(run: Run) -> dict[str, Any]:
         if not math.isfinite(mean):
             return {"mistake": _non_finite(run, step, loss, columns, rank, world)}
         for group in optimiser.param_groups:
-            group["lr"] = run.optimisation.rate(step, num_steps)
+            group["lr"] = run.rate(step)
         engine.step()
         engine.module.after_step()
         seen.add(columns)
@@ -578,7 +586,7 @@ class _MetricsLog:
         self._write("metrics.jsonl", {
             "step": step,
             "loss": self.loss,
-            "learning_rate": self.run.optimisation.rate(step, self.run.plan.num_steps),
+            "learning_rate": self.run.rate(step),
             "samples_per_s": len(self.losses) * self.run.plan.batch_size / elapsed,
             "input_wait_share": self.wait_s / elapsed,
             "num_workers": self.world,

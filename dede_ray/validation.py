@@ -242,7 +242,7 @@ class Validator:
         if key not in self._kept_tokens:
             padding = [""] * (num_batches * width - len(captions))
             self._kept_tokens[key] = clip.tokenizer(self.described)([*captions, *padding])
-        rows = [crew.rows(crew.model.encode_text, tokens_BL) for tokens_BL in self._kept_tokens[key].split(width)]
+        rows = [crew.texts(tokens_BL) for tokens_BL in self._kept_tokens[key].split(width)]
         return np.concatenate(rows)[: len(captions)]
 
     def _embed_pictures(self, crew: _Crew, name: _Set) -> tuple[Floats, NDArray[np.bool_]]:
@@ -256,7 +256,7 @@ class Validator:
         rows, readable = [], []
         for batch in self._batches(crew, name):
             image_BCHW = normalise(clip.to_unit_range(torch.from_numpy(batch.image_BHWC).to(crew.device)))
-            rows.append(crew.rows(crew.model.encode_image, image_BCHW.to(crew.dtype)))
+            rows.append(crew.images(image_BCHW.to(crew.dtype)))
             readable.append(batch.readable_B)
         num_mine = len(crew.share(len(pictures)))
         readable_N = np.concatenate(readable)[:num_mine]
@@ -327,8 +327,11 @@ class _Crew:
     def largest_share(self, num: int) -> int:
         return -(-num // self.world)
 
-    def rows(self, tower: Any, batch: torch.Tensor) -> Floats:
-        return tower(batch.to(self.device)).float().cpu().numpy()
+    def images(self, image_BCHW: torch.Tensor) -> Floats:
+        return self.model(image_BCHW.to(self.device), None)[0].float().cpu().numpy()
+
+    def texts(self, tokens_BL: torch.Tensor) -> Floats:
+        return self.model(None, tokens_BL.to(self.device))[1].float().cpu().numpy()
 
     def gather(self, mine_NE: Floats, num: int) -> Floats:
         """All workers' shares of `num` rows, in order."""
