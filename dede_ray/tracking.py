@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import itertools
 import json
 import logging
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -189,7 +188,7 @@ class _View:
 
     def close(self, is_success: bool) -> None:
         try:
-            if self.tracker is not None:
+            if self.tracker is not None and not self.retry_at:  # else the last try has just failed
                 self.tracker.close(is_success)
         except Exception as error:
             self._warn(error)
@@ -296,9 +295,12 @@ class _WandB:
         self.run.finish(exit_code=0 if is_success else 1)
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    nested = [_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else [(prefix + k, v)] for k, v in settings.items()]
-    return list(itertools.chain.from_iterable(nested))
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _chunks(things: list[Any], size: int) -> list[list[Any]]:
