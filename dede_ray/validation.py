@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
 from dede_ray import clip, downstream
-from dede_ray.attacks import Trigger, read_attack
+from dede_ray.attacks import AnyTrigger, read_attack
 from dede_ray.config import Config, Mistake, explain, read_json
 from dede_ray.pictures import Picture, find_pictures, read_ahead
 from dede_ray.shards import Limits, Shard, list_shards
@@ -75,7 +75,7 @@ class Backdoor(Config):
 
     poisoned: str | None = None
     """Folder that jobs/poison.py wrote; its run.json tells trigger and target."""
-    trigger: Trigger | None = None
+    trigger: AnyTrigger | None = Field(None, discriminator="kind")
     """What is stamped."""
     target_label: int | None = Field(None, ge=0)
     """The class that triggered images should be taken for."""
@@ -130,7 +130,7 @@ class Validator:
         self.config, self.described, self.limits = config, described, limits
         self.image_size = clip.image_size_px(described)
         self._pictures: dict[_Set, list[Picture]] = {}
-        self._trigger: Trigger | None = None
+        self._trigger: AnyTrigger | None = None
         if config.zero_shot is not None:
             shards = list_shards(config.zero_shot.shards)
             labelled = find_pictures(shards, "label", config.zero_shot.num_samples, SEED, limits)
@@ -242,7 +242,7 @@ class Validator:
         if key not in self._kept_tokens:
             padding = [""] * (num_batches * width - len(captions))
             self._kept_tokens[key] = clip.tokenizer(self.described)([*captions, *padding])
-        rows = [crew.texts(tokens_BL) for tokens_BL in self._kept_tokens[key].split(width)]
+        rows = [crew.rows(crew.model.encode_text, tokens_BL) for tokens_BL in self._kept_tokens[key].split(width)]
         return np.concatenate(rows)[: len(captions)]
 
     def _embed_pictures(self, crew: _Crew, name: _Set) -> tuple[Floats, NDArray[np.bool_]]:
@@ -256,7 +256,7 @@ class Validator:
         rows, readable = [], []
         for batch in self._batches(crew, name):
             image_BCHW = normalise(clip.to_unit_range(torch.from_numpy(batch.image_BHWC).to(crew.device)))
-            rows.append(crew.images(image_BCHW.to(crew.dtype)))
+            rows.append(crew.rows(crew.model.encode_image, image_BCHW.to(crew.dtype)))
             readable.append(batch.readable_B)
         num_mine = len(crew.share(len(pictures)))
         readable_N = np.concatenate(readable)[:num_mine]
@@ -327,17 +327,14 @@ class _Crew:
     def largest_share(self, num: int) -> int:
         return -(-num // self.world)
 
-    def images(self, image_BCHW: torch.Tensor) -> Floats:
-        return self.model(image_BCHW.to(self.device), None)[0].float().cpu().numpy()
-
-    def texts(self, tokens_BL: torch.Tensor) -> Floats:
-        return self.model(None, tokens_BL.to(self.device))[1].float().cpu().numpy()
+    def rows(self, tower: Any, batch: torch.Tensor) -> Floats:
+        return tower(batch.to(self.device)).float().cpu().numpy()
 
     def gather(self, mine_NE: Floats, num: int) -> Floats:
         """All workers' shares of `num` rows, in order."""
         if self.world == 1:
             return mine_NE
-        padded = torch.zeros(self.largest_share(num), mine_NE.shape[1], device=self.device)
+        padded = torch.zeros(self.largest_share(num), mine_NE.shape[1], dtype=torch.float32, device=self.device)
         padded[: len(mine_NE)] = torch.from_numpy(mine_NE)
         everyone = [torch.empty_like(padded) for _ in range(self.world)]
         torch.distributed.all_gather(everyone, padded)
@@ -458,7 +455,7 @@ def _check_labels(pictures: list[Picture], classes: Classes, config: ZeroShot) -
         )
 
 
-def _attack(config: Backdoor, classes: Classes) -> tuple[Trigger, int]:
+def _attack(config: Backdoor, classes: Classes) -> tuple[AnyTrigger, int]:
     if config.poisoned is not None:
         attack = read_attack(config.poisoned)
         trigger, target = attack.trigger, attack.target_label
@@ -471,7 +468,7 @@ def _attack(config: Backdoor, classes: Classes) -> tuple[Trigger, int]:
     return trigger, target
 
 
-def _check_trigger(trigger: Trigger, pictures: list[Picture], target: int) -> None:
+def _check_trigger(trigger: AnyTrigger, pictures: list[Picture], target: int) -> None:
     """Stamp an empty image of the smallest size: a trigger too large for it is a mistake before work begins."""
     if not pictures:
         raise Mistake(
