@@ -266,30 +266,35 @@ class Worker:
 
 
 @pytest.fixture(scope="module")
-def in_two_workers(tmp_path_factory, local_ray):
-    """Runs a validator in two workers that know each other; starting them takes seconds."""
-    store = tmp_path_factory.mktemp("gloo") / "store"
-    workers = [Worker.remote(rank, 2, store) for rank in range(2)]
-    yield lambda validator, model: ray.get([worker.run.remote(validator, model) for worker in workers], timeout=120)
+def of_two_workers(tmp_path_factory, colours, described, random_clip):
+    """What two workers measure and how they call the model, of the colours and of a set too small for both."""
+    folder = tmp_path_factory.mktemp("few")
+    image = encode_image(np.full((8, 8, 3), 200, np.uint8), "png")
+    write_shards(folder, "test", [Sample(f"{i}", i, image, "png", caption=f"{i}", label=0) for i in range(3)], 2)
+    write_json(folder / "classes.json", {"names": ["white"], "templates": ["{}"]})
+    runs = {
+        "colours": (Validator(settings(colours), described, LIMITS), random_clip),
+        "few": (Validator(settings(folder, batch_size=1, backdoor=None), described, LIMITS), ColourClip(described)),
+    }
+    workers = [Worker.remote(rank, 2, folder / "store") for rank in range(2)]
+    measured = {
+        name: ray.get([worker.run.remote(*run) for worker in workers], timeout=120) for name, run in runs.items()
+    }
     for worker in workers:
         ray.kill(worker)
+    return measured
 
 
-def test_two_workers_give_the_numbers_of_one(in_two_workers, colours, described, random_clip):
-    validator = Validator(settings(colours), described, LIMITS)
-    alone = validator.run(random_clip, CPU, torch.float32)
-    (one, _), (other, _) = in_two_workers(validator, random_clip)
+def test_two_workers_give_the_numbers_of_one(of_two_workers, colours, described, random_clip):
+    alone = Validator(settings(colours), described, LIMITS).run(random_clip, CPU, torch.float32)
+    (one, _), (other, _) = of_two_workers["colours"]
     assert one == other
     assert numbers(one) == pytest.approx(numbers(alone), abs=1e-12)
 
 
-def test_all_workers_run_the_model_equally_often(tmp_path, in_two_workers, described):
-    """Three images and one class for two workers: one has nothing to do, and does it as often."""
-    image = encode_image(np.full((8, 8, 3), 200, np.uint8), "png")
-    write_shards(tmp_path, "test", [Sample(f"{i}", i, image, "png", caption=f"{i}", label=0) for i in range(3)], 2)
-    write_json(tmp_path / "classes.json", {"names": ["white"], "templates": ["{}"]})
-    validator = Validator(settings(tmp_path, batch_size=1, backdoor=None), described, LIMITS)
-    (one, calls), (_, other_calls) = in_two_workers(validator, ColourClip(described))
+def test_all_workers_run_the_model_equally_often(of_two_workers):
+    """Three images and one class for two workers: one has less to do, and does it as often."""
+    (one, calls), (_, other_calls) = of_two_workers["few"]
     assert calls == other_calls
     assert calls.count("image") == 4, "twice two batches of one"
     assert one["zero_shot_top1"] == 1
