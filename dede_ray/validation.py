@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
 from dede_ray import clip, downstream
-from dede_ray.attacks import Trigger, read_attack
+from dede_ray.attacks import AnyTrigger, read_attack
 from dede_ray.config import Config, Mistake, explain, read_json
 from dede_ray.pictures import Picture, find_pictures, read_ahead
 from dede_ray.shards import Limits, Shard, list_shards
@@ -75,7 +75,7 @@ class Backdoor(Config):
 
     poisoned: str | None = None
     """Folder that jobs/poison.py wrote; its run.json tells trigger and target."""
-    trigger: Trigger | None = None
+    trigger: AnyTrigger | None = Field(None, discriminator="kind")
     """What is stamped."""
     target_label: int | None = Field(None, ge=0)
     """The class that triggered images should be taken for."""
@@ -130,7 +130,7 @@ class Validator:
         self.config, self.described, self.limits = config, described, limits
         self.image_size = clip.image_size_px(described)
         self._pictures: dict[_Set, list[Picture]] = {}
-        self._trigger: Trigger | None = None
+        self._trigger: AnyTrigger | None = None
         if config.zero_shot is not None:
             shards = list_shards(config.zero_shot.shards)
             labelled = find_pictures(shards, "label", config.zero_shot.num_samples, SEED, limits)
@@ -455,7 +455,7 @@ def _check_labels(pictures: list[Picture], classes: Classes, config: ZeroShot) -
         )
 
 
-def _attack(config: Backdoor, classes: Classes) -> tuple[Trigger, int]:
+def _attack(config: Backdoor, classes: Classes) -> tuple[AnyTrigger, int]:
     if config.poisoned is not None:
         attack = read_attack(config.poisoned)
         trigger, target = attack.trigger, attack.target_label
@@ -468,7 +468,7 @@ def _attack(config: Backdoor, classes: Classes) -> tuple[Trigger, int]:
     return trigger, target
 
 
-def _check_trigger(trigger: Trigger, pictures: list[Picture], target: int) -> None:
+def _check_trigger(trigger: AnyTrigger, pictures: list[Picture], target: int) -> None:
     """Stamp an empty image of the smallest size: a trigger too large for it is a mistake before work begins."""
     if not pictures:
         raise Mistake(

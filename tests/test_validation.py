@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -264,6 +265,41 @@ class Worker:
         measured = validator.run(model, CPU, torch.float32, self.rank, self.world)
         return measured, getattr(model, "calls", None)
 
+    def train(self, *arguments):
+        return train_a_little(*arguments, self.rank, self.world)
+
+
+def train_a_little(zero_stage, described, validator, steps_before, rank, world):
+    """Losses of four DeepSpeed steps, and what is measured before some of them."""
+    import deepspeed
+
+    from dede_ray.contrastive import Contrastive, backward
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would want a compiler
+    deepspeed.init_distributed("gloo")
+    torch.manual_seed(0)
+    objective = Contrastive(clip.build_clip(described), described, rank=rank, world=world)
+    settings = {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 8,
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    adam = torch.optim.AdamW(objective.parameters(), lr=1e-2)
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=adam, config=settings)
+    losses, measured = [], []
+    for step in range(4):
+        if step in steps_before:
+            measured.append(validator.run(engine.module.model, engine.device, torch.float32, rank, world))
+        image_BHWC = np.random.default_rng([step, rank]).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+        captions = [f"picture {i} of {step} and {rank}" for i in range(8)]
+        batch = {"image": torch.from_numpy(image_BHWC), "tokens": clip.tokenizer(described)(captions)}
+        losses.append(float(backward(engine, batch)[0]))
+        engine.step()
+    return losses, measured
+
 
 @pytest.fixture(scope="module")
 def of_two_workers(tmp_path_factory, colours, described, random_clip):
@@ -298,6 +334,38 @@ def test_all_workers_run_the_model_equally_often(of_two_workers):
     assert calls == other_calls
     assert calls.count("image") == 4, "twice two batches of one"
     assert one["zero_shot_top1"] == 1
+
+
+@pytest.mark.slow  # three times two workers that import DeepSpeed
+def test_a_partitioned_model_is_measured_as_a_whole_one_and_trains_on_undisturbed(tmp_path, colours):
+    tower = {"layers": 1, "width": 16}
+    described = {
+        "model_cfg": {
+            "embed_dim": 16,
+            "vision_cfg": {"image_size": 32, "patch_size": 8, "head_width": 8, **tower},
+            "text_cfg": {"context_length": 8, "vocab_size": 49408, "heads": 2, **tower},
+        },
+        "preprocess_cfg": {},
+    }
+    validator = Validator(settings(colours), described, LIMITS)
+
+    def train(name, zero_stage, steps_before):
+        on_cpu = Worker.options(runtime_env={"env_vars": {"DS_ACCELERATOR": "cpu"}})
+        workers = [on_cpu.remote(rank, 2, tmp_path / name) for rank in range(2)]
+        outcomes = [worker.train.remote(zero_stage, described, validator, steps_before) for worker in workers]
+        (losses, measured), (_, others) = ray.get(outcomes, timeout=180)
+        for worker in workers:
+            ray.kill(worker)
+        assert measured == others
+        return losses, [numbers(one) for one in measured]
+
+    whole_losses, whole = train("whole", 0, {0, 3})
+    losses, partitioned = train("partitioned", 3, {0, 3})
+    undisturbed_losses, _ = train("undisturbed", 3, set())
+    assert partitioned[0] == pytest.approx(whole[0], abs=1e-12)
+    assert partitioned[1] != partitioned[0]
+    assert losses == undisturbed_losses
+    assert losses == pytest.approx(whole_losses, rel=1e-3)
 
 
 @pytest.mark.parametrize("batch_size", [3, 100])
