@@ -334,7 +334,7 @@ class _Crew:
         """All workers' shares of `num` rows, in order."""
         if self.world == 1:
             return mine_NE
-        padded = torch.zeros(self.largest_share(num), mine_NE.shape[1], device=self.device)
+        padded = torch.zeros(self.largest_share(num), mine_NE.shape[1], dtype=torch.float32, device=self.device)
         padded[: len(mine_NE)] = torch.from_numpy(mine_NE)
         everyone = [torch.empty_like(padded) for _ in range(self.world)]
         torch.distributed.all_gather(everyone, padded)
