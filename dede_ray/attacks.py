@@ -186,7 +186,8 @@ class Frequency(Config):
         return stamped_HWC
 
 
-Trigger = Annotated[Patch | Blend | Frequency, Field(discriminator="kind")]
+AnyTrigger = Patch | Blend | Frequency
+Trigger = Annotated[AnyTrigger, Field(discriminator="kind")]
 
 
 class Stamp(Protocol):
