@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dede_ray.clip import read_tensors, to_unit_range
 from dede_ray.config import Config, Mistake, read_json, write_json
+from dede_ray.optimisation import Optimisation
 from dede_ray.vision_libraries import timm
 
 
@@ -245,7 +246,16 @@ class Reconstruction(nn.Module):
             error_B = torch.cat(gathered)
         return error_B.nanquantile(1 - self.trim_rate)
 
+    def begin_step(self, step: int) -> None:
+        pass
+
     def after_step(self) -> None:
+        pass
+
+    def arrays(self) -> dict[str, Any]:
+        return {}
+
+    def load_arrays(self, arrays: dict[str, Any]) -> None:
         pass
 
 
@@ -269,7 +279,7 @@ def embedding_use(decoder: MaskedDecoder, batch: dict[str, Tensor], mask_ratio: 
 # ------------------------------------------------------------------------------------------------ presets
 
 
-class DecoderPreset(Config):
+class DecoderPreset(Optimisation):
     """Network and optimisation of one published or tried setting."""
 
     shape: DecoderShape
@@ -278,12 +288,6 @@ class DecoderPreset(Config):
     trim_rate: float
     batch_size: int
     epochs: float
-    optimiser: Literal["adam", "adamw"]
-    learning_rate: float
-    weight_decay: float
-    warmup_steps: int
-    schedule: Literal["constant", "cosine"]
-    clip_norm: float
     shuffle: bool
 
 
@@ -299,7 +303,7 @@ PRESETS: dict[str, DecoderPreset] = {
     "paper": DecoderPreset(
         shape=DecoderShape(patch_px=4, width=192, heads=3, encoder_depth=12, decoder_depth=4),
         mask_ratio=0.9, null_rate=0.0, trim_rate=0.0, batch_size=256, epochs=200, optimiser="adam", learning_rate=1e-3,
-        weight_decay=1e-6, warmup_steps=0, schedule="constant", clip_norm=0.0, shuffle=False,
+        beta2=0.999, epsilon=1e-8, weight_decay=1e-6, warmup_steps=0, schedule="constant", clip_norm=0.0, shuffle=False,
     ),
     # The same network trained to convergence sooner, with null embedding and trimming.
     "fast": DecoderPreset(

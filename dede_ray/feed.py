@@ -1,11 +1,13 @@
 """The order in which a training run sees its samples: a pure function of seed and step.
 
 A global batch is cut into a fixed number of *lanes*. Each epoch the chunks are shuffled, strung together and divided
-evenly over the lanes; a lane walks through its part of epoch after epoch and gives `batch_size / lanes` samples to
-every step, shuffled within windows of several steps. Rank r serves the lanes r, r + world, ... So which samples make
-up batch t depends on nothing but the settings: a run that resumes at step t, with any number of workers that divides
-the lanes, goes on exactly where it was, and no sample is lost or seen twice in an epoch. (The up to `lanes - 1`
-samples that do not divide evenly sit out one epoch; the shuffle makes them others each time.)
+over the lanes; a lane walks through its part of epoch after epoch and gives `batch_size / lanes` samples to every step,
+shuffled within windows of several steps. Rank r serves the lanes r, r + world, ... So which samples make up batch t
+depends on nothing but the settings: a run that resumes at step t, with any number of workers that divides the lanes,
+goes on exactly where it was, and every epoch holds every sample exactly once. (A batch may hold the end of one epoch
+and the start of the next; a run's last batch is filled up from the epoch after its last.)
+
+`Seen` checks that from the other end: it marks what was trained on, sample by sample.
 
 Ray Data reads ahead: one read task per window and rank, decoding on the cluster's CPUs, in order.
 """
@@ -13,22 +15,29 @@ Ray Data reads ahead: one read task per window and rank, decoding on the cluster
 from __future__ import annotations
 
 import itertools
+import json
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
+import torch
+from pydantic import Field
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from dede_ray.config import Mistake
-from dede_ray.shards import Limits, Sample, Shard, iter_samples, open_shard, split_name
+from dede_ray.config import Config, Mistake
+from dede_ray.shards import Limits, Reason, Sample, Shard, iter_samples, open_shard, split_name
 
 Columns = dict[str, np.ndarray]
+
+WINDOWS_PER_DATASET = 1000  # Ray Data keeps every read task of a dataset in the driver's memory
 
 
 @dataclass(frozen=True)
@@ -86,9 +95,21 @@ def _index_one(shard: Shard, chunk_size: int) -> list[ChunkRef]:
     return [*refs, ChunkRef(shard, len(refs), offset, count)] if count else refs
 
 
+class Source(Config):
+    """Some of a run's shards, and how often they are seen beside the others."""
+
+    shards: str | list[str]
+    """Shards, as a path, pattern or list of them."""
+    weight: float = Field(1.0, gt=0)
+    """Times that each sample is seen per epoch: 2 doubles the source, 0.5 takes another half of it each epoch."""
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides which samples make up which batch."""
+    """Everything that decides which samples make up which batch.
+
+    `index` holds the chunks of all sources one after the other, `weights` one weight per chunk (none: all 1).
+    """
 
     index: list[ChunkRef]
     batch_size: int
@@ -96,6 +117,11 @@ class Plan:
     seed: int
     shuffle: bool
     steps_per_window: int
+    epochs: float
+    weights: list[float] | None = None
+    _orders: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
+    _starts: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
+    _bases: dict[ChunkRef, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.batch_size % self.lanes:
@@ -103,65 +129,162 @@ class Plan:
         if self.num_samples < self.lanes:
             raise Mistake(f"{self.num_samples} training samples are fewer than the {self.lanes} lanes of a batch")
 
+    def __getstate__(self) -> dict[str, Any]:
+        looked_up = {"_orders": {}, "_starts": [0], "_bases": {}}  # which need not travel
+        return {**self.__dict__, **looked_up}
+
     @property
     def num_samples(self) -> int:
         return sum(ref.num_samples for ref in self.index)
 
+    def bases(self) -> dict[ChunkRef, int]:
+        """The number of each chunk's first sample."""
+        if not self._bases:
+            ends = np.cumsum([ref.num_samples for ref in self.index])
+            self._bases.update((ref, int(end) - ref.num_samples) for ref, end in zip(self.index, ends, strict=True))
+        return self._bases
+
+    @property
+    def num_steps(self) -> int:
+        """Steps until every lane is through its part of all epochs."""
+        whole = int(self.epochs)
+        end = self.epoch_start(whole)
+        end += round((self.epochs - whole) * (self.epoch_start(whole + 1) - end))
+        return max(1, -(-self._lane_start(0, end) // (self.batch_size // self.lanes)))
+
+    def epoch_start(self, epoch: int) -> int:
+        """Samples that all epochs before this one hold."""
+        while len(self._starts) <= epoch:
+            _, ends = self._order(len(self._starts) - 1)
+            self._starts.append(self._starts[-1] + int(ends[-1]))
+        return self._starts[epoch]
+
+    def open_epoch(self, step: int) -> int:
+        """The first epoch of which something may come after `step` steps."""
+        position, epoch = step // self.steps_per_window * self.steps_per_window * self.batch_size, 0
+        while self.epoch_start(epoch + 1) + self.lanes <= position:
+            epoch += 1
+        return epoch
+
+    def steps_of(self, window: int) -> int:
+        """Steps of a window: all have the same number, except the run's last."""
+        return max(0, min(self.steps_per_window, self.num_steps - window * self.steps_per_window))
+
     def pieces(self, lane: int, first: int, count: int) -> Iterator[tuple[int, ChunkRef, int, int]]:
         """Samples `first ... first + count` of an endless lane, as (epoch, chunk, start, stop) pieces."""
-        per_epoch = self.num_samples // self.lanes
+        epoch = 0
+        while self._lane_start(lane, self.epoch_start(epoch + 1)) <= first:
+            epoch += 1
         while count > 0:
-            epoch, within = divmod(first, per_epoch)
-            take = min(count, per_epoch - within)
-            order = self._chunk_order(epoch)
-            ends = np.cumsum([self.index[i].num_samples for i in order])
-            begin = lane * per_epoch + within
-            place = int(np.searchsorted(ends, begin, side="right"))
-            first, count = first + take, count - take
+            begin, end = (self._lane_start(lane, self.epoch_start(e)) for e in (epoch, epoch + 1))
+            take = min(count, end - first)
+            order, ends = self._order(epoch)
+            # The lanes stand one after the other in the epoch's order of chunks.
+            before = sum(
+                self._lane_start(other, self.epoch_start(epoch + 1)) - self._lane_start(other, self.epoch_start(epoch))
+                for other in range(lane)
+            )
+            at = before + first - begin
+            first, count, epoch_now, epoch = first + take, count - take, epoch, epoch + 1
+            place = int(np.searchsorted(ends, at, side="right"))
             while take > 0:
                 ref = self.index[order[place]]
-                start = begin - int(ends[place] - ref.num_samples)
+                start = at - int(ends[place] - ref.num_samples)
                 stop = min(ref.num_samples, start + take)
-                yield epoch, ref, start, stop
-                begin, take, place = begin + stop - start, take - (stop - start), place + 1
+                yield epoch_now, ref, start, stop
+                at, take, place = at + stop - start, take - (stop - start), place + 1
 
-    def _chunk_order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(len(self.index))
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.index))
+    def _lane_start(self, lane: int, position: int) -> int:
+        """How many of the first `position` samples of all epochs are a lane's: lanes differ by at most one."""
+        return (position + self.lanes - 1 - lane) // self.lanes
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The chunks of an epoch in their order, and where each ends."""
+        if epoch not in self._orders:
+            order = np.arange(len(self.index))
+            if self.weights is not None:
+                order = np.repeat(order, self._times(epoch))
+            if self.shuffle:
+                order = np.random.default_rng([self.seed, epoch]).permutation(order)
+            if not len(order):
+                raise Mistake(f"epoch {epoch} holds no sample: the weights of all sources are too small for so few")
+            ends = np.cumsum([self.index[i].num_samples for i in order])
+            for old in [e for e in self._orders if e < epoch - 2]:
+                del self._orders[old]
+            self._orders[epoch] = order, ends
+        return self._orders[epoch]
+
+    def _times(self, epoch: int) -> np.ndarray:
+        """How often an epoch holds each chunk: w times on average over the epochs, in turn where w is no integer."""
+        weight = np.asarray(self.weights)
+        turn = (np.random.default_rng([self.seed]).permutation(len(weight)) + 0.5) / len(weight)
+        return np.floor(weight * (epoch + 1) + turn).astype(int) - np.floor(weight * epoch + turn).astype(int)
 
 
-# Turns samples `start ... start + len(samples)` of a chunk, in some epoch, into columns; leaves out what it cannot use.
-Decode = Callable[[ChunkRef, int, int, list[Sample]], Columns]
+# Turns samples `start ... start + len(samples)` of a chunk, in some epoch, into columns of those that can be used, and
+# says for each sample why it cannot be used, or None.
+Decode = Callable[[ChunkRef, int, int, list[Sample]], tuple[Columns, list[Reason | None]]]
 
 
 def read_window(plan: Plan, lanes: list[int], window: int, limits: Limits, decode: Decode) -> Iterator[Columns]:
     """Read one window for some lanes; yields one batch of columns per step.
 
+    Beside the columns of `decode` a batch has `epoch` and `place` (which sample this is: its number over all chunks).
     A sample that cannot be used leaves a gap; the gap is filled by the usable samples of the same lane and window, in
-    turn, so that batches keep their size. `num_unusable` counts the gaps.
+    turn, so that batches keep their size. `unusable` tells of the gaps, all in the window's first batch: JSON,
+    [[epoch, reason, count], ...].
     """
-    share = plan.batch_size // plan.lanes
-    count = share * plan.steps_per_window
+    yield from _read(_Window.of(plan, lanes, window), limits, decode)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What one read task has to know: the pieces of each lane, with the number of each piece's first sample."""
+
+    pieces: list[list[tuple[int, ChunkRef, int, int, int]]]
+    shuffles: list[list[int] | None]
+    share: int
+    num_steps: int
+
+    @classmethod
+    def of(cls, plan: Plan, lanes: list[int], window: int) -> _Window:
+        share, steps = plan.batch_size // plan.lanes, plan.steps_of(window)
+        first = window * plan.steps_per_window * share
+        base = plan.bases()
+        pieces = [[(*piece, base[piece[1]]) for piece in plan.pieces(lane, first, share * steps)] for lane in lanes]
+        shuffles = [[plan.seed, lane, window] if plan.shuffle else None for lane in lanes]
+        return cls(pieces, shuffles, share, steps)
+
+
+def _read(window: _Window, limits: Limits, decode: Decode) -> Iterator[Columns]:
+    count = window.share * window.num_steps
     by_lane: list[Columns] = []
-    for lane in lanes:
+    unusable: Counter[tuple[int, str]] = Counter()
+    for pieces, shuffle in zip(window.pieces, window.shuffles, strict=True):
         parts: list[Columns] = []
-        for epoch, ref, start, stop in plan.pieces(lane, window * count, count):
-            samples = read_samples(ref, start, stop, limits)
-            parts.append(decode(ref, epoch, start, samples))
+        for epoch, ref, start, stop, base in pieces:
+            columns, errors = decode(ref, epoch, start, read_samples(ref, start, stop, limits))
+            usable = np.flatnonzero([error is None for error in errors])
+            unusable.update((epoch, error) for error in errors if error is not None)
+            columns["place"] = base + start + usable
+            columns["epoch"] = np.full(len(usable), epoch, np.int32)
+            parts.append(columns)
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        usable = len(next(iter(joined.values())))
-        if usable == 0:
-            raise Mistake(f"none of {count} training samples in a row can be used; score the shards to see the reasons")
-        order = np.arange(count) % usable
-        if plan.shuffle:
-            order = np.random.default_rng([plan.seed, lane, window]).permutation(count) % usable
-        joined = {name: column[order] for name, column in joined.items()}
-        joined["num_unusable"] = np.full(count, (count - usable) / count, np.float32)
-        by_lane.append(joined)
-    for step in range(plan.steps_per_window):
-        rows = slice(step * share, (step + 1) * share)
-        yield {name: np.concatenate([lane[name][rows] for lane in by_lane]) for name in by_lane[0]}
+        found = len(joined["place"])
+        if found == 0:
+            reasons = ", ".join(f"{reason}: {n}" for (_, reason), n in unusable.most_common(3))
+            raise Mistake(f"none of {count} training samples in a row can be used ({reasons})")
+        order = np.arange(found)
+        if shuffle is not None:  # each epoch's samples among themselves
+            mixed = np.random.default_rng(shuffle).permutation(found)
+            order = mixed[np.argsort(joined["epoch"][mixed], kind="stable")]
+        order = order[np.arange(count) % found]
+        by_lane.append({name: column[order] for name, column in joined.items()})
+    notes = json.dumps([[epoch, reason, n] for (epoch, reason), n in sorted(unusable.items())]).encode()
+    for step in range(window.num_steps):
+        rows = slice(step * window.share, (step + 1) * window.share)
+        batch = {name: np.concatenate([lane[name][rows] for lane in by_lane]) for name in by_lane[0]}
+        yield {**batch, "unusable": np.frombuffer(notes if step == 0 else b"[]", np.uint8)}
 
 
 def read_samples(ref: ChunkRef, start: int, stop: int, limits: Limits) -> list[Sample]:
@@ -174,7 +297,6 @@ def read_samples(ref: ChunkRef, start: int, stop: int, limits: Limits) -> list[S
 def batches(
     plan: Plan,
     first_step: int,
-    num_steps: int,
     rank: int,
     world: int,
     limits: Limits,
@@ -182,7 +304,7 @@ def batches(
     read_cpus: float = 1,
     readers: int = 2,
 ) -> Iterator[tuple[int, Columns]]:
-    """This rank's share of every global batch from `first_step` on: (step, columns).
+    """This rank's share of every global batch from `first_step` to the plan's last: (step, columns).
 
     Args:
         readers: windows that are read at once.
@@ -191,26 +313,25 @@ def batches(
     if plan.lanes % world:
         raise Mistake(f"lanes {plan.lanes} must be a multiple of the {world} training workers")
     lanes = list(range(rank, plan.lanes, world))
-    first_window, skip = divmod(first_step, plan.steps_per_window)
-    windows = range(first_window, -(-num_steps // plan.steps_per_window))
-    source = _Windows(partial(_packed_window, plan, lanes, limits, decode), windows)
-    data = ray.data.read_datasource(source, override_num_blocks=len(windows), num_cpus=read_cpus, concurrency=readers)
-    data.context.execution_options.preserve_order = True
-    steps = iter(range(first_window * plan.steps_per_window, num_steps))
-    for batch in data.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=4):
-        step = next(steps, None)
-        if step is None:
-            break  # the last window reaches beyond the last step
-        if skip:
-            skip -= 1
-            continue
-        yield step, _unpack(batch)
+    num_steps, per_window = plan.num_steps, plan.steps_per_window
+    for start in range(first_step // per_window, -(-num_steps // per_window), WINDOWS_PER_DATASET):
+        stop = min(start + WINDOWS_PER_DATASET, -(-num_steps // per_window))
+        windows = [_Window.of(plan, lanes, window) for window in range(start, stop)]
+        source = _Windows(partial(_packed_window, limits=limits, decode=decode), windows)
+        data = ray.data.read_datasource(
+            source, override_num_blocks=len(windows), num_cpus=read_cpus, concurrency=readers
+        )
+        data.context.execution_options.preserve_order = True
+        rows = data.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=4)
+        for step, row in zip(range(start * per_window, num_steps), rows, strict=False):
+            if step >= first_step:
+                yield step, _unpack(row)
 
 
 class _Windows(Datasource):
     """Ray Data source with one read task per window."""
 
-    def __init__(self, read: Callable[[int], Iterator[pa.Table]], windows: range):
+    def __init__(self, read: Callable[[_Window], Iterator[pa.Table]], windows: list[_Window]):
         super().__init__()
         self._read, self._windows = read, windows
 
@@ -224,8 +345,8 @@ class _Windows(Datasource):
         return [ReadTask(partial(self._read, window), metadata) for window in self._windows]
 
 
-def _packed_window(plan: Plan, lanes: list[int], limits: Limits, decode: Decode, window: int) -> Iterator[pa.Table]:
-    for columns in read_window(plan, lanes, window, limits, decode):
+def _packed_window(window: _Window, limits: Limits, decode: Decode) -> Iterator[pa.Table]:
+    for columns in _read(window, limits, decode):
         yield _pack(columns)
 
 
@@ -247,3 +368,96 @@ def _unpack(row: pa.Table) -> Columns:
         buffer = row[name].chunk(0)[0].as_buffer()
         columns[name] = np.frombuffer(buffer, dtype).reshape([int(side) for side in shape])
     return columns
+
+
+# ------------------------------------------------------------------------------------------------ accounting
+
+
+class Seen:
+    """What was trained on, sample by sample: one bit per sample and epoch, on every rank its own.
+
+    Independent of the plan, so that it can contradict it. `fold` brings the ranks' bits together on rank 0, at
+    checkpoints and at the end; what was trained on after the last checkpoint is forgotten with the steps themselves.
+    """
+
+    def __init__(self, num_samples: int):
+        self.num_samples = num_samples
+        self.bits: dict[int, np.ndarray] = {}
+        self.repeated: Counter[int] = Counter()
+        self.unusable: Counter[tuple[int, str]] = Counter()
+        self.counts: Counter[str] = Counter()
+        self.closed: dict[int, int] = {}
+
+    def add(self, columns: Columns) -> None:
+        """Mark one batch: `epoch` (B,), `place` (B,), `unusable`, and every boolean column as a count."""
+        for epoch in np.unique(columns["epoch"]).tolist():
+            self._mark(epoch, columns["place"][columns["epoch"] == epoch])
+        self.unusable.update({(epoch, reason): n for epoch, reason, n in json.loads(columns["unusable"].tobytes())})
+        self.counts.update({name: int(column.sum()) for name, column in columns.items() if column.dtype == np.bool_})
+        self.counts["samples"] += len(columns["place"])
+
+    def _mark(self, epoch: int, places: np.ndarray) -> None:
+        bits = self.bits.setdefault(epoch, np.zeros(-(-self.num_samples // 8), np.uint8))
+        places, times = np.unique(places, return_counts=True)
+        self.repeated[epoch] += int((times - 1).sum())
+        byte, bit = places >> 3, (1 << (places & 7)).astype(np.uint8)
+        self.repeated[epoch] += int(np.count_nonzero(bits[byte] & bit))
+        np.bitwise_or.at(bits, byte, bit)
+
+    def fold(self, rank: int, world: int, open_epoch: int) -> None:
+        """Collective: rank 0 takes over what the others marked; epochs before `open_epoch` become mere numbers."""
+        if world > 1:
+            everyone: list[Any] = [None] * world
+            torch.distributed.gather_object(self, everyone if rank == 0 else None)
+            if rank > 0:
+                self.__init__(self.num_samples)  # type: ignore[misc]
+                return
+            for other in everyone[1:]:
+                self._take(other)
+        for epoch in [e for e in self.bits if e < open_epoch]:
+            self.closed[epoch] = _count(self.bits.pop(epoch))
+
+    def _take(self, other: Seen) -> None:
+        for epoch, bits in other.bits.items():
+            mine = self.bits.setdefault(epoch, np.zeros_like(bits))
+            self.repeated[epoch] += _count(mine & bits)
+            mine |= bits
+        for name in ("repeated", "unusable", "counts"):
+            getattr(self, name).update(getattr(other, name))
+
+    def report(self) -> dict[str, Any]:
+        """For each range of alike epochs: samples seen, seen again, neither seen nor unusable, unusable by reason."""
+        seen = {**self.closed, **{epoch: _count(bits) for epoch, bits in self.bits.items()}}
+        epochs: list[dict[str, Any]] = []
+        for epoch in sorted(seen):
+            reasons = {reason: n for (e, reason), n in sorted(self.unusable.items()) if e == epoch}
+            unseen = self.num_samples - seen[epoch] - sum(reasons.values())
+            line = {"seen": seen[epoch], "repeated": self.repeated[epoch], "unseen": unseen, "unusable": reasons}
+            if epochs and {**epochs[-1], "epochs": 0} == {"epochs": 0, **line}:
+                epochs[-1]["epochs"][1] = epoch
+            else:
+                epochs.append({"epochs": [epoch, epoch], **line})
+        return {**self.counts, "by_epoch": epochs}
+
+    def save(self, path: Path) -> None:
+        """Write rank 0's state: arrays and JSON."""
+        about = {
+            "repeated": list(self.repeated.items()),
+            "unusable": [[*key, n] for key, n in self.unusable.items()],
+            "counts": self.counts,
+            "closed": list(self.closed.items()),
+        }
+        arrays: Any = {str(epoch): bits for epoch, bits in self.bits.items()}
+        np.savez(path, about=np.array(json.dumps(about)), **arrays)
+
+    def load(self, path: Path) -> None:
+        with np.load(path, allow_pickle=False) as stored:
+            about = json.loads(str(stored["about"]))
+            self.bits = {int(epoch): stored[epoch] for epoch in stored.files if epoch != "about"}
+        self.repeated = Counter(dict(about["repeated"]))
+        self.unusable = Counter({(epoch, reason): n for epoch, reason, n in about["unusable"]})
+        self.counts, self.closed = Counter(about["counts"]), dict(about["closed"])
+
+
+def _count(bits: np.ndarray) -> int:
+    return int(np.unpackbits(bits).sum())

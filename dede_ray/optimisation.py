@@ -7,7 +7,7 @@ learning rate is a function of the step alone: a run that resumes at step t goes
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -53,7 +53,12 @@ class Optimisation(Config):
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimiser over what is to be trained, with the fused kernels that every torch device has."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        settings = {"lr": self.learning_rate, "betas": (self.beta1, self.beta2), "eps": self.epsilon, "fused": True}
+        settings: Any = {
+            "lr": self.learning_rate,
+            "betas": (self.beta1, self.beta2),
+            "eps": self.epsilon,
+            "fused": True,
+        }
         if self.optimiser == "adam":
             return torch.optim.Adam(trained, weight_decay=self.weight_decay, **settings)
         decayed = [parameter for parameter in trained if parameter.ndim >= 2]

@@ -42,6 +42,7 @@ Reason = L[
     "image_truncated",  # the image data ends early
     "image_too_large",  # more pixels than `max_pixels`
     "member_too_large",  # a member longer than `max_member_bytes`
+    "caption_missing",  # no caption where training needs one
     "caption_unreadable",  # not UTF-8
     "caption_too_long",  # longer than `max_caption_chars`
     "label_unreadable",  # not an integer
@@ -342,12 +343,21 @@ def iter_chunks(shard: Shard, chunk_size: int, limits: Limits, end: ShardEnd | N
 # --------------------------------------------------------------------------------------------- decoding
 
 
-def decode_image(content: bytes, limits: Limits, size_px: int | None = None) -> np.ndarray:
+def decode_image(
+    content: bytes, limits: Limits, size_px: int | None = None, enough_px: int | None = None
+) -> np.ndarray:
     """Decode an untrusted image to uint8 HWC RGB, upright, at its own size or as a square of `size_px`.
 
     To a square: the shorter side is resized to `size_px` (bicubic, antialiased), then the centre is cropped;
     an image of that size already passes untouched. CMYK, palette, 16-bit and grey images become RGB, an alpha
     channel is dropped, of an animation the first frame is taken, EXIF rotation is applied.
+
+    Args:
+        content: the encoded image.
+        limits: bounds on it.
+        size_px: side of the square; None keeps the image's own shape.
+        enough_px: a JPEG may be decoded at half, a quarter ... of its size, which is faster, where both sides stay at
+            least twice this long; by default `size_px`, or never.
 
     Raises:
         BadSample: `image_unreadable`, `image_truncated` or `image_too_large`.
@@ -359,8 +369,9 @@ def decode_image(content: bytes, limits: Limits, size_px: int | None = None) -> 
                 raise BadSample("image_too_large")
             if min(width, height) < 1:
                 raise BadSample("image_unreadable")
-            if size_px is not None:  # JPEG only: decode at half, a quarter ... where that still is enough
-                image.draft("RGB", (2 * size_px, 2 * size_px))
+            enough_px = enough_px or size_px
+            if enough_px is not None:
+                image.draft("RGB", (2 * enough_px, 2 * enough_px))
             image.load()
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to 255, not scale it

@@ -134,7 +134,7 @@ def _bare_training(
     """Forward, backward, clip, step, over batches that are in memory already."""
     preset, seed = PRESETS[config.preset], settings.seed
     recipe = training.decoder_recipe(preset, seed, victim, output / "decoder", index, settings.limits)  # type: ignore[arg-type]
-    plan = feed.Plan(index, preset.batch_size, settings.lanes, seed, preset.shuffle, 4)
+    plan = feed.Plan(index, preset.batch_size, settings.lanes, seed, preset.shuffle, 4, preset.epochs)
     windows = (feed.read_window(plan, list(range(plan.lanes)), w, settings.limits, recipe.decode) for w in range(8))
     batches = [
         {

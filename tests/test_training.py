@@ -74,8 +74,11 @@ def test_both_losses_fall(trained):
         assert [line["step"] for line in lines] == list(range(4, num_steps, 5))
         assert [line["samples_seen"] for line in lines] == [32 * (line["step"] + 1) for line in lines]
         assert lines[-1]["loss"] < share * lines[0]["loss"], section
-        assert all(line["unusable_share"] == 0 for line in lines)
+        assert all(line["num_unusable"] == 0 for line in lines)
         assert f"{section}: {num_steps} steps on 64 samples" in said
+        account = json.loads((Path(config.output) / section / "run.json").read_text())["result"]["samples"]
+        once = {"epochs": [0, num_steps // 2 - 1], "seen": 64, "repeated": 0, "unseen": 0, "unusable": {}}
+        assert account["by_epoch"] == [once]
 
 
 def test_the_exported_clip_knows_which_caption_is_whose(trained, picture):
@@ -145,8 +148,10 @@ def test_two_workers_train_the_same_decoder_as_one(trained, monkeypatch, tmp_pat
     runs = (Path(config.output) / "decoder", tmp_path / "decoder")
     one, two = (load_file(run / "decoder.safetensors") for run in runs)
     assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4, msg=name)
+    for name in one:  # 80 steps of Adam multiply the rounding of the sums
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-3, msg=name)
+    losses = [[line["loss"] for line in metrics(run)] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     errors = [json.loads((run / "run.json").read_text())["result"]["export"]["error_true"] for run in runs]
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
 

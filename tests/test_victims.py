@@ -175,17 +175,3 @@ def test_a_model_config_that_describes_no_clip_is_a_mistake(copied, tmp_path):
     (copied / clip.CONFIG_FILE).write_text("{")
     with pytest.raises(Mistake, match="cannot be read"):
         load_victim(OpenClipVictim(path=str(copied)))
-
-
-# --- augmentation
-
-
-def test_augmentation_is_decided_by_its_generator_and_keeps_the_shape(picture):
-    augmentation = clip.Augmentation(min_scale=0.5, flip=True)
-    image_HWC = picture(3)
-    views = [augmentation.apply(image_HWC, np.random.default_rng(seed)) for seed in (0, 0, 1, 2, 3)]
-    assert {(view.shape, view.dtype) for view in views} == {((32, 32, 3), np.dtype(np.uint8))}
-    np.testing.assert_array_equal(views[0], views[1])
-    assert len({view.tobytes() for view in views}) == 4
-    nothing = clip.Augmentation(min_scale=1, flip=False).apply(image_HWC, np.random.default_rng(0))
-    np.testing.assert_array_equal(nothing, image_HWC)

@@ -1,0 +1,157 @@
+"""Training under fire: whatever is killed, the run ends with the weights of the undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dede_ray import clip
+
+JOB = Path(__file__).parents[1] / "jobs" / "train_clip.py"
+NUM_SAMPLES = 100  # not a multiple of the batch, nor of the lanes
+VIT = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def job(write_pictures, tmp_path) -> Job:
+    write_pictures(tmp_path / "shards", range(NUM_SAMPLES), per_shard=40)
+    (tmp_path / "vit.json").write_text(json.dumps(VIT))
+    return Job(tmp_path)
+
+
+class Job:
+    """jobs/train_clip.py on two workers, 16 samples a step, in a process of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def start(self, output: str, precision: str, stage: int, epochs: float = 8, **workers) -> subprocess.Popen:
+        settings = {
+            "output": output, "precision": precision, "lanes": 4, "log_every": 1,
+            "clip": {
+                "shards": "shards", "model": "vit.json", "batch_size": 16, "epochs": epochs, "learning_rate": 2e-3,
+                "warmup_steps": 5, "shuffle_buffer": 64,
+            },
+            "workers": {
+                "num_workers": 2, "cpus_per_worker": 0.5, "read_cpus": 0.25, "threads_per_worker": 1,
+                "zero_stage": stage, "checkpoint_every": 4, "max_failures": 4, **workers,
+            },
+        }  # fmt: skip
+        (self.folder / f"{output}.yaml").write_text(yaml.safe_dump(settings))
+        command = [sys.executable, str(JOB), f"{output}.yaml"]
+        return subprocess.Popen(command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def finish(self, process: subprocess.Popen, output: str) -> dict:
+        said, _ = process.communicate()
+        assert process.returncode == 0, said[-4000:]
+        return json.loads((self.folder / output / "clip" / "run.json").read_text())["result"]
+
+    def lines(self, output: str) -> list[dict]:
+        try:
+            text = (self.folder / output / "clip" / "metrics.jsonl").read_text()
+        except OSError:
+            return []
+        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+    def wait_for_step(self, process: subprocess.Popen, output: str, step: int) -> None:
+        while process.poll() is None and not any(line["step"] >= step for line in self.lines(output)[-3:]):
+            time.sleep(0.005)
+        assert process.poll() is None, process.communicate()[0][-4000:]
+
+    def weights(self, output: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / output / "clip" / clip.WEIGHTS_FILE)
+
+
+def training_workers(driver: subprocess.Popen) -> list[psutil.Process]:
+    """The processes in which the driver's workers train."""
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            if process.cmdline() and "RayTrainWorker" in process.cmdline()[0]:
+                found.append(process)
+        except psutil.Error:  # gone already
+            continue
+    return found
+
+
+def kill_at(
+    job: Job, process: subprocess.Popen, output: str, step: int, victim: str, restart: dict
+) -> subprocess.Popen:
+    """Kill the driver, or one of its training workers, at a step, and wait until the run has gone back."""
+    job.wait_for_step(process, output, step)
+    if victim == "driver":
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process = job.start(output, **restart)
+    else:
+        random.choice(training_workers(process)).kill()
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        lines = job.lines(output)
+        if not lines or lines[-1]["step"] < step:
+            break
+        time.sleep(0.005)
+    return process
+
+
+def assert_same_run(job: Job, result: dict, undisturbed: dict) -> None:
+    whole, killed = job.weights("whole"), job.weights("killed")
+    assert [name for name in whole if not torch.equal(whole[name], killed[name])] == []
+    assert [line["loss"] for line in job.lines("killed")] == [line["loss"] for line in job.lines("whole")]
+    assert result["samples"] == undisturbed["samples"]
+    once = {"epochs": [0, 7], "seen": NUM_SAMPLES, "repeated": 0, "unseen": 0, "unusable": {}}
+    assert result["samples"]["by_epoch"][0] == once
+
+
+def test_a_killed_worker_and_a_killed_driver_change_no_bit(job):
+    settings = {"precision": "bf16", "stage": 2}
+    undisturbed = job.finish(job.start("whole", **settings), "whole")
+    process = job.start("killed", **settings)
+    process = kill_at(job, process, "killed", 10, "worker", settings)
+    process = kill_at(job, process, "killed", 25, "driver", settings)
+    assert_same_run(job, job.finish(process, "killed"), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_three_killed_workers_and_a_killed_driver_change_no_bit(job, precision, stage):
+    settings = {"precision": precision, "stage": stage}
+    undisturbed = job.finish(job.start("whole", **settings), "whole")
+    rng = random.Random(f"{precision}{stage}")
+    victims = rng.sample(["worker", "worker", "worker", "driver"], 4)
+    process = job.start("killed", **settings)
+    for step, victim in zip(sorted(rng.sample(range(5, undisturbed["steps"] - 2), 4)), victims, strict=True):
+        process = kill_at(job, process, "killed", step, victim, settings)
+    assert_same_run(job, job.finish(process, "killed"), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resuming_with_four_workers_and_then_with_one_changes_the_loss_by_rounding_only(job, stage):
+    settings = {"precision": "fp32", "stage": stage}
+    undisturbed = job.finish(job.start("whole", **settings), "whole")
+    process = job.start("killed", **settings)
+    process = kill_at(job, process, "killed", 15, "driver", {**settings, "num_workers": 4})
+    process = kill_at(job, process, "killed", 32, "driver", {**settings, "num_workers": 1})
+    result = job.finish(process, "killed")
+    assert result["loss"] == pytest.approx(undisturbed["loss"], rel=1e-6)
+    losses = [[line["loss"] for line in job.lines(output)] for output in ("killed", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert result["samples"] == undisturbed["samples"]
