@@ -351,10 +351,13 @@ def _train(run: Run) -> dict[str, Any]:
         for group in optimiser.param_groups:
             group["lr"] = run.rate(step)
         engine.step()
+        norm = engine.get_global_grad_norm()
+        if run.precision != "fp16" and norm is not None and not math.isfinite(norm):  # fp16 leaves such steps out
+            return {"mistake": _non_finite(run, step, torch.tensor(float(norm)), columns, rank, world, "gradient")}
         engine.module.after_step()
         seen.add(columns)
         if log is not None:
-            log.step(step, mean, metrics, columns, got - waited, engine)
+            log.step(step, mean, metrics if norm is None else {**metrics, "gradient_norm": norm}, columns, got - waited)
             _stop_reading_rubbish(run, seen)
             outcome["loss"] = log.loss
         done, is_last = step + 1, step + 1 == num_steps
@@ -520,8 +523,10 @@ class _Checkpoints:
         )
 
 
-def _non_finite(run: Run, step: int, loss: torch.Tensor, columns: feed.Columns, rank: int, world: int) -> str:
-    """Name the samples of all ranks whose loss is not finite; called by every rank."""
+def _non_finite(
+    run: Run, step: int, loss: torch.Tensor, columns: feed.Columns, rank: int, world: int, what: str = "loss"
+) -> str:
+    """Name the samples of all ranks whose loss, or gradient, is not finite; called by every rank."""
     mine = (float(loss), [name.decode() for name in columns["sample_id"].tolist()])
     everyone: list[Any] = [mine] * world
     if world > 1:
@@ -531,8 +536,8 @@ def _non_finite(run: Run, step: int, loss: torch.Tensor, columns: feed.Columns, 
     if rank == 0:
         write_json(path, {"step": step, "sample_ids": ids})
     return (
-        f"the loss of step {step} is {bad[0][0]}; stopped before the step. The batch began with {ids[:3]}, all its "
-        f"sample ids are in {path}. Lower learning_rate, or train in fp32"
+        f"the {what} of step {step} is {bad[0][0]}; stopped {'before' if what == 'loss' else 'at'} the step. The batch "
+        f"began with {ids[:3]}, all its sample ids are in {path}. Lower learning_rate, or train in fp32"
     )
 
 
@@ -564,7 +569,7 @@ class _MetricsLog:
         for name in ("metrics.jsonl", "validation.jsonl"):
             path = run.folder / name
             lines = path.read_text().splitlines() if first_step and path.is_file() else []
-            kept = [line for line in lines if json.loads(line)["step"] < first_step]
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first_step]
             write_atomically(path, "".join(f"{line}\n" for line in kept))
         self._reset()
 
@@ -572,9 +577,7 @@ class _MetricsLog:
         self.losses: list[float] = []
         self.since, self.wait_s, self.unusable = time.monotonic(), 0.0, 0
 
-    def step(
-        self, step: int, loss: float, metrics: dict[str, Any], columns: feed.Columns, wait_s: float, engine: Any
-    ) -> None:
+    def step(self, step: int, loss: float, metrics: dict[str, Any], columns: feed.Columns, wait_s: float) -> None:
         self.losses.append(loss)
         self.wait_s += wait_s
         self.unusable += sum(n for _, _, n in json.loads(columns["unusable"].tobytes()))
@@ -582,7 +585,6 @@ class _MetricsLog:
             return
         elapsed = time.monotonic() - self.since
         self.loss = math.fsum(self.losses) / len(self.losses)
-        norm = engine.get_global_grad_norm()
         self._write("metrics.jsonl", {
             "step": step,
             "loss": self.loss,
@@ -592,7 +594,6 @@ class _MetricsLog:
             "num_workers": self.world,
             "num_unusable": self.unusable,
             "samples_seen": (step + 1) * self.run.plan.batch_size,
-            **({} if norm is None else {"gradient_norm": float(norm)}),
             **{name: float(value) for name, value in metrics.items()},
         })  # fmt: skip
         self._reset()

@@ -66,7 +66,7 @@ class Follower:
             of numbers with `step` among them; what is not a number is left out. Steps ascend.
         tracking: which trackers to tell.
         settings: the run's settings as JSON values, shown by the trackers.
-        on_metrics: called with the newest line of metrics.jsonl when it has changed, steps done again included;
+        on_metrics: called with the newest line of either file when it has changed, steps done again included;
             from the follower's own thread, so what it raises stops the following, not the training.
 
     Raises:
@@ -88,12 +88,13 @@ class Follower:
         self._noted = json.dumps(self._told)
         run = _Run(self.folder, tracking.project, name, settings)
         self._views = [_View(kind, run, self._told.setdefault(kind, {})) for kind in dict.fromkeys(tracking.trackers)]
-        self._shown: bytes | None = None
+        self._shown: dict[str, bytes | None] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> Follower:
-        self._shown = next(reversed(_whole_lines(self.folder / STREAMS["train"])), None)  # of the run to be resumed
+        for stream, name in STREAMS.items():  # what the run to be resumed said last
+            self._shown[stream] = next(reversed(_whole_lines(self.folder / name)), None)
         self._thread.start()
         return self
 
@@ -113,11 +114,12 @@ class Follower:
 
     def _poll(self) -> None:
         lines = {stream: _whole_lines(self.folder / name) for stream, name in STREAMS.items()}
-        newest = next(reversed(lines["train"]), None)
-        if newest is not None and newest != self._shown and _parsed(newest):
-            self._shown = newest
-            if self.on_metrics:
-                self.on_metrics(json.loads(newest))
+        for stream in STREAMS:
+            newest = next(reversed(lines[stream]), None)
+            if newest is not None and newest != self._shown[stream] and _parsed(newest):
+                self._shown[stream] = newest
+                if self.on_metrics:
+                    self.on_metrics(json.loads(newest))
         for view in self._views:
             view.tell(lines)
         if json.dumps(self._told) != self._noted:

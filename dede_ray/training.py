@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,7 @@ def _train_clip(config: TrainConfig, section: ClipTrain) -> str:
         if "multimodal_cfg" in described["model_cfg"]:
             raise Mistake(f"{section.model} also writes captions (CoCa), which is not trained here; choose a CLIP")
         index, weights = _index(section.shards)
+        _look_for_captions(index, config.limits)
         steps_per_window = max(1, section.shuffle_buffer // section.batch_size)
         plan = feed.Plan(
             index, section.batch_size, config.lanes, config.seed, True, steps_per_window, section.epochs, weights
@@ -206,6 +208,23 @@ def _index(shards: str | Sequence[str | feed.Source]) -> tuple[list[feed.ChunkRe
         index += feed.index_shards(list_shards(source.shards), CHUNK_SIZE)
         weights += [source.weight] * (len(index) - len(weights))
     return index, weights if set(weights) != {1.0} else None
+
+
+def _look_for_captions(index: list[feed.ChunkRef], limits: Limits) -> None:
+    """Say at once, not after a start on a cluster, that shards are of the wrong kind: a glance at the first chunk."""
+    if not index:
+        raise Mistake("the shards hold not one sample; write some with jobs/ingest.py")
+    samples = feed.read_samples(index[0], 0, index[0].num_samples, limits)
+    if any(sample.image is not None and sample.caption is not None for sample in samples):
+        return
+    reasons = Counter(
+        sample.error or ("no_image" if sample.image is None else "caption_missing") for sample in samples
+    )  # fmt: skip
+    raise Mistake(
+        f"none of the first {len(samples)} samples of {index[0].shard.name} has an image and a caption "
+        f"({', '.join(f'{reason}: {n}' for reason, n in reasons.most_common())}); CLIP trains on images with a .txt "
+        "beside them, which jobs/ingest.py writes, also from labels"
+    )
 
 
 def _run(
