@@ -5,8 +5,8 @@ function of the step (feed.py), so is all randomness, and checkpoints hold the r
 its driver, its controller or a node ends with the weights of the undisturbed one, bit for bit while the number of
 workers stays, up to rounding where it changes.
 
-The run's folder gets `metrics.jsonl` and `validation.jsonl` (one JSON object per logged step), `checkpoints/` (what
-resuming needs; DeepSpeed writes pickles, so keep it to yourself) and whatever the recipe exports.
+The run's folder gets `metrics.jsonl` and `validation.jsonl` (one JSON object per logged step), `curve.png`,
+`checkpoints/` (what resuming needs; DeepSpeed writes pickles, so keep it to yourself) and what the recipe exports.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from torch import nn
 from dede_ray import feed
 from dede_ray.config import Config, Mistake, read_json, write_atomically, write_json
 from dede_ray.contrastive import backward
+from dede_ray.curve import draw_curve
 from dede_ray.optimisation import Optimisation
 from dede_ray.shards import Limits, Reason, Sample
 from dede_ray.tracking import Follower, Tracking
@@ -124,6 +125,8 @@ class Run:
     validate_every: int | None = None
     """Steps between validations; 0 validates at the end only, None never."""
     tracking: Tracking = field(default_factory=Tracking)
+    about: dict[str, Any] = field(default_factory=dict)
+    """The settings, for the trackers."""
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -201,8 +204,9 @@ def fit(run: Run) -> dict[str, Any]:
         return trainer.fit().return_value  # type: ignore[attr-defined]
 
     logger.info("%s: %d steps", run.folder.name, run.plan.num_steps)
-    with Follower(run.folder, run.tracking, {"steps": run.plan.num_steps}, _Progress(run)):
+    with Follower(run.folder, run.tracking, run.about, _Progress(run)):
         outcome = _persist(train, run)
+    draw_curve(run.folder)
     if "mistake" in outcome:
         raise Mistake(outcome["mistake"])
     return {**outcome, "num_samples": run.plan.num_samples, "steps": run.plan.num_steps}

@@ -5,8 +5,8 @@ against the frozen CLIP, or against any other victim); loop.py does the training
 are, so a sample's embedding is constant: it is computed once, as a pass over the shards, and the trainer never holds a
 victim.
 
-Each section leaves, in its folder: `metrics.jsonl` (one JSON object per logged step), `checkpoints/` (what resuming
-needs) and a tensor-only export that the other jobs read. Running the same command again resumes.
+Each section leaves, in its folder: `metrics.jsonl` (one JSON object per logged step), `curve.png`, `checkpoints/` (what
+resuming needs) and a tensor-only export that the other jobs read. Running the same command again resumes.
 """
 
 from __future__ import annotations
@@ -154,6 +154,7 @@ def train(config: TrainConfig) -> str:
     Raises:
         Mistake: nothing to train, or settings, shards or checkpoints that do not fit.
     """
+    config.tracking.check()
     if config.clip is None and config.decoder is None:
         raise Mistake("nothing to train: the config needs a `clip:` section, a `decoder:` section, or both")
     lines = []
@@ -239,6 +240,7 @@ def _run(
     return Run(
         recipe, optimisation, plan, folder, config.precision, config.log_every, config.seed, config.limits,
         config.workers, config.max_error_fraction, accumulation, validate_every, config.tracking,
+        config.model_dump(mode="json"),
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from dede_ray.decoder import load_decoder
 from dede_ray.shards import Sample, write_shards
 from dede_ray.training import TrainConfig, train
 from dede_ray.victims import OpenClipVictim, load_victim
+from dede_ray.vision_libraries import open_clip
 
 JOB = Path(__file__).parents[1] / "jobs" / "train_clip.py"
 WORKERS = {"cpus_per_worker": 0.5, "read_cpus": 0.5, "threads_per_worker": 1, "checkpoint_every": 30, "max_failures": 0}
@@ -206,13 +207,100 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(trained, 
     assert not (tmp_path / "clip" / clip.WEIGHTS_FILE).exists()
 
 
-def test_shards_without_captions_are_a_mistake_also_when_a_worker_finds_out(trained, png, tmp_path):
+def on_shards(config: TrainConfig, tmp_path: Path, samples: list[Sample], **more) -> TrainConfig:
+    write_shards(tmp_path / "shards", "train", samples, 512)
+    section = config.clip.model_copy(update={"shards": str(tmp_path / "shards"), "epochs": 2})
+    return config.model_copy(update={"output": str(tmp_path / "run"), "clip": section, "decoder": None, **more})
+
+
+def test_shards_without_captions_or_images_are_a_mistake_at_once(trained, png, tmp_path):
     config, _ = trained
-    write_shards(tmp_path / "shards", "train", (Sample(f"{i}", i, png(i), "png") for i in range(64)), 64)
-    wordless = config.clip.model_copy(update={"shards": str(tmp_path / "shards")})
-    with pytest.raises(Mistake, match="training samples in a row can be used") as found:
-        train(config.model_copy(update={"output": str(tmp_path / "run"), "clip": wordless, "decoder": None}))
+    wordless = [Sample(f"{i}", i, png(i), "png", label=1) for i in range(64)]
+    with pytest.raises(Mistake, match=r"none of the first 64 samples of .* \(caption_missing: 64\); CLIP trains on"):
+        train(on_shards(config, tmp_path / "wordless", wordless))
+    unseen = [Sample(f"{i}", i, caption="no image") for i in range(64)]
+    with pytest.raises(Mistake, match=r"\(no_image: 64\)"):
+        train(on_shards(config, tmp_path / "unseen", unseen))
+
+
+def test_a_mistake_that_only_a_worker_can_find_arrives_as_one(trained, png, tmp_path):
+    config, _ = trained
+    rubbish = [Sample(f"{i}", i, png(i)[:50], "png", caption="half an image") for i in range(64)]
+    retried = config.workers.model_copy(update={"max_failures": 3})
+    with pytest.raises(Mistake, match=r"training samples in a row can be used \(image_\w+: \d+\)") as found:
+        train(on_shards(config, tmp_path, rubbish, workers=retried))
     assert "Traceback" not in str(getattr(found.value, "cause", found.value))
+    left = "".join(path.read_text() for path in (tmp_path / "run" / "clip").glob("mistake.json"))
+    assert "can be used" in left  # told by the first attempt, so that there is one restart and not three
+
+
+def test_too_many_unusable_samples_stop_the_run_and_fewer_are_counted(trained, png, tmp_path):
+    config, _ = trained
+    samples = [
+        Sample(f"{i}", i, png(i) if i % 4 else b"rubbish", "png", caption="word " * (30 if i % 8 == 1 else 1))
+        for i in range(512)
+    ]
+    with pytest.raises(Mistake, match=r"image_unreadable: \d+\), more than max_error_fraction 0\.1 allows"):
+        train(on_shards(config, tmp_path / "few", samples))
+    train(on_shards(config, tmp_path / "many", samples, max_error_fraction=0.3))
+    account = json.loads((tmp_path / "many" / "run" / "clip" / "run.json").read_text())["result"]["samples"]
+    by_epoch = account["by_epoch"][0]
+    assert by_epoch["epochs"] == [0, 1]
+    assert by_epoch["unusable"] == {"image_unreadable": 128}
+    assert (by_epoch["seen"], by_epoch["unseen"]) == (384, 0)
+    assert account["is_truncated"] >= 2 * 64  # captions of thirty words, in a context of eight; some fill gaps again
+    assert account["samples"] == 1024
+
+
+def test_a_run_with_everything_on(trained, write_pictures, tmp_path):
+    """SigLIP, accumulation, bf16, two sources, a robust method, validation, TensorBoard; then opened by open_clip."""
+    config, _ = trained
+    write_pictures(tmp_path / "more", range(64, 96), per_shard=32)
+    write_pictures(tmp_path / "test", range(32), per_shard=32, split="test")
+    (tmp_path / "test" / "classes.json").write_text(
+        json.dumps({"names": [f"picture {i}" for i in range(4)], "templates": ["{}"]})
+    )
+    vit = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "vit.json").write_text(json.dumps(vit))
+    section = {
+        **config.clip.model_dump(), "model": str(tmp_path / "vit.json"), "loss": "siglip", "accumulation": 2,
+        "shards": [{"shards": config.clip.shards}, {"shards": str(tmp_path / "more"), "weight": 2}], "epochs": 4,
+        "method": {"kind": "cleanclip"}, "patch_dropout": 0.25, "gradient_checkpointing": True,
+        "schedule": "cooldown",
+        "validation": {
+            "every": 10,
+            "zero_shot": {"shards": str(tmp_path / "test")},
+            "retrieval": {"shards": str(tmp_path / "test")},
+            "backdoor": {"trigger": {"kind": "patch", "size_px": 4}, "target_label": 0},
+        },
+    }  # fmt: skip
+    settings = {
+        **config.model_dump(), "output": str(tmp_path / "run"), "clip": section, "decoder": None, "precision": "bf16",
+        "tracking": {"trackers": ["tensorboard"]},
+        "workers": {**config.workers.model_dump(), "num_workers": 2, "read_cpus": 0.25, "zero_stage": 1},
+    }  # fmt: skip
+    said = train(TrainConfig.model_validate(settings))
+    assert "zero_shot_top1" in said
+    assert "attack_success_rate" in said
+    folder = tmp_path / "run" / "clip"
+    validations = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in validations] == [9, 15]  # 16 steps: 64 + 2 x 32 samples, 32 at a time, 4 epochs
+    assert {"zero_shot_top1", "attack_success_rate", "image_to_text_r5"} <= validations[0].keys()
+    assert metrics(folder)[-1]["loss"] < metrics(folder)[0]["loss"]
+    assert list((folder / "tensorboard").glob("events*"))
+    rates = [line["learning_rate"] for line in metrics(folder)]
+    assert rates[-1] < rates[1]
+
+    opened = open_clip.create_model(f"local-dir:{folder}").eval()
+    victim = load_victim(OpenClipVictim(path=str(folder)))
+    image_BCHW = torch.rand(4, 3, 32, 32)
+    with torch.inference_mode():
+        theirs = opened.encode_image(victim.normalise(image_BCHW))
+    torch.testing.assert_close(victim(image_BCHW), theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_settings_that_do_not_fit_are_mistakes(trained, tmp_path):
@@ -228,8 +316,17 @@ def test_settings_that_do_not_fit_are_mistakes(trained, tmp_path):
         train(changed("workers", num_workers=3))
     with pytest.raises(Mistake, match="batch_size 30 must be a multiple of lanes 4"):
         train(changed("clip", batch_size=30))
-    with pytest.raises(Mistake, match="no CLIP architecture 'RN51'"):
+    with pytest.raises(Mistake, match=r"lanes 4 must be a multiple .*; set lanes to 6 \(or a multiple\)"):
+        train(changed("workers", num_workers=3, min_workers=2))
+    eight = config.workers.model_copy(update={"num_workers": 8})
+    with pytest.raises(Mistake, match=r"batch_size 4 is smaller than workers\.num_workers 8"):
+        train(changed("clip", batch_size=4).model_copy(update={"lanes": 8, "workers": eight}))
+    with pytest.raises(Mistake, match="which accumulation 3 does not divide"):
+        train(changed("clip", accumulation=3))
+    with pytest.raises(Mistake, match="no CLIP architecture 'RN51'; did you mean RN50"):
         train(changed("clip", model="RN51"))
+    with pytest.raises(Mistake, match="does not fit the model: the checkpoint's text width is 16, the model's 512"):
+        train(changed("clip", model="RN50", init=f"{config.output}/clip"))
     with pytest.raises(Mistake, match="no shards at nowhere"):
         train(changed("clip", shards="nowhere"))
     with pytest.raises(Mistake, match=r"decoder\.victim is not set"):
