@@ -272,8 +272,7 @@ def _read(window: _Window, limits: Limits, decode: Decode) -> Iterator[Columns]:
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         found = len(joined["place"])
         if found == 0:
-            reasons = ", ".join(f"{reason}: {n}" for (_, reason), n in unusable.most_common(3))
-            raise Mistake(f"none of {count} training samples in a row can be used ({reasons})")
+            raise Mistake(f"none of {count} training samples in a row can be used ({in_words(unusable)})")
         order = np.arange(found)
         if shuffle is not None:  # each epoch's samples among themselves
             mixed = np.random.default_rng(shuffle).permutation(found)
@@ -285,6 +284,14 @@ def _read(window: _Window, limits: Limits, decode: Decode) -> Iterator[Columns]:
         rows = slice(step * window.share, (step + 1) * window.share)
         batch = {name: np.concatenate([lane[name][rows] for lane in by_lane]) for name in by_lane[0]}
         yield {**batch, "unusable": np.frombuffer(notes if step == 0 else b"[]", np.uint8)}
+
+
+def in_words(unusable: Counter[tuple[int, str]]) -> str:
+    """The most common reasons, over all epochs."""
+    reasons: Counter[str] = Counter()
+    for (_, reason), num in unusable.items():
+        reasons[reason] += num
+    return ", ".join(f"{reason}: {num:,}" for reason, num in reasons.most_common(3))
 
 
 def read_samples(ref: ChunkRef, start: int, stop: int, limits: Limits) -> list[Sample]:

@@ -286,7 +286,8 @@ def _told(folder: Path) -> Path:
 def _mistake_behind(error: BaseException | None) -> Mistake | None:
     """The mistake that an exception of Ray's wraps, at whatever depth."""
     if error is None or isinstance(error, Mistake):
-        return Mistake(str(getattr(error, "cause", error))) if error else None
+        # Ray Data adds advice of its own to what a reader raised.
+        return Mistake(str(getattr(error, "cause", error)).split("\nFailed to apply UDF")[0]) if error else None
     inner = [*getattr(error, "worker_failures", {}).values(), getattr(error, "cause", None), error.__cause__]
     return next((found for found in map(_mistake_behind, inner) if found), None)
 
@@ -548,11 +549,11 @@ def _non_finite(
 def _stop_reading_rubbish(run: Run, seen: feed.Seen) -> None:
     """Raise when too many samples cannot be used; rank 0's share speaks for all."""
     bad, used = sum(seen.unusable.values()), seen.counts["samples"]
-    if bad > run.max_error_fraction * max(used, 256):
-        common = ", ".join(f"{reason}: {n:,}" for (_, reason), n in seen.unusable.most_common(3))
+    used = max(used, run.plan.batch_size * min(run.plan.steps_per_window, run.plan.num_steps))  # a window's at once
+    if bad > run.max_error_fraction * used:
         raise Mistake(
-            f"{bad:,} of the first {used:,} samples cannot be used ({common}), more than max_error_fraction "
-            f"{run.max_error_fraction:g} allows; repair the shards or raise it"
+            f"{bad:,} of the first {used:,} samples cannot be used ({feed.in_words(seen.unusable)}), more than "
+            f"max_error_fraction {run.max_error_fraction:g} allows; repair the shards or raise it"
         )
 
 

@@ -325,7 +325,7 @@ def test_settings_that_do_not_fit_are_mistakes(trained, tmp_path):
         train(changed("clip", accumulation=3))
     with pytest.raises(Mistake, match="no CLIP architecture 'RN51'; did you mean RN50"):
         train(changed("clip", model="RN51"))
-    with pytest.raises(Mistake, match="does not fit the model: the checkpoint's text width is 16, the model's 512"):
+    with pytest.raises(Mistake, match="does not fit the model: the checkpoint's embed_dim is 16, the model's 1024"):
         train(changed("clip", model="RN50", init=f"{config.output}/clip"))
     with pytest.raises(Mistake, match="no shards at nowhere"):
         train(changed("clip", shards="nowhere"))
