@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, cast
+from typing import IO, Annotated, Any, Literal, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +24,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import scipy.fft
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from dede_ray.config import Config, Mistake, claim, finish, write_atomically, write_json
+from dede_ray.config import Config, Mistake, claim, explain, finish, read_json, write_atomically, write_json
 from dede_ray.shards import (
     CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -42,6 +42,7 @@ from dede_ray.shards import (
     open_shard,
     sample_id,
     split_name,
+    to_square,
 )
 from dede_ray.sources import Classes, class_captions, keyed_generator, pick_caption, read_classes
 
@@ -185,7 +186,30 @@ class Frequency(Config):
         return stamped_HWC
 
 
-Trigger = Annotated[Patch | Blend | Frequency, Field(discriminator="kind")]
+AnyTrigger = Patch | Blend | Frequency
+Trigger = Annotated[AnyTrigger, Field(discriminator="kind")]
+
+
+class Stamp(Protocol):
+    """What every trigger can do."""
+
+    def stamp(self, image_HWC: np.ndarray, sample_id: str = "") -> np.ndarray: ...
+
+
+def square(content: bytes, sample_id: str, size_px: int, limits: Limits, trigger: Stamp | None = None) -> np.ndarray:
+    """Decode, stamp or not, then bring to size: one path, so that the stamp is the only difference.
+
+    Returns:
+        uint8 (size_px, size_px, 3).
+
+    Raises:
+        BadSample: the image cannot be decoded.
+        Mistake: the trigger does not fit it.
+    """
+    image_HWC = decode_image(content, limits)
+    if trigger is not None:
+        image_HWC = trigger.stamp(image_HWC, sample_id)
+    return to_square(image_HWC, size_px)
 
 
 # ------------------------------------------------------------------------------------------- the attack
@@ -306,6 +330,19 @@ def poison(config: PoisonConfig) -> str:
     counts = {"poisoned": num_poisoned, "usable": num_usable, "unusable": num_unusable}
     finish(config.output, config, {"counts": counts, "summary": summary})
     return summary
+
+
+def read_attack(folder: str) -> PoisonConfig:
+    """Read the settings that `poison` recorded in its output folder.
+
+    Raises:
+        Mistake: the folder does not hold them.
+    """
+    path = Path(folder) / "run.json"
+    try:
+        return PoisonConfig.model_validate(read_json(path, "record of a poisoning").get("settings"))
+    except ValidationError as error:
+        raise Mistake(f"{path} does not describe a poisoning:\n{explain(error, PoisonConfig)}") from None
 
 
 def _in_ray(task: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:

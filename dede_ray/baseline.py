@@ -116,7 +116,10 @@ def compare_trainers(config: TrainerSpeed, folder: Path) -> str:
         f"{name}: batch {config.batch_size}, {config.steps} steps, {ours.threads} threads",
         f"  ours:      {ours.command}",
         f"  open_clip: {theirs.command}",
-        *(f"  turn {i + 1}: {a:,.1f} images/s, open_clip {b:,.1f}, ratio {a / b:.3f}" for i, (a, b) in enumerate(turns)),
+        *(
+            f"  turn {i + 1}: {a:,.1f} images/s, open_clip {b:,.1f}, ratio {a / b:.3f}"
+            for i, (a, b) in enumerate(turns)
+        ),
         f"  median ratio {statistics.median(a / b for a, b in turns):.3f}; "
         f"ours waits for input {100 * statistics.median(waits):.1f} % of the time",
         _share_of_peak(config, described, statistics.median(a for a, _ in turns), ours.threads),
@@ -186,9 +189,13 @@ class _Ours:
         """Images/s and the share of the time that it waited for input."""
         shutil.rmtree(self.folder / "ours", ignore_errors=True)
         training.train(self.settings)
-        lines = map(json.loads, (self.folder / "ours" / "clip" / "metrics.jsonl").read_text().splitlines())
+        text = (self.folder / "ours" / "clip" / "metrics.jsonl").read_text()
         # A line tells of the steps since the line before.
-        lines = [line for line in lines if line["step"] + 1 - self.config.log_every >= self.config.skipped_steps]
+        lines = [
+            line
+            for line in map(json.loads, text.splitlines())
+            if line["step"] + 1 - self.config.log_every >= self.config.skipped_steps
+        ]
         rate = len(lines) / sum(1 / line["samples_per_s"] for line in lines)
         return rate, statistics.mean(line["input_wait_share"] for line in lines)
 
@@ -313,10 +320,10 @@ def _flop_per_image(described: dict[str, Any], batch_size: int = 2) -> float:
 
 
 def _run_open_clip(arguments: list[str]) -> None:
-    from dede_ray.vision_libraries import open_clip  # first: it repairs torchvision, which theirs imports
-
     import open_clip_train.data
     import open_clip_train.main
+
+    from dede_ray.vision_libraries import open_clip  # first: it repairs torchvision, which theirs imports
 
     # webdataset 0.2.96 marks the end of a shard with an entry that open_clip's grouping of members does not expect.
     if "eof_value" in open_clip_train.data.tar_file_expander.__code__.co_varnames:

@@ -284,8 +284,9 @@ def _traits(state: dict[str, Tensor]) -> dict[str, Any]:
     ):
         if name in state and state[name].ndim > axis:
             traits[trait] = state[name].shape[axis]
-    traits["text layers"] = _depth(state, f"{text}transformer.resblocks.")
-    traits["image layers"] = _depth(state, "visual.transformer.resblocks.")
+    for trait, tower in (("text layers", text), ("image layers", "visual.")):
+        if depth := _depth(state, f"{tower}transformer.resblocks."):
+            traits[trait] = depth
     if "visual.layer1.0.conv1.weight" in state:
         traits.pop("patch size", None)  # the stem's convolution, always 3
         traits["image layers"] = [_depth(state, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)]

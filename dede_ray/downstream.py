@@ -9,11 +9,11 @@ backdoor. Numbers of a detector against a victim that does not pass the gate mea
 
 from __future__ import annotations
 
-import heapq
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +23,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
+from dede_ray.attacks import Stamp, square
 from dede_ray.clip import to_unit_range
 from dede_ray.config import Config, Mistake
 from dede_ray.metrics import Interval, proportion
-from dede_ray.shards import BadSample, Limits, Shard, decode_image, iter_chunks, sample_id, to_square
-from dede_ray.sources import Classes, class_captions, keyed_generator
+from dede_ray.shards import BadSample, Limits, Shard, iter_chunks, sample_id
+from dede_ray.sources import Classes, class_captions, draw
 from dede_ray.victims import Victim
 
 logger = logging.getLogger(__name__)
@@ -37,12 +38,6 @@ BATCH_SIZE = 256
 # Shapes: N images, E embedding width, C classes.
 Head = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 """A classifier on embeddings: (N, E) -> predicted label (N,)."""
-
-
-class Stamp(Protocol):
-    """The part of a trigger that is needed here."""
-
-    def stamp(self, image_HWC: np.ndarray, sample_id: str = "") -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -182,9 +177,14 @@ def zero_shot_head(victim: Victim, classes: Classes) -> Head:
     Source: Radford et al., arXiv:2103.00020, section 3.1.4.
     """
     captions = [caption for name in classes.names for caption in class_captions(classes.templates, name)]
-    text_CTE = _unit(victim.encode_text(captions).cpu().numpy()).reshape(len(classes.names), len(classes.templates), -1)
-    text_CE = _unit(text_CTE.mean(axis=1))
+    text_CE = class_embeddings(victim.encode_text(captions).cpu().numpy(), len(classes.templates))
     return lambda embedding_NE: (embedding_NE @ text_CE.T).argmax(axis=1)
+
+
+def class_embeddings(caption_NE: NDArray[np.float32], num_templates: int) -> NDArray[np.float32]:
+    """The zero-shot classifier's rows (C, E) of length one, from captions (C * num_templates, E), class by class."""
+    caption_CTE = unit(caption_NE).reshape(-1, num_templates, caption_NE.shape[1])
+    return unit(caption_CTE.mean(axis=1))
 
 
 def probe_head(embedding_NE: NDArray[np.float32], label_N: NDArray[np.int64]) -> Head:
@@ -225,18 +225,13 @@ def embed(
 def _squares(
     images: Sequence[Labelled], size_px: int, limits: Limits, trigger: Stamp | None
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Decode, stamp or not, then bring to size: one path, so that the stamp is the only difference."""
     for image in images:
-        try:
-            image_HWC = decode_image(image.content, limits)
-        except BadSample:
-            continue
-        if trigger is not None:
-            image_HWC = trigger.stamp(image_HWC, image.sample_id)
-        yield to_square(image_HWC, size_px), image.label
+        with contextlib.suppress(BadSample):
+            yield square(image.content, image.sample_id, size_px, limits, trigger), image.label
 
 
-def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Bring each row to length one."""
     return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
 
@@ -254,8 +249,7 @@ def draw_labelled(shards: Sequence[Shard], num: int, seed: int, limits: Limits) 
                     if sample.error is None and sample.image is not None and sample.label is not None:
                         yield Labelled(sample_id(shard.name, sample.key), sample.image, sample.label)
 
-    # Keeps `num` encoded images in memory, however many there are.
-    drawn = heapq.nsmallest(num, labelled(), key=lambda image: keyed_generator(seed, image.sample_id).random())
+    drawn = draw(labelled(), num, seed)
     if not drawn:
         names = ", ".join(shard.name for shard in shards[:3])
         raise Mistake(f"no sample with an image and a label (a .cls member) in {names}; name labelled shards")

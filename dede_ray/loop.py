@@ -20,12 +20,13 @@ import os
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import ray
 import torch
@@ -39,7 +40,7 @@ from dede_ray import feed
 from dede_ray.config import Config, Mistake, read_json, write_atomically, write_json
 from dede_ray.contrastive import backward
 from dede_ray.optimisation import Optimisation
-from dede_ray.shards import Limits, Sample
+from dede_ray.shards import Limits, Reason, Sample
 from dede_ray.tracking import Follower, Tracking
 
 logger = logging.getLogger(__name__)
@@ -79,22 +80,30 @@ class Workers(Config):
     """Seconds between looks whether an elastic run can grow."""
 
 
-class Recipe(Protocol):
-    """What a run trains, and on what: the part that the CLIP and the decoder do not share."""
+class Recipe(ABC):
+    """What a run trains, and on what: the part that the CLIP and the decoder do not share. Travels to the workers."""
 
+    @abstractmethod
     def objective(self, rank: int, world: int) -> nn.Module:
         """forward(batch) -> (loss, metrics); begin_step, after_step, arrays, load_arrays as in Contrastive."""
 
+    @abstractmethod
     def decode(
         self, ref: feed.ChunkRef, epoch: int, start: int, samples: list[Sample]
-    ) -> tuple[feed.Columns, list[Any]]:
+    ) -> tuple[feed.Columns, list[Reason | None]]:
         """Samples to columns; see feed.Decode."""
+
+    @abstractmethod
+    def export(self, folder: Path, objective: Any) -> dict[str, Any]:
+        """Rank 0, at the end: write what other jobs read."""
 
     def validate(self, objective: Any, device: torch.device, rank: int, world: int) -> dict[str, float]:
         """Collective: how good is it so far."""
+        return {}
 
-    def export(self, folder: Path, objective: Any) -> dict[str, Any]:
-        """Rank 0, at the end: write what other jobs read."""
+    def lr_scale(self, step: int) -> float:
+        """What the schedule's learning rate of a step is multiplied with."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -116,10 +125,9 @@ class Run:
     """Steps between validations; 0 validates at the end only, None never."""
     tracking: Tracking = field(default_factory=Tracking)
 
-    @property
-    def worlds(self) -> range:
-        """Numbers of workers that the run may have."""
-        return range(self.workers.min_workers or self.workers.num_workers, self.workers.num_workers + 1)
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        return self.optimisation.rate(step, self.plan.num_steps) * self.recipe.lr_scale(step)
 
 
 def check_workers(run_lanes: int, batch_size: int, accumulation: int, workers: Workers) -> None:
@@ -341,12 +349,15 @@ def _train(run: Run) -> dict[str, Any]:
         if not math.isfinite(mean):
             return {"mistake": _non_finite(run, step, loss, columns, rank, world)}
         for group in optimiser.param_groups:
-            group["lr"] = run.optimisation.rate(step, num_steps)
+            group["lr"] = run.rate(step)
         engine.step()
+        norm = engine.get_global_grad_norm()
+        if run.precision != "fp16" and norm is not None and not math.isfinite(norm):  # fp16 leaves such steps out
+            return {"mistake": _non_finite(run, step, torch.tensor(float(norm)), columns, rank, world, "gradient")}
         engine.module.after_step()
         seen.add(columns)
         if log is not None:
-            log.step(step, mean, metrics, columns, got - waited, engine)
+            log.step(step, mean, metrics if norm is None else {**metrics, "gradient_norm": norm}, columns, got - waited)
             _stop_reading_rubbish(run, seen)
             outcome["loss"] = log.loss
         done, is_last = step + 1, step + 1 == num_steps
@@ -512,8 +523,10 @@ class _Checkpoints:
         )
 
 
-def _non_finite(run: Run, step: int, loss: torch.Tensor, columns: feed.Columns, rank: int, world: int) -> str:
-    """Name the samples of all ranks whose loss is not finite; called by every rank."""
+def _non_finite(
+    run: Run, step: int, loss: torch.Tensor, columns: feed.Columns, rank: int, world: int, what: str = "loss"
+) -> str:
+    """Name the samples of all ranks whose loss, or gradient, is not finite; called by every rank."""
     mine = (float(loss), [name.decode() for name in columns["sample_id"].tolist()])
     everyone: list[Any] = [mine] * world
     if world > 1:
@@ -523,8 +536,8 @@ def _non_finite(run: Run, step: int, loss: torch.Tensor, columns: feed.Columns, 
     if rank == 0:
         write_json(path, {"step": step, "sample_ids": ids})
     return (
-        f"the loss of step {step} is {bad[0][0]}; stopped before the step. The batch began with {ids[:3]}, all its "
-        f"sample ids are in {path}. Lower learning_rate, or train in fp32"
+        f"the {what} of step {step} is {bad[0][0]}; stopped {'before' if what == 'loss' else 'at'} the step. The batch "
+        f"began with {ids[:3]}, all its sample ids are in {path}. Lower learning_rate, or train in fp32"
     )
 
 
@@ -556,7 +569,7 @@ class _MetricsLog:
         for name in ("metrics.jsonl", "validation.jsonl"):
             path = run.folder / name
             lines = path.read_text().splitlines() if first_step and path.is_file() else []
-            kept = [line for line in lines if json.loads(line)["step"] < first_step]
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first_step]
             write_atomically(path, "".join(f"{line}\n" for line in kept))
         self._reset()
 
@@ -564,9 +577,7 @@ class _MetricsLog:
         self.losses: list[float] = []
         self.since, self.wait_s, self.unusable = time.monotonic(), 0.0, 0
 
-    def step(
-        self, step: int, loss: float, metrics: dict[str, Any], columns: feed.Columns, wait_s: float, engine: Any
-    ) -> None:
+    def step(self, step: int, loss: float, metrics: dict[str, Any], columns: feed.Columns, wait_s: float) -> None:
         self.losses.append(loss)
         self.wait_s += wait_s
         self.unusable += sum(n for _, _, n in json.loads(columns["unusable"].tobytes()))
@@ -574,17 +585,15 @@ class _MetricsLog:
             return
         elapsed = time.monotonic() - self.since
         self.loss = math.fsum(self.losses) / len(self.losses)
-        norm = engine.get_global_grad_norm()
         self._write("metrics.jsonl", {
             "step": step,
             "loss": self.loss,
-            "learning_rate": self.run.optimisation.rate(step, self.run.plan.num_steps),
+            "learning_rate": self.run.rate(step),
             "samples_per_s": len(self.losses) * self.run.plan.batch_size / elapsed,
             "input_wait_share": self.wait_s / elapsed,
             "num_workers": self.world,
             "num_unusable": self.unusable,
             "samples_seen": (step + 1) * self.run.plan.batch_size,
-            **({} if norm is None else {"gradient_norm": float(norm)}),
             **{name: float(value) for name, value in metrics.items()},
         })  # fmt: skip
         self._reset()

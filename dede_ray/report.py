@@ -18,8 +18,8 @@ import torch
 from pydantic import Field, ValidationError
 
 from dede_ray import downstream
-from dede_ray.attacks import PoisonConfig
-from dede_ray.config import Config, Mistake, explain, read_json, write_atomically, write_json
+from dede_ray.attacks import PoisonConfig, read_attack
+from dede_ray.config import Config, Mistake, explain, write_atomically, write_json
 from dede_ray.findings import join, measure, table
 from dede_ray.manifest import Manifest, read_manifest
 from dede_ray.page import draw_page, make_gallery
@@ -71,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> str:
     manifest = read_manifest(config.manifest)
     honest = read_manifest(config.honest_manifest) if config.honest_manifest else None
     scan = join(manifest, honest, _read_truth(config.truth), config.truth)
-    attack = _read_attack(config.attack)
+    attack = read_attack(config.attack)
     victim = _load_victim(manifest)
     verdict, target_name = _gate(config, attack, victim, _load_victim(honest) if honest else None)
     metrics = {
@@ -107,14 +107,6 @@ def _read_truth(path: str) -> pa.Table:
         raise Mistake(f"no truth at {path}; poison.py writes truth.parquet beside the poisoned shards") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise Mistake(f"{path} is no truth.parquet with the columns {', '.join(columns)}: {error}") from None
-
-
-def _read_attack(folder: str) -> PoisonConfig:
-    path = Path(folder) / "run.json"
-    try:
-        return PoisonConfig.model_validate(read_json(path, "record of a poisoning").get("settings"))
-    except ValidationError as error:
-        raise Mistake(f"{path} does not describe a poisoning:\n{explain(error, PoisonConfig)}") from None
 
 
 def _settings(manifest: Manifest) -> ScoreConfig:

@@ -8,6 +8,7 @@ such a class and its name in the union `Source`. `ingest` gives every labelled s
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
 import json
 import logging
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -264,6 +265,21 @@ def draw_by_class(labels: Sequence[int], num: int, seed: int) -> set[int]:
         progress[place] = (met[labels[i]] + 0.5) / size[labels[i]]
         met[labels[i]] += 1
     return {int(i) for i in order[np.argsort(progress, kind="stable")[:num]]}
+
+
+class Identified(Protocol):
+    """Whatever carries a sample's id."""
+
+    @property
+    def sample_id(self) -> str: ...
+
+
+S = TypeVar("S", bound=Identified)
+
+
+def draw(samples: Iterable[S], num: int, seed: int) -> list[S]:
+    """Draw up to `num` samples by id, the same ones in whatever order they come; keeps only `num` in memory."""
+    return heapq.nsmallest(num, samples, key=lambda sample: keyed_generator(seed, sample.sample_id).random())
 
 
 class Classes(Config):

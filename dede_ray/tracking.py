@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import itertools
 import json
 import logging
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,7 +66,7 @@ class Follower:
             of numbers with `step` among them; what is not a number is left out. Steps ascend.
         tracking: which trackers to tell.
         settings: the run's settings as JSON values, shown by the trackers.
-        on_metrics: called with the newest line of metrics.jsonl when it has changed, steps done again included;
+        on_metrics: called with the newest line of either file when it has changed, steps done again included;
             from the follower's own thread, so what it raises stops the following, not the training.
 
     Raises:
@@ -89,12 +88,13 @@ class Follower:
         self._noted = json.dumps(self._told)
         run = _Run(self.folder, tracking.project, name, settings)
         self._views = [_View(kind, run, self._told.setdefault(kind, {})) for kind in dict.fromkeys(tracking.trackers)]
-        self._shown: bytes | None = None
+        self._shown: dict[str, bytes | None] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> Follower:
-        self._shown = next(reversed(_whole_lines(self.folder / STREAMS["train"])), None)  # of the run to be resumed
+        for stream, name in STREAMS.items():  # what the run to be resumed said last
+            self._shown[stream] = next(reversed(_whole_lines(self.folder / name)), None)
         self._thread.start()
         return self
 
@@ -114,11 +114,12 @@ class Follower:
 
     def _poll(self) -> None:
         lines = {stream: _whole_lines(self.folder / name) for stream, name in STREAMS.items()}
-        newest = next(reversed(lines["train"]), None)
-        if newest is not None and newest != self._shown and _parsed(newest):
-            self._shown = newest
-            if self.on_metrics:
-                self.on_metrics(json.loads(newest))
+        for stream in STREAMS:
+            newest = next(reversed(lines[stream]), None)
+            if newest is not None and newest != self._shown[stream] and _parsed(newest):
+                self._shown[stream] = newest
+                if self.on_metrics:
+                    self.on_metrics(json.loads(newest))
         for view in self._views:
             view.tell(lines)
         if json.dumps(self._told) != self._noted:
@@ -189,7 +190,7 @@ class _View:
 
     def close(self, is_success: bool) -> None:
         try:
-            if self.tracker is not None:
+            if self.tracker is not None and not self.retry_at:  # else the last try has just failed
                 self.tracker.close(is_success)
         except Exception as error:
             self._warn(error)
@@ -296,9 +297,12 @@ class _WandB:
         self.run.finish(exit_code=0 if is_success else 1)
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    nested = [_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else [(prefix + k, v)] for k, v in settings.items()]
-    return list(itertools.chain.from_iterable(nested))
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _chunks(things: list[Any], size: int) -> list[list[Any]]:

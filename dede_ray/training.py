@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from dede_ray import clip, feed
+from dede_ray import clip, feed, robust
 from dede_ray.augmentation import Augmentation
 from dede_ray.config import Config, Mistake, claim, finish
 from dede_ray.contrastive import Contrastive, LossKind, with_loss
@@ -40,10 +41,11 @@ from dede_ray.decoder import (
     save_decoder,
 )
 from dede_ray.ledger import Chunk, PassResources, part_path, run_pass
-from dede_ray.loop import Precision, Run, Workers, check_workers, fit
+from dede_ray.loop import Precision, Recipe, Run, Workers, check_workers, fit
 from dede_ray.optimisation import Optimisation
-from dede_ray.shards import BadSample, Limits, Reason, Sample, decode_image, list_shards, sample_id
+from dede_ray.shards import BadSample, Limits, Reason, Sample, decode_image, list_shards, sample_id, to_square
 from dede_ray.tracking import Tracking
+from dede_ray.validation import ValidationConfig, Validator
 from dede_ray.victims import OpenClipVictim, Victim, VictimConfig, load_victim
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,8 @@ class ClipTrain(Optimisation):
     """torch.compile both towers; needs a C++ compiler."""
     loss: LossKind = "info_nce"
     """CLIP's softmax over the global batch, or SigLIP's sigmoid for every pair."""
+    method: robust.Method = robust.Plain()
+    """CLIP as it is, or one of the robust training methods that filtering is compared with."""
     augmentation: Augmentation = Augmentation()
     """What happens to training images; scoring never augments."""
     batch_size: int = Field(256, ge=2)
@@ -81,6 +85,8 @@ class ClipTrain(Optimisation):
     shuffle_buffer: int = Field(4096, ge=1)
     """Samples that are mixed with each other, beside the shuffling of chunks; read and decoded together."""
     epochs: float = Field(10, gt=0)
+    validation: ValidationConfig | None = None
+    """Zero-shot accuracy, retrieval, CA and ASR while it trains. Changing it does not make it another run."""
 
 
 class DecoderTrain(Config):
@@ -133,7 +139,9 @@ class TrainConfig(Config):
 
     def identity(self, **without: None) -> TrainConfig:
         """The settings that make a run what it is: not where it runs, nor where it can be watched."""
-        nowhere = {"workers": Workers(), "embedding": PassResources(), "tracking": Tracking()}
+        nowhere: dict[str, Any] = {"workers": Workers(), "embedding": PassResources(), "tracking": Tracking()}
+        if self.clip is not None:
+            nowhere["clip"] = self.clip.model_copy(update={"validation": None})
         return self.model_copy(update={**nowhere, **without})
 
 
@@ -163,17 +171,30 @@ def _train_clip(config: TrainConfig, section: ClipTrain) -> str:
     if done is None:
         check_workers(config.lanes, section.batch_size, section.accumulation, config.workers)
         described = with_loss(clip.model_description(section.model), section.loss)
+        if "multimodal_cfg" in described["model_cfg"]:
+            raise Mistake(f"{section.model} also writes captions (CoCa), which is not trained here; choose a CLIP")
         index, weights = _index(section.shards)
+        _look_for_captions(index, config.limits)
         steps_per_window = max(1, section.shuffle_buffer // section.batch_size)
         plan = feed.Plan(
             index, section.batch_size, config.lanes, config.seed, True, steps_per_window, section.epochs, weights
         )
         init = None if section.init is None else str(clip.resolve_weights(section.init).absolute())
-        recipe = _ClipRecipe(section.model_copy(update={"init": init}), described, config.limits, config.seed)
+        recipe = _ClipRecipe(
+            section.model_copy(update={"init": init}), described, config.limits, config.seed, plan.num_samples,
+            plan.epoch_start(1) / section.batch_size,
+            None if section.validation is None else Validator(section.validation, described, config.limits),
+        )  # fmt: skip
         with torch.random.fork_rng():  # what cannot be built or loaded is a mistake to report here, not in a worker
-            recipe.model()
-        done = finish(folder, own, fit(_run(config, folder, recipe, section, plan, section.accumulation)))
-    return f"clip: {done['steps']:,} steps on {done['num_samples']:,} samples, loss {done['loss']:.3f} -> {folder}"
+            recipe.objective(0, 1)
+        every = section.validation.every if section.validation else None
+        done = finish(folder, own, fit(_run(config, folder, recipe, section, plan, section.accumulation, every)))
+    shown = ("zero_shot_top1", "image_to_text_r5", "text_to_image_r5", "attack_success_rate")
+    numbers = [f"{name} {value:.1%}" for name, value in done.get("validation", {}).items() if name in shown]
+    loss = f"loss {done['loss']:.3f}"
+    return (
+        f"clip: {done['steps']:,} steps on {done['num_samples']:,} samples, {', '.join([loss, *numbers])} -> {folder}"
+    )
 
 
 def _index(shards: str | Sequence[str | feed.Source]) -> tuple[list[feed.ChunkRef], list[float] | None]:
@@ -189,6 +210,23 @@ def _index(shards: str | Sequence[str | feed.Source]) -> tuple[list[feed.ChunkRe
     return index, weights if set(weights) != {1.0} else None
 
 
+def _look_for_captions(index: list[feed.ChunkRef], limits: Limits) -> None:
+    """Say at once, not after a start on a cluster, that shards are of the wrong kind: a glance at the first chunk."""
+    if not index:
+        raise Mistake("the shards hold not one sample; write some with jobs/ingest.py")
+    samples = feed.read_samples(index[0], 0, index[0].num_samples, limits)
+    if any(sample.image is not None and sample.caption is not None for sample in samples):
+        return
+    reasons = Counter(
+        sample.error or ("no_image" if sample.image is None else "caption_missing") for sample in samples
+    )  # fmt: skip
+    raise Mistake(
+        f"none of the first {len(samples)} samples of {index[0].shard.name} has an image and a caption "
+        f"({', '.join(f'{reason}: {n}' for reason, n in reasons.most_common())}); CLIP trains on images with a .txt "
+        "beside them, which jobs/ingest.py writes, also from labels"
+    )
+
+
 def _run(
     config: TrainConfig,
     folder: Path,
@@ -196,10 +234,11 @@ def _run(
     optimisation: Optimisation,
     plan: feed.Plan,
     accumulation: int = 1,
+    validate_every: int | None = None,
 ) -> Run:
     return Run(
         recipe, optimisation, plan, folder, config.precision, config.log_every, config.seed, config.limits,
-        config.workers, config.max_error_fraction, accumulation, None, config.tracking,
+        config.workers, config.max_error_fraction, accumulation, validate_every, config.tracking,
     )  # fmt: skip
 
 
@@ -285,16 +324,19 @@ def _embedding_scale(parts: Path) -> float:
 
 
 @dataclass(frozen=True)
-class _ClipRecipe:
-    """What the loop needs to know of CLIP training; travels to the workers."""
-
+class _ClipRecipe(Recipe):
     section: ClipTrain
     described: dict[str, Any]
     limits: Limits
     seed: int
+    num_samples: int
+    steps_per_epoch: float
+    validator: Validator | None
 
     def objective(self, rank: int, world: int) -> Contrastive:
-        return Contrastive(self.model(), self.described, self.section.loss, rank, world)
+        return self.section.method.objective(
+            self.model(), self.described, self.section.loss, rank, world, self.num_samples, self.steps_per_epoch
+        )
 
     def model(self) -> nn.Module:
         section = self.section
@@ -309,6 +351,8 @@ class _ClipRecipe:
         self, ref: feed.ChunkRef, epoch: int, start: int, samples: list[Sample]
     ) -> tuple[feed.Columns, list[Reason | None]]:
         images, captions, ids, errors = [], [], [], []
+        image_views, caption_views = [], []
+        has_views = self.section.method.num_views == 2
         size, augmentation = clip.image_size_px(self.described), self.section.augmentation
         for sample in samples:
             name, error, image_HWC = sample_id(ref.shard.name, sample.key), sample.error, None
@@ -328,21 +372,38 @@ class _ClipRecipe:
                 images.append(augmentation.apply(image_HWC, size, rng))
                 captions.append(sample.caption or "")
                 ids.append(name)
-        tokens_BT, is_truncated_B = clip.tokenise(_tokenizer(json.dumps(self.described["model_cfg"])), captions)
+                if has_views:
+                    rng = np.random.default_rng(sample_keys([name], self.seed, epoch, 1).numpy().view(np.uint64))
+                    image_views.append(robust.augment_image(to_square(image_HWC, size), rng))
+                    caption_views.append(robust.augment_caption(captions[-1], rng))
+        tokenizer = _tokenizer(json.dumps(self.described["model_cfg"]))
+        tokens_BT, is_truncated_B = clip.tokenise(tokenizer, captions)
         columns = {
-            "image": np.stack(images) if images else np.empty((0, size, size, 3), np.uint8),
+            "image": _stacked(images, size),
             "tokens": tokens_BT,
             "is_truncated": is_truncated_B,
             "sample_id": np.array([name.encode() for name in ids], "S"),
         }
+        if has_views:
+            columns["image_view"] = _stacked(image_views, size)
+            columns["tokens_view"], _ = clip.tokenise(tokenizer, caption_views)
         return columns, errors
 
     def validate(self, objective: Any, device: torch.device, rank: int, world: int) -> dict[str, float]:
-        return {}
+        if self.validator is None:
+            return {}
+        return self.validator.run(objective.model, device, objective.model.logit_scale.dtype, rank, world)
+
+    def lr_scale(self, step: int) -> float:
+        return self.section.method.lr_scale(step, self.steps_per_epoch)
 
     def export(self, folder: Path, objective: Any) -> dict[str, Any]:
         clip.save_clip(folder, objective.model, self.described)
         return {}
+
+
+def _stacked(images: list[np.ndarray], size: int) -> np.ndarray:
+    return np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)
 
 
 @functools.lru_cache(maxsize=4)
@@ -352,9 +413,7 @@ def _tokenizer(model_cfg: str) -> Any:
 
 
 @dataclass(frozen=True)
-class _DecoderRecipe:
-    """What the loop needs to know of decoder training; travels to the workers."""
-
+class _DecoderRecipe(Recipe):
     preset: DecoderPreset
     seed: int
     image_size: int
@@ -376,9 +435,6 @@ class _DecoderRecipe:
     ) -> tuple[feed.Columns, list[Reason | None]]:
         return self._columns(self.train_parts, ref, epoch, start, samples)
 
-    def validate(self, objective: Any, device: torch.device, rank: int, world: int) -> dict[str, float]:
-        return {}
-
     def _columns(
         self, parts: Path, ref: feed.ChunkRef, epoch: int, start: int, samples: list[Sample]
     ) -> tuple[feed.Columns, list[Reason | None]]:
@@ -396,7 +452,7 @@ class _DecoderRecipe:
         ]
         embeddings = stored["embedding"].combine_chunks().drop_null().flatten().to_numpy(zero_copy_only=False)
         columns = {
-            "image": np.stack(images) if images else np.empty((0, size, size, 3), np.uint8),
+            "image": _stacked(images, size),
             "embedding": embeddings.astype(np.float32, copy=False).reshape(-1, self.embedding_dim),
             "key": sample_keys(ids, self.seed, epoch).numpy(),
             "sample_id": np.array([name.encode() for name in ids], "S"),

@@ -155,3 +155,21 @@ def test_resuming_with_four_workers_and_then_with_one_changes_the_loss_by_roundi
     losses = [[line["loss"] for line in job.lines(output)] for output in ("killed", "whole")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert result["samples"] == undisturbed["samples"]
+
+
+@pytest.mark.slow
+def test_an_elastic_run_shrinks_with_killed_and_drained_nodes_and_grows_with_added_ones(job):
+    script = Path(__file__).parent / "elastic_run.py"
+    command = [sys.executable, str(script), str(job.folder), "2"]
+    done = subprocess.run(command, cwd=JOB.parents[1], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert [num_workers for _, num_workers in outcome["events"]] == [2, 1, 2, 1]
+    assert outcome["saved_at"] > outcome["drained_after"]  # the notice led to a checkpoint, which is no regular one
+    assert outcome["saved_at"] % 100
+    account = json.loads((job.folder / "elastic" / "clip" / "run.json").read_text())["result"]["samples"]
+    once = {"epochs": [0, 399], "seen": NUM_SAMPLES, "repeated": 0, "unseen": 0, "unusable": {}}
+    assert account == {"samples": 400 * NUM_SAMPLES, "is_truncated": 0, "by_epoch": [once]}
+    losses = [line["loss"] for line in job.lines("elastic")]
+    assert len(losses) == 2500
+    assert max(losses[-100:]) < 0.1 < min(losses[:20])

@@ -179,13 +179,18 @@ def test_a_tracker_that_fails_is_warned_about_once_and_caught_up_with(folder, ca
     monkeypatch.setattr(tracking, "RETRY_S", 0.0)
     write(folder, range(3))
     (folder / "tensorboard").write_text("a file where the folder should be")
-    with Follower(folder, TENSORBOARD, SETTINGS):
+    seen: list[int] = []
+    with Follower(folder, TENSORBOARD, SETTINGS, lambda newest: seen.append(newest["step"])):
         wait_until(lambda: bool(caplog.messages))
+        for num_steps in (4, 5, 6):  # it goes on failing while training goes on
+            write(folder, range(num_steps))
+            wait_until(lambda: seen[-1:] == [num_steps - 1])  # noqa: B023
         (warning,) = caplog.messages
         assert "tensorboard failed: FileExistsError" in warning
         (folder / "tensorboard").unlink()
-        write(folder, range(5))
-    assert told_tensorboard(folder)["train/loss"] == losses(range(5))
+        wait_until(lambda: told_tensorboard(folder) == {"train/loss": losses(range(6))})
+        write(folder, range(7))
+    assert told_tensorboard(folder)["train/loss"] == losses(range(7))
     assert len(caplog.messages) == 1
 
 
