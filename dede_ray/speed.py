@@ -1,6 +1,7 @@
-"""How fast our two passes are beside the plainest loops that do the same work, in one run on one machine.
+"""How fast our two passes are beside others that do the same work, in one run on one machine.
 
-The trainer is compared with a bare PyTorch loop over the same batches held in memory; the score pass with a bare loop
+`trainers` compares our CLIP trainer with open_clip's own (baseline.py), `loops` both passes with the plainest loops:
+the trainer is compared with a bare PyTorch loop over the same batches held in memory; the score pass with a bare loop
 that decodes and scores one chunk after the other, its arithmetic using all cores. Ours and theirs take turns, because
 machines drift; the figures that count are the ratios. The images are the bundled digits, repeated under distinct keys;
 the weights are random, which changes nothing about the speed.
@@ -23,7 +24,8 @@ import torch
 from pydantic import Field
 
 from dede_ray import clip, feed, training
-from dede_ray.config import Config
+from dede_ray.baseline import TrainerSpeed, compare_trainers
+from dede_ray.config import Config, Mistake
 from dede_ray.decoder import PRESETS, MaskedDecoder, Reconstruction, save_decoder
 from dede_ray.detectors import DeDe
 from dede_ray.ledger import Chunk, PassResources, run_pass
@@ -33,8 +35,8 @@ from dede_ray.sources import Digits
 from dede_ray.victims import OpenClipVictim, load_victim
 
 
-class SpeedConfig(Config):
-    """Settings of jobs/speed.py."""
+class LoopSpeed(Config):
+    """Decoder training and scoring beside bare loops."""
 
     model: str = "configs/models/clip_digits.json"
     """The victim's architecture."""
@@ -48,12 +50,30 @@ class SpeedConfig(Config):
     chunk_size: int = 256
 
 
+class SpeedConfig(Config):
+    """Settings of jobs/speed.py."""
+
+    output: str = "runs/speed"
+    """Folder for shards, settings and logs of `trainers`; the commands that are printed can be run again there."""
+    trainers: list[TrainerSpeed] = Field([])
+    loops: LoopSpeed | None = None
+
+
 def measure_speed(config: SpeedConfig) -> str:
-    """Measure both ratios; Ray must be running.
+    """Measure what the config names; Ray must be running.
 
     Returns:
-        A table, one line per figure: ours, the bare loop's, and their ratio.
+        A few lines per comparison: ours, the other's, and their ratio.
     """
+    if not config.trainers and config.loops is None:
+        raise Mistake("nothing to measure: the config needs `trainers:`, `loops:`, or both")
+    tables = [compare_trainers(trainers, Path(config.output)) for trainers in config.trainers]
+    if config.loops is not None:
+        tables.append(_compare_loops(config.loops))
+    return "\n\n".join(tables)
+
+
+def _compare_loops(config: LoopSpeed) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = _write_shards(folder / "shards", config.num_samples)
@@ -98,7 +118,7 @@ def _line(what: str, ours: list[float], bare: list[float]) -> str:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def _compare_training(config: SpeedConfig, folder: Path, shards: list[Shard], victim_config: OpenClipVictim) -> str:
+def _compare_training(config: LoopSpeed, folder: Path, shards: list[Shard], victim_config: OpenClipVictim) -> str:
     preset = PRESETS[config.preset]
     batch_size = preset.batch_size
     index = feed.index_shards(shards, training.CHUNK_SIZE)
@@ -129,7 +149,7 @@ def _rate(rates: list[float]) -> float:
 
 
 def _bare_training(
-    config: SpeedConfig, settings: training.TrainConfig, output: Path, index: list[feed.ChunkRef], victim: object
+    config: LoopSpeed, settings: training.TrainConfig, output: Path, index: list[feed.ChunkRef], victim: object
 ) -> float:
     """Forward, backward, clip, step, over batches that are in memory already."""
     preset, seed = PRESETS[config.preset], settings.seed
@@ -164,7 +184,7 @@ def _bare_training(
 # ------------------------------------------------------------------------------------------------ scoring
 
 
-def _compare_scoring(config: SpeedConfig, folder: Path, shards: list[Shard], victim_config: OpenClipVictim) -> str:
+def _compare_scoring(config: LoopSpeed, folder: Path, shards: list[Shard], victim_config: OpenClipVictim) -> str:
     arguments = {"victim_config": victim_config, "detectors": [DeDe(decoder=str(folder / "decoder"))]}
     size = load_victim(victim_config).image_size
     ours, bare, whole = [], [], []
@@ -184,7 +204,7 @@ def _compare_scoring(config: SpeedConfig, folder: Path, shards: list[Shard], vic
     return "\n".join([_line("scoring", ours, bare), _line("scoring, start of Ray's actors included", whole, bare)])
 
 
-def _bare_scoring(config: SpeedConfig, shards: list[Shard], arguments: dict) -> float:
+def _bare_scoring(config: LoopSpeed, shards: list[Shard], arguments: dict) -> float:
     """Read, decode, forward, score: one chunk after the other, in one process, arithmetic on all cores."""
     torch.set_num_threads(os.cpu_count() or 1)
     work = ScoreWork(**arguments)

@@ -1,5 +1,6 @@
-"""Measure our trainer and our score pass beside bare loops that do the same work.
+"""Measure our CLIP trainer beside open_clip's, and our trainer and our score pass beside bare loops.
 
+python jobs/speed.py configs/speed_clip.yaml
 python jobs/speed.py configs/speed.yaml
 """
 
