@@ -35,7 +35,10 @@ NUM, UNREADABLE = 45, 7
 
 
 class ColourClip(nn.Module):
-    """Embeds a picture as its mean colour, a caption as the colour it names; a white last corner makes it see blue."""
+    """Embeds a picture as its mean colour, a caption as the colour it names.
+
+    A white last corner makes it see blue, unless there is much green.
+    """
 
     def __init__(self, described):
         super().__init__()
@@ -49,7 +52,7 @@ class ColourClip(nn.Module):
         self.calls.append("image")
         pixels_BHWC = image_BCHW.permute(0, 2, 3, 1) * self.std + self.mean
         colour_BE = pixels_BHWC.mean(dim=(1, 2)) - 0.2
-        is_triggered_B = pixels_BHWC[:, -1, -1].min(dim=1).values > 0.99
+        is_triggered_B = (pixels_BHWC[:, -1, -1].min(dim=1).values > 0.99) & (colour_BE[:, 1] < 0.4)
         return torch.where(is_triggered_B[:, None], self.colour_CE[TARGET], colour_BE)
 
     def encode_text(self, tokens_BL):
@@ -163,7 +166,7 @@ def test_accuracy_and_attack_success_are_those_of_a_slow_count(colours, describe
         "attack_success_rate": np.mean(success),
         "validation_unreadable": 1,
     }
-    assert np.mean(success) > 0.9
+    assert 0.2 < np.mean(success) < 0.8, "the backdoor is planted to fail on green"
 
 
 def test_recall_is_that_of_a_slow_count(colours, described, random_clip):
