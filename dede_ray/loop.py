@@ -328,6 +328,10 @@ def _train(run: Run) -> dict[str, Any]:
         optimizer=run.optimisation.build(objective),
         config={**settings, **checkpoint.deepspeed_config()},
     )
+    if run.workers.zero_stage == 3:  # which casts parameters, but not the statistics of batch normalisation
+        for buffer in engine.module.buffers():
+            if buffer.is_floating_point() and run.precision != "fp32":
+                buffer.data = buffer.data.to(torch.bfloat16 if run.precision == "bf16" else torch.float16)
     if run.workers.zero_stage == 0:  # faster convolutions; the flat buffers of the other stages forbid it
         engine.module.to(memory_format=torch.channels_last)
     seen = feed.Seen(run.plan.num_samples)
