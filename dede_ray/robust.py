@@ -118,7 +118,8 @@ class SafeCLIP(_Method):
     cross_epochs: int = Field(1, ge=1)
     """Epochs of the CLIP loss on everything, at the low learning rate."""
     cross_lr_scale: float = Field(0.01, gt=0, le=1)
-    """What the learning rate is multiplied with in those epochs."""
+    """What the learning rate is multiplied with in those epochs. Too low for the number of steps in them, and the first
+    division is drawn by chance; too high, and poisoned pairs agree as well."""
     min_posterior: float = Field(0.9, gt=0, lt=1)
     """Posterior of the more similar component above which a pair is safe, at the first division."""
     growth: float = Field(0.01, ge=0)
