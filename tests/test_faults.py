@@ -78,12 +78,12 @@ class Job:
         return load_file(self.folder / output / "clip" / clip.WEIGHTS_FILE)
 
 
-def training_workers(driver: subprocess.Popen) -> list[psutil.Process]:
-    """The processes in which the driver's workers train."""
+def actors(driver: subprocess.Popen, kind: str) -> list[psutil.Process]:
+    """The processes of the driver's actors of a kind: RayTrainWorker trains, TrainController looks after them."""
     found = []
     for process in psutil.Process(driver.pid).children(recursive=True):
         try:
-            if process.cmdline() and "RayTrainWorker" in process.cmdline()[0]:
+            if process.cmdline() and kind in process.cmdline()[0]:
                 found.append(process)
         except psutil.Error:  # gone already
             continue
@@ -93,14 +93,14 @@ def training_workers(driver: subprocess.Popen) -> list[psutil.Process]:
 def kill_at(
     job: Job, process: subprocess.Popen, output: str, step: int, victim: str, restart: dict
 ) -> subprocess.Popen:
-    """Kill the driver, or one of its training workers, at a step, and wait until the run has gone back."""
+    """Kill the driver, its controller or a training worker at a step, and wait until the run has gone back."""
     job.wait_for_step(process, output, step)
     if victim == "driver":
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         process = job.start(output, **restart)
     else:
-        random.choice(training_workers(process)).kill()
+        random.choice(actors(process, "TrainController" if victim == "controller" else "RayTrainWorker")).kill()
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         lines = job.lines(output)
@@ -139,6 +139,14 @@ def test_three_killed_workers_and_a_killed_driver_change_no_bit(job, precision, 
     process = job.start("killed", **settings)
     for step, victim in zip(sorted(rng.sample(range(5, undisturbed["steps"] - 2), 4)), victims, strict=True):
         process = kill_at(job, process, "killed", step, victim, settings)
+    assert_same_run(job, job.finish(process, "killed"), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_killed_controller_changes_no_bit(job):
+    settings = {"precision": "fp32", "stage": 1}
+    undisturbed = job.finish(job.start("whole", **settings), "whole")
+    process = kill_at(job, job.start("killed", **settings), "killed", 20, "controller", settings)
     assert_same_run(job, job.finish(process, "killed"), undisturbed)
 
 
