@@ -275,7 +275,7 @@ def _share_of_peak(config: TrainerSpeed, described: dict[str, Any], images_per_s
     peak = ray.get(measure.remote(config.device, config.precision, threads))
     work = _flop_per_image(described)
     return (
-        f"  {work / 1e9:,.1f} GFLOP per image: ours reaches {images_per_s * work / 1e12:.3g} TFLOP/s, "
+        f"  {work / 1e9:.3g} GFLOP per image: ours reaches {images_per_s * work / 1e12:.3g} TFLOP/s, "
         f"{100 * images_per_s * work / peak:.0f} % of the {peak / 1e12:.3g} of {config.precision} matrix products"
     )
 
