@@ -35,13 +35,15 @@ MODELS = {
 }
 
 
-# The wrong epsilon, no weight decay or a warm-up one step off make 2e-4 to 7e-3. What is left of the tolerance is for
-# rounding, which batch norms blow up.
-@pytest.mark.parametrize(("kind", "clip_norm", "rtol"), [("vit", 1.0, 1e-5), ("resnet", 0.0, 1e-4)])
+# The wrong epsilon, no weight decay or a warm-up one step off make 2e-4 to 7e-3 in the ViT, whose two runs differ by
+# 2e-7. In the ResNet rounding (our AdamW is the fused one) grows: to 8e-4 at a rate of 1e-3, 2e-4 at 3e-4.
+@pytest.mark.parametrize(
+    ("kind", "clip_norm", "learning_rate", "rtol"), [("vit", 1.0, 1e-3, 1e-5), ("resnet", 0.0, 3e-4, 1e-3)]
+)
 def test_every_loss_of_fifty_steps_is_that_of_open_clips_trainer(
-    kind, clip_norm, rtol, local_ray, shared_data, tmp_path, monkeypatch
+    kind, clip_norm, learning_rate, rtol, local_ray, shared_data, tmp_path, monkeypatch
 ):
-    config = settings(kind, clip_norm, shared_data / "coco_captions", tmp_path)
+    config = settings(kind, clip_norm, learning_rate, shared_data / "coco_captions", tmp_path)
     runs: list[Run] = []
     monkeypatch.setattr(training, "fit", lambda run: runs.append(run) or fit(run))
     train(config)
@@ -52,7 +54,7 @@ def test_every_loss_of_fifty_steps_is_that_of_open_clips_trainer(
     np.testing.assert_allclose(ours, theirs, rtol=rtol)
 
 
-def settings(kind: str, clip_norm: float, shards: Path, folder: Path) -> TrainConfig:
+def settings(kind: str, clip_norm: float, learning_rate: float, shards: Path, folder: Path) -> TrainConfig:
     """A run of ours from weights that are written here."""
     path = folder / f"parity_{kind}.json"
     path.write_text(json.dumps(MODELS[kind]))
@@ -62,7 +64,7 @@ def settings(kind: str, clip_norm: float, shards: Path, folder: Path) -> TrainCo
     num_samples = sum(ref.num_samples for ref in feed.index_shards(list_shards(str(shards / "train-*.tar")), 256))
     section = ClipTrain(
         shards=str(shards / "train-*.tar"), model=str(path), init=str(folder / "start" / clip.WEIGHTS_FILE),
-        batch_size=BATCH, epochs=STEPS * BATCH / num_samples, learning_rate=1e-3, warmup_steps=WARMUP,
+        batch_size=BATCH, epochs=STEPS * BATCH / num_samples, learning_rate=learning_rate, warmup_steps=WARMUP,
         weight_decay=0.2, clip_norm=clip_norm,
     )  # fmt: skip
     workers = Workers(cpus_per_worker=0.5, read_cpus=0.5, threads_per_worker=1, max_failures=0)
