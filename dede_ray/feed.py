@@ -19,6 +19,7 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,16 +29,17 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from pydantic import Field
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from dede_ray.config import Config, Mistake
+from dede_ray.config import Mistake
 from dede_ray.shards import Limits, Reason, Sample, Shard, iter_samples, open_shard, split_name
 
 Columns = dict[str, np.ndarray]
 
-WINDOWS_PER_DATASET = 1000  # Ray Data keeps every read task of a dataset in the driver's memory
+# Ray Data's executor keeps a core busy for as long as readers wait for room, in the very process that trains. So a
+# dataset holds no more samples than are read ahead at once, and the next one begins when half of it is used.
+BYTES_PER_DATASET = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,12 @@ def _index_one(shard: Shard, chunk_size: int) -> list[ChunkRef]:
     return [*refs, ChunkRef(shard, len(refs), offset, count)] if count else refs
 
 
-class Source(Config):
-    """Some of a run's shards, and how often they are seen beside the others."""
-
-    shards: str | list[str]
-    """Shards, as a path, pattern or list of them."""
-    weight: float = Field(1.0, gt=0)
-    """Times that each sample is seen per epoch: 2 doubles the source, 0.5 takes another half of it each epoch."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """Everything that decides which samples make up which batch.
 
-    `index` holds the chunks of all sources one after the other, `weights` one weight per chunk (none: all 1).
+    `index` holds the chunks of all shards one after the other, `weights` one per chunk: the times that an epoch holds
+    it. 2 doubles a chunk, 0.5 takes it every other epoch, half of the chunks in each. None: each once.
     """
 
     index: list[ChunkRef]
@@ -320,19 +314,42 @@ def batches(
     if plan.lanes % world:
         raise Mistake(f"lanes {plan.lanes} must be a multiple of the {world} training workers")
     lanes = list(range(rank, plan.lanes, world))
-    num_steps, per_window = plan.num_steps, plan.steps_per_window
-    for start in range(first_step // per_window, -(-num_steps // per_window), WINDOWS_PER_DATASET):
-        stop = min(start + WINDOWS_PER_DATASET, -(-num_steps // per_window))
-        windows = [_Window.of(plan, lanes, window) for window in range(start, stop)]
-        source = _Windows(partial(_packed_window, limits=limits, decode=decode), windows)
-        data = ray.data.read_datasource(
-            source, override_num_blocks=len(windows), num_cpus=read_cpus, concurrency=readers
+    windows = range(first_step // plan.steps_per_window, -(-plan.num_steps // plan.steps_per_window))
+    step = windows.start * plan.steps_per_window
+    with ThreadPoolExecutor(1) as starter:
+        num_windows = 1
+        started: Future[Iterator[pa.Table]] | None = starter.submit(
+            _start, plan, windows[:1], lanes, limits, decode, read_cpus, readers
         )
-        data.context.execution_options.preserve_order = True
-        rows = data.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=4)
-        for step, row in zip(range(start * per_window, num_steps), rows, strict=False):
-            if step >= first_step:
-                yield step, _unpack(row)
+        windows = windows[1:]
+        while started is not None:
+            rows, last = started.result(), step + num_windows * plan.steps_per_window
+            middle, started = (step + last) // 2, None
+            for row in rows:
+                columns = _unpack(row)
+                if step >= first_step:
+                    yield step, columns
+                step += 1
+                if step >= middle and started is None and windows:
+                    num_bytes = sum(column.nbytes for column in columns.values()) * plan.steps_per_window
+                    num_windows = max(1, min(BYTES_PER_DATASET // num_bytes, len(windows)))
+                    started = starter.submit(
+                        _start, plan, windows[:num_windows], lanes, limits, decode, read_cpus, readers
+                    )
+                    windows = windows[num_windows:]
+
+
+def _start(
+    plan: Plan, windows: range, lanes: list[int], limits: Limits, decode: Decode, read_cpus: float, readers: int
+) -> Iterator[pa.Table]:
+    """Let Ray Data begin to read some windows; returns when their first batch is there."""
+    source = _Windows(
+        partial(_packed_window, limits=limits, decode=decode), [_Window.of(plan, lanes, window) for window in windows]
+    )
+    data = ray.data.read_datasource(source, override_num_blocks=len(windows), num_cpus=read_cpus, concurrency=readers)
+    data.context.execution_options.preserve_order = True
+    rows = iter(data.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=4))
+    return itertools.chain([next(rows)], rows)
 
 
 class _Windows(Datasource):

@@ -328,12 +328,10 @@ def _train(run: Run) -> dict[str, Any]:
         optimizer=run.optimisation.build(objective),
         config={**settings, **checkpoint.deepspeed_config()},
     )
-    if run.workers.zero_stage == 3:  # which casts parameters, but not the statistics of batch normalisation
-        for buffer in engine.module.buffers():
-            if buffer.is_floating_point() and run.precision != "fp32":
-                buffer.data = buffer.data.to(torch.bfloat16 if run.precision == "bf16" else torch.float16)
-    if run.workers.zero_stage == 0:  # faster convolutions; the flat buffers of the other stages forbid it
-        engine.module.to(memory_format=torch.channels_last)
+    if run.workers.zero_stage == 0:
+        engine.enable_backward_allreduce = world > 1  # a single worker would copy its gradients about for nothing
+        if sum(isinstance(module, nn.Conv2d) for module in engine.module.modules()) > 1:
+            engine.module.to(memory_format=torch.channels_last)  # faster; the other stages' flat buffers forbid it
     seen = feed.Seen(run.plan.num_samples)
     first_step = checkpoint.restore(engine, seen)
     num_steps = run.plan.num_steps
@@ -412,8 +410,12 @@ def _deepspeed_config(run: Run, world: int) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused one needs no compiler
-        "bf16": {"enabled": run.precision == "bf16"},
-        "fp16": {"enabled": run.precision == "fp16"},
+        # Weights and sums stay float32, as with open_clip's amp. DeepSpeed's own 16-bit modes would round the weights,
+        # and at stage 0 begin with a step that no gradient asked for.
+        "torch_autocast": {
+            "enabled": run.precision != "fp32",
+            "dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(run.precision, "bfloat16"),
+        },
         "steps_per_print": 10**9,
     }
 
@@ -468,8 +470,7 @@ class _Checkpoints:
     @property
     def _is_split(self) -> bool:
         """Does each worker's part of the checkpoint depend on how many workers wrote it?"""
-        is_partitioned = self.run.workers.zero_stage > 0 or self.run.precision == "bf16"
-        return is_partitioned and bool(self.meta) and self.meta["world"] != self.world
+        return self.run.workers.zero_stage > 0 and bool(self.meta) and self.meta["world"] != self.world
 
     def deepspeed_config(self) -> dict[str, Any]:
         return {"checkpoint": {"load_universal": True}} if self._is_split else {}

@@ -15,7 +15,6 @@ import functools
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,8 +55,10 @@ CHUNK_SIZE = 256  # samples of a shard that are read, embedded and recovered tog
 class ClipTrain(Optimisation):
     """Contrastive CLIP training (Radford et al., arXiv:2103.00020) on image-caption shards."""
 
-    shards: str | list[str] | list[feed.Source]
-    """Shards with captions; or several sources with weights."""
+    shards: str | list[str]
+    """Shards with captions: a path, a pattern, or a list of them."""
+    weights: list[float] | None = None
+    """One per entry of `shards`: the times that its samples are seen per epoch; 0.5 takes another half each epoch."""
     model: str = "RN50"
     """An open_clip name, a JSON model config in open_clip's format, an exported folder, or hf-hub:<org>/<name>."""
     init: str | None = None
@@ -123,7 +124,7 @@ class TrainConfig(Config):
     clip: ClipTrain | None = None
     decoder: DecoderTrain | None = None
     precision: Precision = "fp32"
-    """Arithmetic of training; bf16 and fp16 keep float32 master weights."""
+    """Arithmetic of training; with bf16 and fp16 the weights stay float32 (torch's autocast)."""
     lanes: int = Field(8, ge=1)
     """Parts that a global batch is cut into; fixes which sample is in which batch (see feed.py)."""
     log_every: int = Field(20, ge=1)
@@ -174,7 +175,7 @@ def _train_clip(config: TrainConfig, section: ClipTrain) -> str:
         described = with_loss(clip.model_description(section.model), section.loss)
         if "multimodal_cfg" in described["model_cfg"]:
             raise Mistake(f"{section.model} also writes captions (CoCa), which is not trained here; choose a CLIP")
-        index, weights = _index(section.shards)
+        index, weights = _index(section)
         _look_for_captions(index, config.limits)
         steps_per_window = max(1, section.shuffle_buffer // section.batch_size)
         plan = feed.Plan(
@@ -198,17 +199,23 @@ def _train_clip(config: TrainConfig, section: ClipTrain) -> str:
     )
 
 
-def _index(shards: str | Sequence[str | feed.Source]) -> tuple[list[feed.ChunkRef], list[float] | None]:
-    """The chunks of all sources, and their weights where some differ from 1."""
-    if isinstance(shards, str) or not isinstance(shards[0], feed.Source):
-        return feed.index_shards(list_shards(shards), CHUNK_SIZE), None  # type: ignore[arg-type]
+def _index(section: ClipTrain) -> tuple[list[feed.ChunkRef], list[float] | None]:
+    """The chunks of all shards, and how often an epoch holds each, where that is not once."""
+    entries = [section.shards] if isinstance(section.shards, str) else section.shards
+    if section.weights is None:
+        return feed.index_shards(list_shards(entries), CHUNK_SIZE), None
+    if len(section.weights) != len(entries) or min(section.weights, default=0) <= 0:
+        raise Mistake(
+            f"clip.weights {section.weights} must hold one number above 0 for each of the {len(entries)} entries of "
+            "clip.shards"
+        )
+    list_shards(entries)  # names that clash are told here
     index: list[feed.ChunkRef] = []
     weights: list[float] = []
-    for source in shards:
-        assert isinstance(source, feed.Source)
-        index += feed.index_shards(list_shards(source.shards), CHUNK_SIZE)
-        weights += [source.weight] * (len(index) - len(weights))
-    return index, weights if set(weights) != {1.0} else None
+    for entry, weight in zip(entries, section.weights, strict=True):
+        index += feed.index_shards(list_shards(entry), CHUNK_SIZE)
+        weights += [weight] * (len(index) - len(weights))
+    return index, weights
 
 
 def _look_for_captions(index: list[feed.ChunkRef], limits: Limits) -> None:

@@ -41,7 +41,7 @@ def local_ray() -> Iterator[None]:
     """One small Ray for the whole test run; starting it takes seconds."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # pytest would show pages of it beside a failure
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield

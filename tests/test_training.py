@@ -270,7 +270,7 @@ def test_a_run_with_everything_on(trained, write_pictures, tmp_path):
     (tmp_path / "vit.json").write_text(json.dumps(vit))
     section = {
         **config.clip.model_dump(), "model": str(tmp_path / "vit.json"), "loss": "siglip", "accumulation": 2,
-        "shards": [{"shards": config.clip.shards}, {"shards": str(tmp_path / "more"), "weight": 2}], "epochs": 4,
+        "shards": [config.clip.shards, str(tmp_path / "more")], "weights": [1, 2], "epochs": 4,
         "method": {"kind": "cleanclip"}, "patch_dropout": 0.25, "gradient_checkpointing": True,
         "schedule": "cooldown",
         "validation": {
