@@ -115,7 +115,8 @@ class Contrastive(nn.Module):
                 for name, own in embeddings.items()
             }
             scale, bias = _share_gradient(scale, len(cached)), _share_gradient(bias, len(cached))
-        loss, metrics = self.loss(embeddings, scale, bias)
+        with torch.autocast(scale.device.type, enabled=False):  # embeddings are float32 again; so are their products
+            loss, metrics = self.loss(embeddings, scale, bias)
         return loss, {**metrics, "logit_scale": scale.detach().log()}
 
     def begin_step(self, step: int) -> None:
