@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -343,21 +342,33 @@ def _start(
     plan: Plan, windows: range, lanes: list[int], limits: Limits, decode: Decode, read_cpus: float, readers: int
 ) -> Iterator[pa.Table]:
     """Let Ray Data begin to read some windows; returns when their first batch is there."""
-    source = _Windows(
-        partial(_packed_window, limits=limits, decode=decode), [_Window.of(plan, lanes, window) for window in windows]
-    )
+    source = _Windows([_ReadWindow(_Window.of(plan, lanes, window), limits, decode) for window in windows])
     data = ray.data.read_datasource(source, override_num_blocks=len(windows), num_cpus=read_cpus, concurrency=readers)
     data.context.execution_options.preserve_order = True
     rows = iter(data.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=4))
     return itertools.chain([next(rows)], rows)
 
 
+@dataclass(frozen=True)
+class _ReadWindow:
+    """What a read task runs."""
+
+    window: _Window
+    limits: Limits
+    decode: Decode
+    __name__ = "read_window"  # Ray Data calls it by its name when it finds a task large
+
+    def __call__(self) -> Iterator[pa.Table]:
+        for columns in _read(self.window, self.limits, self.decode):
+            yield _pack(columns)
+
+
 class _Windows(Datasource):
     """Ray Data source with one read task per window."""
 
-    def __init__(self, read: Callable[[_Window], Iterator[pa.Table]], windows: list[_Window]):
+    def __init__(self, windows: list[_ReadWindow]):
         super().__init__()
-        self._read, self._windows = read, windows
+        self._windows = windows
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -366,12 +377,7 @@ class _Windows(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(partial(self._read, window), metadata) for window in self._windows]
-
-
-def _packed_window(window: _Window, limits: Limits, decode: Decode) -> Iterator[pa.Table]:
-    for columns in _read(window, limits, decode):
-        yield _pack(columns)
+        return [ReadTask(window, metadata) for window in self._windows]
 
 
 def _pack(columns: Columns) -> pa.Table:

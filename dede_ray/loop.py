@@ -94,6 +94,10 @@ class Recipe(ABC):
     ) -> tuple[feed.Columns, list[Reason | None]]:
         """Samples to columns; see feed.Decode."""
 
+    def reader(self) -> feed.Decode:
+        """`decode` with no more luggage than read tasks need: every one of them gets it."""
+        return self.decode
+
     @abstractmethod
     def export(self, folder: Path, objective: Any) -> dict[str, Any]:
         """Rank 0, at the end: write what other jobs read."""
@@ -339,7 +343,7 @@ def _train(run: Run) -> dict[str, Any]:
     log = _MetricsLog(run, world, first_step) if rank == 0 else None
     look = _Lookout(rank, world)
     rows = feed.batches(
-        run.plan, first_step, rank, world, run.limits, run.recipe.decode, run.workers.read_cpus, run.workers.readers
+        run.plan, first_step, rank, world, run.limits, run.recipe.reader(), run.workers.read_cpus, run.workers.readers
     )
     waited = time.monotonic()
     for step, columns in rows:

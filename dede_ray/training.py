@@ -15,7 +15,7 @@ import functools
 import json
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -402,6 +402,9 @@ class _ClipRecipe(Recipe):
         if self.validator is None:
             return {}
         return self.validator.run(objective.model, device, objective.model.logit_scale.dtype, rank, world)
+
+    def reader(self) -> feed.Decode:
+        return replace(self, validator=None).decode
 
     def lr_scale(self, step: int) -> float:
         return self.section.method.lr_scale(step, self.steps_per_epoch)

@@ -250,6 +250,17 @@ def test_batches_through_ray_are_the_windows_and_resume_in_the_middle_of_one(
             np.testing.assert_array_equal(column, expected[step][name])
 
 
+def test_a_decode_that_carries_much_is_read_with_all_the_same(index):
+    luggage = np.zeros(2**21, np.uint8)
+
+    def decode(*arguments):
+        assert luggage.nbytes == 2**21
+        return ids(*arguments)
+
+    plan = plan_of(index, batch_size=10, lanes=2, epochs=1)
+    assert [step for step, _ in batches(plan, 0, 0, 1, LIMITS, decode, read_cpus=0.5)] == [0, 1, 2, 3, 4]
+
+
 def test_unreadable_samples_are_replaced_by_others_of_their_window_and_counted(local_ray, write_tar, png, tmp_path):
     write_tar("s.tar", [(f"{i:02d}.png", b"rubbish" if i % 4 == 0 else png(i)) for i in range(16)])
     index = index_shards(list_shards(str(tmp_path)), 4)
