@@ -257,7 +257,7 @@ def test_too_many_unusable_samples_stop_the_run_and_fewer_are_counted(trained, p
 def test_a_run_with_everything_on(trained, write_pictures, tmp_path):
     """SigLIP, accumulation, bf16, two sources, a robust method, validation, TensorBoard; then opened by open_clip."""
     config, _ = trained
-    write_pictures(tmp_path / "more", range(64, 96), per_shard=32)
+    write_pictures(tmp_path / "more", range(64, 96), per_shard=32, split="more")
     write_pictures(tmp_path / "test", range(32), per_shard=32, split="test")
     (tmp_path / "test" / "classes.json").write_text(
         json.dumps({"names": [f"picture {i}" for i in range(4)], "templates": ["{}"]})
