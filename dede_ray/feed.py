@@ -39,6 +39,7 @@ Columns = dict[str, np.ndarray]
 # Ray Data's executor keeps a core busy for as long as readers wait for room, in the very process that trains. So a
 # dataset holds no more samples than are read ahead at once, and the next one begins when half of it is used.
 BYTES_PER_DATASET = 512 * 2**20
+BYTES_PER_BLOCK = 32 * 2**20  # each block costs Ray Data's executor some milliseconds, in that process, too
 
 
 @dataclass(frozen=True)
@@ -359,8 +360,14 @@ class _ReadWindow:
     __name__ = "read_window"  # Ray Data calls it by its name when it finds a task large
 
     def __call__(self) -> Iterator[pa.Table]:
+        rows: list[pa.Table] = []
         for columns in _read(self.window, self.limits, self.decode):
-            yield _pack(columns)
+            rows.append(_pack(columns))
+            if sum(row.nbytes for row in rows) > BYTES_PER_BLOCK:
+                yield pa.concat_tables(rows)
+                rows = []
+        if rows:
+            yield pa.concat_tables(rows)
 
 
 class _Windows(Datasource):
