@@ -115,7 +115,7 @@ class Contrastive(nn.Module):
                 for name, own in embeddings.items()
             }
             scale, bias = _share_gradient(scale, len(cached)), _share_gradient(bias, len(cached))
-        with torch.autocast(scale.device.type, enabled=False):  # embeddings are float32 again; so are their products
+        with torch.autocast("cuda" if scale.is_cuda else "cpu", enabled=False):  # products of float32 embeddings
             loss, metrics = self.loss(embeddings, scale, bias)
         return loss, {**metrics, "logit_scale": scale.detach().log()}
 
