@@ -18,6 +18,8 @@ from dede_ray.config import Mistake
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray would run its workers at the lowest priority, so that whatever else the machine does slows down our jobs first.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Idle arithmetic threads sleep instead of spinning: on a machine that does anything else besides, spinning threads
 # slow each other down tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
