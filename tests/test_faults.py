@@ -95,6 +95,8 @@ def kill_at(
 ) -> subprocess.Popen:
     """Kill the driver, its controller or a training worker at a step, and wait until the run has gone back."""
     job.wait_for_step(process, output, step)
+    metrics = job.folder / output / "clip" / "metrics.jsonl"
+    before = metrics.stat().st_ino
     if victim == "driver":
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -102,11 +104,8 @@ def kill_at(
     else:
         random.choice(actors(process, "TrainController" if victim == "controller" else "RayTrainWorker")).kill()
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        lines = job.lines(output)
-        if not lines or lines[-1]["step"] < step:
-            break
-        time.sleep(0.005)
+    while process.poll() is None and time.monotonic() < deadline and metrics.stat().st_ino == before:
+        time.sleep(0.005)  # a run that goes on from a checkpoint begins by writing the file anew
     return process
 
 
