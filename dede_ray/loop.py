@@ -146,6 +146,8 @@ def check_workers(run_lanes: int, batch_size: int, accumulation: int, workers: W
     most, least = workers.num_workers, workers.min_workers or workers.num_workers
     if least > most:
         raise Mistake(f"workers.min_workers {least} is more than workers.num_workers {most}")
+    if least < most and workers.zero_stage == 3:
+        raise Mistake("workers.min_workers needs zero_stage 0 to 2: under ZeRO 3 the number of workers cannot change")
     if batch_size < most:
         raise Mistake(f"batch_size {batch_size} is smaller than workers.num_workers {most}: not one sample for each")
     for world in range(least, most + 1):
@@ -464,6 +466,12 @@ class _Checkpoints:
         if self.latest is not None:
             with self.latest.as_directory() as folder:
                 self.meta = json.loads((Path(folder) / "meta.json").read_text())
+            if run.workers.zero_stage == 3 and self.meta["world"] != world:
+                # DeepSpeed's universal checkpoint brings the weights, but not Adam's moments of the smallest parameters.
+                raise Mistake(
+                    f"the checkpoint was written by {self.meta['world']} workers under ZeRO 3, this run has {world}; "
+                    f"resume with workers.num_workers {self.meta['world']} (ZeRO 0 to 2 can change it)"
+                )
             for name, here in (("zero_stage", run.workers.zero_stage), ("precision", run.precision)):
                 if self.meta[name] != here:
                     raise Mistake(
