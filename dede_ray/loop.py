@@ -467,7 +467,7 @@ class _Checkpoints:
             with self.latest.as_directory() as folder:
                 self.meta = json.loads((Path(folder) / "meta.json").read_text())
             if run.workers.zero_stage == 3 and self.meta["world"] != world:
-                # DeepSpeed's universal checkpoint brings the weights, but not Adam's moments of the smallest parameters.
+                # DeepSpeed's universal checkpoint brings the weights, but not Adam's moments of the smallest ones.
                 raise Mistake(
                     f"the checkpoint was written by {self.meta['world']} workers under ZeRO 3, this run has {world}; "
                     f"resume with workers.num_workers {self.meta['world']} (ZeRO 0 to 2 can change it)"
