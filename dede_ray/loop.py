@@ -146,8 +146,6 @@ def check_workers(run_lanes: int, batch_size: int, accumulation: int, workers: W
     most, least = workers.num_workers, workers.min_workers or workers.num_workers
     if least > most:
         raise Mistake(f"workers.min_workers {least} is more than workers.num_workers {most}")
-    if least < most and workers.zero_stage == 3:
-        raise Mistake("workers.min_workers needs zero_stage 0 to 2: under ZeRO 3 the number of workers cannot change")
     if batch_size < most:
         raise Mistake(f"batch_size {batch_size} is smaller than workers.num_workers {most}: not one sample for each")
     for world in range(least, most + 1):
@@ -466,12 +464,6 @@ class _Checkpoints:
         if self.latest is not None:
             with self.latest.as_directory() as folder:
                 self.meta = json.loads((Path(folder) / "meta.json").read_text())
-            if run.workers.zero_stage == 3 and self.meta["world"] != world:
-                # DeepSpeed's universal checkpoint brings the weights, but not Adam's moments of the smallest ones.
-                raise Mistake(
-                    f"the checkpoint was written by {self.meta['world']} workers under ZeRO 3, this run has {world}; "
-                    f"resume with workers.num_workers {self.meta['world']} (ZeRO 0 to 2 can change it)"
-                )
             for name, here in (("zero_stage", run.workers.zero_stage), ("precision", run.precision)):
                 if self.meta[name] != here:
                     raise Mistake(
@@ -494,7 +486,7 @@ class _Checkpoints:
         with self.latest.as_directory() as folder:
             source = Path(folder) / "engine"
             if self._is_split:
-                with self._universal(source, Path(folder).name) as converted:
+                with self._universal(source, Path(folder).name) as converted, _kept_apart(engine.optimizer):
                     engine.load_checkpoint(str(converted), tag="state")
             else:
                 engine.load_checkpoint(str(source), tag="state")
@@ -543,6 +535,18 @@ class _Checkpoints:
             checkpoint=Checkpoint.from_directory(str(folder)),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,  # Ray deletes the folder afterwards
         )
+
+
+@contextmanager
+def _kept_apart(optimiser: Any) -> Iterator[None]:
+    """ZeRO 3's universal loading gives all groups the first one's settings, and all parameters one counter of steps."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimiser.param_groups]
+    yield
+    for group, own in zip(optimiser.param_groups, settings, strict=True):
+        group.update(own)
+    for state in optimiser.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
 
 
 def _non_finite(

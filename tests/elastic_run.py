@@ -92,11 +92,14 @@ def main(folder: Path, stage: int) -> None:
     )
     saved_at = None
     while time.time() * 1000 < deadline_ms:
-        snapshot = json.loads((folder / "elastic/clip/checkpoints/checkpoint_manager_snapshot.json").read_text())
+        time.sleep(0.1)
+        try:
+            snapshot = json.loads((folder / "elastic/clip/checkpoints/checkpoint_manager_snapshot.json").read_text())
+        except ValueError:  # being written
+            continue
         steps = [r["metrics"]["step"] for r in snapshot["checkpoint_results"]]
         if steps and max(steps) > before and max(steps) % 100:
             saved_at = max(steps)  # not one of the regular ones
-        time.sleep(0.1)
     cluster.remove_node(added, allow_graceful=False)
     wait_for(1, steps=50)
     thread.join()
