@@ -18,10 +18,10 @@ from pydantic import Field
 
 from dede_ray.attacks import PoisonConfig, poison
 from dede_ray.config import Config, Mistake, load
+from dede_ray.ingest import IngestConfig, ingest
 from dede_ray.report import EvaluateConfig, evaluate
 from dede_ray.scoring import ScoreConfig, score
 from dede_ray.session import start_ray
-from dede_ray.sources import IngestConfig, ingest
 from dede_ray.training import TrainConfig, train
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,7 @@
-"""Sources: where clean images come from, and how they become captioned WebDataset shards.
+"""Sources: where clean images come from, and what is drawn from them by chance: splits, samples, captions.
 
 A source is one class with one method, `read`, which names its splits and yields their samples; a new source is
-such a class and its name in the union `Source`. `ingest` gives every labelled sample a caption, writes
-`<split>-00000.tar` ... and `classes.json`, and leaves out what cannot be read, counted by reason.
+such a class and its name in the union `Source` of ingest.py.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from dede_ray.config import Config, Mistake, claim, explain, finish, write_json
+from dede_ray.config import Config, Mistake, explain
 from dede_ray.shards import (
     BadSample,
     Limits,
@@ -33,7 +31,6 @@ from dede_ray.shards import (
     iter_samples,
     list_shards,
     open_shard,
-    write_shards,
 )
 
 logger = logging.getLogger(__name__)
@@ -122,7 +119,7 @@ class LabelledShards(Config):
             usable = {  # decoded here and once more when written: the split gets exactly what was asked for
                 (shard.name, sample.key): sample.label or 0
                 for shard, sample in self._pairs(shards[giver], limits)
-                if _why_unusable(sample, limits) is None
+                if why_unusable(sample, limits) is None
             }
             if self.calibration >= len(usable):
                 raise Mistake(
@@ -159,75 +156,8 @@ def _read_shards(shards: list[Shard], limits: Limits) -> Iterator[tuple[Shard, S
                 yield shard, sample
 
 
-Source = Annotated[Digits | LabelledShards, Field(discriminator="kind")]
-
-
-class IngestConfig(Config):
-    """What to turn into shards, and where to put them."""
-
-    source: Source
-    """Where the images come from."""
-    output: str
-    """Folder for the shards and classes.json."""
-    templates: list[str] = Field(["a photo of a {}"], min_length=1)
-    """Captions, `{}` standing for the class name; each sample draws one."""
-    samples_per_shard: int = Field(1000, gt=0)
-    """Samples in one tar: the unit in which later jobs share out their work."""
-    seed: int = Field(0, ge=0)
-    """Draws the splits and the captions."""
-    limits: Limits = Limits()
-    """What one sample may cost."""
-
-    @field_validator("templates")
-    @classmethod
-    def _templates_have_a_place(cls, templates: list[str]) -> list[str]:
-        if lacking := [template for template in templates if "{}" not in template]:
-            raise ValueError(f"a template needs `{{}}` where the class name goes; {lacking[0]!r} has none")
-        return templates
-
-
-def ingest(config: IngestConfig) -> str:
-    """Write a source's splits as captioned shards.
-
-    Samples that cannot be used (their image does not decode, they have no label ...) are left out and counted.
-
-    Returns:
-        One line: the samples of each split, and how many were left out for which reason.
-
-    Raises:
-        Mistake: the output folder belongs to another run, the source is not where the settings say, or the splits
-            they ask for cannot be drawn from it.
-    """
-    output = Path(config.output)
-    if done := claim(output, config):
-        return done["summary"]
-    counts: Counter[str] = Counter()
-    left_out: Counter[str] = Counter()
-
-    def usable(split: str, samples: Iterator[Sample]) -> Iterator[Sample]:
-        for sample in samples:
-            if reason := _why_unusable(sample, config.limits):
-                left_out[reason] += 1
-                continue
-            assert sample.label is not None
-            name = config.source.class_names[sample.label]
-            sample.caption = pick_caption(class_captions(config.templates, name), config.seed, sample.key)
-            counts[split] += 1
-            yield sample
-
-    classes = Classes(names=config.source.class_names, templates=config.templates)
-    write_json(output / "classes.json", classes.model_dump())
-    for split, samples in config.source.read(config.seed, config.limits).items():
-        write_shards(output, split, usable(split, samples), config.samples_per_shard)
-        logger.info("%s: %s samples", split, f"{counts[split]:,}")
-    if not counts:
-        raise Mistake(f"not one sample of the source can be used: {_listing(left_out)}")
-    summary = f"{_listing(counts)} samples in {config.output}; left out: {_listing(left_out) or 'none'}"
-    finish(output, config, {"counts": dict(counts), "left_out": dict(left_out), "summary": summary})
-    return summary
-
-
-def _why_unusable(sample: Sample, limits: Limits) -> str | None:
+def why_unusable(sample: Sample, limits: Limits) -> str | None:
+    """Say why a sample cannot become a labelled one: its error, its image's, or `no_label`; None where it can."""
     if sample.error is not None:
         return sample.error
     assert sample.image is not None, sample.key
@@ -236,10 +166,6 @@ def _why_unusable(sample: Sample, limits: Limits) -> str | None:
     except BadSample as bad:
         return bad.reason
     return "no_label" if sample.label is None else None
-
-
-def _listing(counts: Counter[str]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 # ---------------------------------------------------------------------------------- chance, classes, captions

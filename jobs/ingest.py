@@ -4,7 +4,7 @@ python jobs/ingest.py configs/ingest_digits.yaml
 """
 
 from dede_ray.config import main
-from dede_ray.sources import IngestConfig, ingest
+from dede_ray.ingest import IngestConfig, ingest
 
 if __name__ == "__main__":
     main(IngestConfig, ingest)

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from dede_ray.attacks import PoisonConfig
 from dede_ray.config import Config, Mistake, claim, finish, load, read_json, write_atomically, write_json
-from dede_ray.sources import IngestConfig
+from dede_ray.ingest import IngestConfig
 
 ROOT = Path(__file__).parents[1]
 

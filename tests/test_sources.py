@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dede_ray.config import Mistake
+from dede_ray.ingest import IngestConfig, ingest
 from dede_ray.shards import Limits, Sample, decode_image, iter_samples, list_shards
-from dede_ray.sources import IngestConfig, draw_by_class, ingest, keyed_generator, read_classes
+from dede_ray.sources import draw_by_class, keyed_generator, read_classes
 
 LIMITS = Limits()
 
