@@ -358,14 +358,14 @@ class _Worker:
         good = [i for i, error in enumerate(errors) if error is None]
         ids = [sample_id(row["shard"], key) for key in row["key"]]
         size = self.work.image_size
-        columns: dict[str, np.ndarray] = {}
+        columns: dict[str, Any] = {}
         if good:
             image_BHWC = np.frombuffer(row["pixels"], np.uint8).reshape(len(good), size, size, 3)
             columns = self.work(Chunk([ids[i] for i in good], image_BHWC, [row["caption"][i] for i in good]))
             is_finite = _are_finite(columns, len(good))
             if not is_finite.all():
                 errors = [*errors]
-                for i in np.flatnonzero(~is_finite):
+                for i in np.flatnonzero(~is_finite).tolist():
                     errors[good[i]] = "not_finite"
                 columns = {name: [*itertools.compress(column, is_finite)] for name, column in columns.items()}
                 good = [*itertools.compress(good, is_finite)]

@@ -169,6 +169,10 @@ def exif(num_bytes: int, orientation: int = 1) -> bytes:
     return data.ljust(num_bytes, b"\0")[:num_bytes]
 
 
+def exif_segments(data: bytes) -> list[bytes]:
+    return [segments(0xE1, b"Exif\0\0" + data[at : at + 65_000]) for at in range(0, len(data), 65_000)]
+
+
 def riff(*chunks: tuple[bytes, bytes]) -> bytes:
     body = b"".join(name + struct.pack("<I", len(data)) + data + bytes(len(data) % 2) for name, data in chunks)
     return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
@@ -218,12 +222,12 @@ IMAGES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "bmp_delta_bomb": ("bmp", lambda: bmp(32_000_000, 2, 8, 1, b"\0\2\xff\xff" * 99), "image_unreadable"),
     "png_itxt_bomb": (
         "png",
-        lambda: with_chunks(chunk(b"iTXt", b"Comment\0\1\0\0\0" + zeros(100_000_000))),
+        lambda: with_chunks(chunk(b"iTXt", b"Comment\0\1\0\0\0" + zeros(20_000_000))),
         "image_unreadable",
     ),
     "png_ztxt_bomb": (
         "png",
-        lambda: with_chunks(chunk(b"zTXt", b"Comment\0\0" + zeros(100_000_000))),
+        lambda: with_chunks(chunk(b"zTXt", b"Comment\0\0" + zeros(20_000_000))),
         "image_unreadable",
     ),
     "png_hundred_texts": (
@@ -233,7 +237,7 @@ IMAGES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     ),
     "png_profile_bomb": (
         "png",
-        lambda: with_chunks(chunk(b"iCCP", b"icc\0\0" + zeros(100_000_000))),
+        lambda: with_chunks(chunk(b"iCCP", b"icc\0\0" + zeros(20_000_000))),
         "image_unreadable",
     ),
     "png_wrong_checksum": ("png", lambda: PNG[:29] + b"\0\0\0\0" + PNG[33:], "image_unreadable"),
@@ -254,16 +258,7 @@ IMAGES: dict[str, tuple[str, Callable[[], bytes], str]] = {
         ),
         "scored",
     ),
-    "jpeg_exif_bomb": (
-        "jpg",
-        lambda: jpeg_with(
-            *[
-                segments(0xE1, b"Exif\0\0" + part)
-                for part in [exif(8_000_000)[i : i + 65_000] for i in range(0, 8_000_000, 65_000)]
-            ]
-        ),
-        "scored",
-    ),
+    "jpeg_exif_bomb": ("jpg", lambda: jpeg_with(*exif_segments(exif(8_000_000))), "scored"),
     "jpeg_profile_of_255_segments": (
         "jpg",
         lambda: jpeg_with(*[segments(0xE2, b"ICC_PROFILE\0" + bytes([i, 255]) + bytes(65_000)) for i in range(1, 256)]),
@@ -657,9 +652,13 @@ SHARDS: list[Case] = [
         suffix="tar.gz",
     ),
     whole(
-        "gzip_bomb_of_folders",
-        lambda: gzip.compress(tar(*good("before", 1), end=False)) + gzip.compress(header("x/", 0, b"5") * 2000, 9) * 80,
+        "gzip_bomb_of_members",
+        lambda: (
+            gzip.compress(tar(*good("before", 1), end=False))
+            + gzip.compress(tar(("x.mp4", bytes(10**7)), end=False), 9) * 50
+        ),
         ("before", "scored"),
+        ("x", "shard_truncated"),
         is_complete=False,
         suffix="tar.gz",
     ),
