@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import workers
 from pydantic import TypeAdapter
 from torch.nn.functional import cross_entropy, logsigmoid
 
@@ -188,18 +188,10 @@ def three_steps(method: str, loss: str) -> list[tuple[float, dict[str, torch.Ten
 
 def spread(rank: int, world: int, folder: str) -> None:
     """One worker: every method, with and without accumulation; each rank writes what it got."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"
-    )
+    workers.meet(rank, world, folder)
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world
-    )
-    deepspeed.init_distributed()
     for name, loss in SPREAD:
         for accumulation in (1, 4 // world):
             objective = objective_of(METHODS[name], loss, rank, world)
