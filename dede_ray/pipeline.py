@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import Field
 
-from dede_ray.attacks import PoisonConfig, poison
+from dede_ray.attacks.poison import PoisonConfig, poison
 from dede_ray.config import Config, Mistake, load
 from dede_ray.ingest import IngestConfig, ingest
 from dede_ray.report import EvaluateConfig, evaluate
