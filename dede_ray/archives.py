@@ -96,7 +96,7 @@ def tar_pieces(file: str, offset: int = 0, num_bytes: int | None = None) -> Iter
                     raise tarfile.ReadError(f"{member.name!r} is said to go on behind the end")
                 if member.isreg() and not member.issparse():
                     yield Piece(member.name, file, member.offset_data, member.size)
-                tar.members.clear()  # which would otherwise hold a million headers
+                tar.members.clear()  # type: ignore[attr-defined]  # which would otherwise hold a million headers
             # `tarfile` takes a file that just stops, or turns into rubbish, for one that is complete.
             stream.seek(tar.offset)
             if stream.read(512) != bytes(512):
@@ -149,7 +149,7 @@ def _allowed(source: IO[bytes]) -> int:
     return MAX_EXPANSION * os.fstat(source.fileno()).st_size
 
 
-def _copy(source: IO[bytes], target: IO[bytes], allowed: int, expected: int | None = None) -> int:
+def _copy(source: IO[bytes] | gzip.GzipFile, target: IO[bytes], allowed: int, expected: int | None = None) -> int:
     copied = 0
     while block := source.read(1 << 20 if expected is None else min(1 << 20, expected - copied)):
         copied += len(block)

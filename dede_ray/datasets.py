@@ -443,7 +443,7 @@ def _needed(found: dict[str, Piece], names: list[str], where: str, kind: type[Da
 
 def _numbered(split: str, records: Iterable[tuple[str, int, int | None]], num_bytes: int) -> list[Item]:
     """Items of (file, byte, label)."""
-    return [Item(f"{split}_{i:06d}", *place, num_bytes, label) for i, (*place, label) in enumerate(records)]
+    return [Item(f"{split}_{i:06d}", file, at, num_bytes, label) for i, (file, at, label) in enumerate(records)]
 
 
 def _records(piece: Piece, size: int, label_at: int, num_classes: int) -> Iterator[tuple[str, int, int]]:
@@ -461,7 +461,8 @@ def _records(piece: Piece, size: int, label_at: int, num_classes: int) -> Iterat
 def _pickled(piece: Piece, key: bytes, num_classes: int) -> Iterator[tuple[str, int, int]]:
     """Yield (file, byte, label) of CIFAR's Python version: the array's bytes stand in the pickle as they are."""
     content = read_pickled_arrays(piece)
-    array, labels = (content.get(b"data"), content.get(key)) if isinstance(content, dict) else (None, None)
+    array: Any = content.get(b"data") if isinstance(content, dict) else None
+    labels: Any = content.get(key) if isinstance(content, dict) else None
     is_official = (
         isinstance(labels, list)
         and all(isinstance(label, int) and 0 <= label < num_classes for label in labels)

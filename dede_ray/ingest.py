@@ -119,8 +119,6 @@ def ingest(config: IngestConfig) -> str:
     each = partial(_each, workers=config.workers)
     listing = config.source.find(config.seed, config.limits, state / "unpacked", each)
     _plan(state, run, listing)
-    if listing.class_names is not None:
-        write_json(output / "classes.json", Classes(names=listing.class_names, templates=config.templates).model_dump())
 
     slices = [
         (output, f"{split}-{number:05d}", items[start : start + config.samples_per_shard])
@@ -138,8 +136,11 @@ def ingest(config: IngestConfig) -> str:
         receipt = read_json(_receipt(output, name), "receipt of a shard")
         counts[name.rpartition("-")[0]] += receipt["samples"]
         left_out.update(receipt["left_out"])
-    if not counts.total():
+    if not sum(counts.values()):
+        shutil.rmtree(state)
         raise Mistake(f"not one sample of the source can be used: {_listing(left_out) or 'it has none'}")
+    if listing.class_names is not None:
+        write_json(output / "classes.json", Classes(names=listing.class_names, templates=config.templates).model_dump())
     summary = f"{_listing(counts)} samples in {config.output}; left out: {_listing(left_out) or 'none'}"
     finish(output, run, {"counts": dict(counts), "left_out": dict(left_out), "summary": summary})
     shutil.rmtree(state, ignore_errors=True)
