@@ -17,10 +17,11 @@ from pydantic import Field, field_validator
 from dede_ray.config import Config, Mistake, claim, finish, write_json
 from dede_ray.shards import Limits, Sample, write_shards
 from dede_ray.sources import Classes, Digits, LabelledShards, class_captions, pick_caption, why_unusable
+from dede_ray.urls import UrlList, ingest_urls
 
 logger = logging.getLogger(__name__)
 
-Source = Annotated[Digits | LabelledShards, Field(discriminator="kind")]
+Source = Annotated[Digits | LabelledShards | UrlList, Field(discriminator="kind")]
 
 
 class IngestConfig(Config):
@@ -60,7 +61,13 @@ def ingest(config: IngestConfig) -> str:
             they ask for cannot be drawn from it.
     """
     output = Path(config.output)
-    if done := claim(output, config):
+    done = claim(output, config)
+    if isinstance(config.source, UrlList):
+        if done is None or config.source.retry_failed:
+            result = ingest_urls(config.source, output, config.limits, config.samples_per_shard)
+            done = finish(output, config, result)
+        return done["summary"]
+    if done:
         return done["summary"]
     counts: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
