@@ -60,11 +60,11 @@ def ingest(config: IngestConfig) -> str:
         Mistake: the output folder belongs to another run, the source is not where the settings say, or the splits
             they ask for cannot be drawn from it.
     """
-    output = Path(config.output)
+    output, source = Path(config.output), config.source
     done = claim(output, config)
-    if isinstance(config.source, UrlList):
-        if done is None or config.source.retry_failed:
-            result = ingest_urls(config.source, output, config.limits, config.samples_per_shard)
+    if isinstance(source, UrlList):
+        if done is None or source.retry_failed:
+            result = ingest_urls(source, output, config.limits, config.samples_per_shard)
             done = finish(output, config, result)
         return done["summary"]
     if done:
@@ -78,14 +78,14 @@ def ingest(config: IngestConfig) -> str:
                 left_out[reason] += 1
                 continue
             assert sample.label is not None
-            name = config.source.class_names[sample.label]
+            name = source.class_names[sample.label]
             sample.caption = pick_caption(class_captions(config.templates, name), config.seed, sample.key)
             counts[split] += 1
             yield sample
 
-    classes = Classes(names=config.source.class_names, templates=config.templates)
+    classes = Classes(names=source.class_names, templates=config.templates)
     write_json(output / "classes.json", classes.model_dump())
-    for split, samples in config.source.read(config.seed, config.limits).items():
+    for split, samples in source.read(config.seed, config.limits).items():
         write_shards(output, split, usable(split, samples), config.samples_per_shard)
         logger.info("%s: %s samples", split, f"{counts[split]:,}")
     if not counts:

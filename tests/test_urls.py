@@ -188,7 +188,7 @@ def test_a_list_with_bad_links_is_ingested_and_a_killed_job_run_again_gives_the_
 @pytest.mark.slow
 @needs_img2dataset
 def test_two_thousand_real_images_are_ingested_killed_resumed_and_scored(
-    local_ray, website, shared_data, victim_folder, tmp_path
+    local_ray, website, shared_data, victim_folder, decoder_folder, tmp_path
 ):
     images = real_images(shared_data, 2000)
     rows = conceptual_captions(website, images)
@@ -214,7 +214,7 @@ def test_two_thousand_real_images_are_ingested_killed_resumed_and_scored(
     assert output_bytes(tmp_path / "killed") == output_bytes(tmp_path / "calm")
 
     from dede_ray.decisions import FixedThreshold
-    from dede_ray.detectors import ImageStatistics
+    from dede_ray.detectors import DeDe
     from dede_ray.ledger import PassResources
     from dede_ray.scoring import ScoreConfig, score
     from dede_ray.victims import OpenClipVictim
@@ -224,7 +224,7 @@ def test_two_thousand_real_images_are_ingested_killed_resumed_and_scored(
             shards=str(tmp_path / "killed"),
             output=str(tmp_path / "scores"),
             victim=OpenClipVictim(path=str(victim_folder)),
-            detectors=[ImageStatistics()],
+            detectors=[DeDe(decoder=str(decoder_folder), score_mask_ratio=0.9)],
             decision=FixedThreshold(threshold=1e9),
             resources=PassResources(min_actors=1, cpus_per_actor=0.5, decode_cpus=0.5),
         )
