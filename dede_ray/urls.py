@@ -43,6 +43,7 @@ from pydantic import Field
 
 from dede_ray.config import Config, Mistake, read_json, write_json
 from dede_ray.shards import (
+    IMAGE_FORMATS,
     IMAGE_SUFFIXES,
     BadSample,
     Limits,
@@ -83,7 +84,7 @@ ACCOUNT = pa.schema(
         ("duplicate_of", pa.string()),  # key of the first link that gave the same image
     ]
 )
-SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
+SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}  # MPO: a JPEG with more behind it
 FORMATS = (".tsv", ".tsv.gz", ".csv", ".csv.gz", ".parquet")
 HASHES_PER_PASS = 10_000_000  # how many images are compared at once: about 1 GB of memory
 
@@ -193,6 +194,8 @@ def _fetch(source: UrlList, output: Path, limits: Limits, links_per_shard: int) 
     pending: list[Any] = []
     accounts: list[Path] = []
 
+    folder = str(output.absolute())  # workers may run elsewhere
+
     def collect(num_allowed: int) -> None:
         nonlocal pending
         while len(pending) > num_allowed:
@@ -201,7 +204,7 @@ def _fetch(source: UrlList, output: Path, limits: Limits, links_per_shard: int) 
 
     rows = _read_rows(source)
     while chunk := list(itertools.islice(rows, links_per_shard)):
-        piece, first = _Piece(str(output), f"{source.split}-{len(accounts):05d}"), len(accounts) * links_per_shard
+        piece, first = _Piece(folder, f"{source.split}-{len(accounts):05d}"), len(accounts) * links_per_shard
         digest = hashlib.sha256(repr(chunk).encode()).hexdigest()
         if not _has_account(piece, digest) or source.retry_failed:
             start_ray()
@@ -211,7 +214,7 @@ def _fetch(source: UrlList, output: Path, limits: Limits, links_per_shard: int) 
     collect(0)
     if not accounts:
         raise Mistake(f"the list {source.path} has no rows")
-    _has_account(_Piece(str(output), f"{source.split}-{len(accounts):05d}"), "the list ends before it")
+    _has_account(_Piece(folder, f"{source.split}-{len(accounts):05d}"), "the list ends before it")
     return accounts
 
 
@@ -482,7 +485,7 @@ class _Fit:
     def _fit(self, content: bytes) -> tuple[bytes, int, int]:
         resize, size = self.source.resize, self.source.image_size_px
         image_HWC = decode_image(content, self.limits, enough_px=32 if resize == "original" else size)
-        with Image.open(io.BytesIO(content)) as header:
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as header:
             width, height = header.size
         deciding = {"keep_ratio": min(width, height), "keep_ratio_largest": max(width, height)}
         if resize == "original" or deciding.get(resize, math.inf) <= size:
@@ -521,7 +524,7 @@ def _write_piece(
 
 
 def _sample(place: int, entry: dict[str, Any], image: bytes) -> Sample:
-    with Image.open(io.BytesIO(image)) as header:
+    with Image.open(io.BytesIO(image), formats=IMAGE_FORMATS) as header:
         suffix = SUFFIXES[str(header.format)]
     sample = Sample(entry["key"], place, image, suffix, entry["caption"])
     entry["sha256"] = sample.content_hash()

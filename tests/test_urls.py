@@ -6,6 +6,7 @@ import csv
 import gzip
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -27,6 +28,7 @@ import yaml
 from PIL import Image
 from website import Website
 
+from dede_ray import urls
 from dede_ray.config import Mistake, load
 from dede_ray.ingest import IngestConfig, ingest
 from dede_ray.shards import Limits, Sample, decode_image, encode_image, iter_samples, list_shards, open_shard
@@ -53,7 +55,7 @@ def photo(picture) -> Callable[..., bytes]:
 
 def settings(output: Path, path: Path | list[Path], **source) -> IngestConfig:
     """Two processes of four threads on a server of this machine; ten links per shard."""
-    web = {"threads": 4, "timeout_s": 1, "link_timeout_s": 2, "retries": 1, "allow_private_addresses": True}
+    web = {"threads": 4, "timeout_s": 2, "link_timeout_s": 4, "retries": 1, "allow_private_addresses": True}
     paths = [str(one) for one in path] if isinstance(path, list) else str(path)
     source = {"kind": "urls", "path": paths, "num_processes": 2, **source, "web": web | source.get("web", {})}
     described = {"source": source, "output": str(output), "samples_per_shard": 10, "limits": LIMITS}
@@ -344,15 +346,21 @@ def test_a_list_that_has_changed_is_not_continued_and_one_that_leads_nowhere_is_
 )
 @needs_img2dataset
 def test_images_are_shrunk_as_asked_and_small_ones_keep_their_bytes(
-    local_ray, website, photo, png, tmp_path, resize, size
+    local_ray, website, picture, photo, png, tmp_path, resize, size
 ):
     website.files |= {"/large.jpg": photo(1, 300, 400), "/small.png": png(2, 60, 80)}
+    frames, file = [Image.fromarray(picture(number, 300, 400)) for number in (3, 4)], io.BytesIO()
+    frames[0].save(file, "MPO", save_all=True, append_images=frames[1:])  # as cameras write two views
+    website.files["/burst.jpg"] = file.getvalue()
     listing = tmp_path / "list.tsv"
-    listing.write_text(f"caption\turl\nlarge\t{website.url}/large.jpg\nsmall\t{website.url}/small.png\n")
+    listing.write_text(
+        f"caption\turl\nlarge\t{website.url}/large.jpg\nsmall\t{website.url}/small.png\nburst\t{website.url}/burst.jpg\n"
+    )
     ingest(settings(tmp_path / "out", listing, resize=resize, image_size_px=100))
-    large, small = samples(tmp_path / "out")
+    large, small, burst = samples(tmp_path / "out")
     pixels_HWC = decode_image(large.image, Limits())
     assert (large.image_suffix, pixels_HWC.shape) == ("jpg", (size[1], size[0], 3))
+    assert (burst.image_suffix, decode_image(burst.image, Limits()).shape) == ("jpg", pixels_HWC.shape)
     if resize in ("center_crop", "border"):
         assert (small.image_suffix, decode_image(small.image, Limits()).shape) == ("jpg", (100, 100, 3))
     else:
@@ -368,7 +376,7 @@ def test_images_are_shrunk_as_asked_and_small_ones_keep_their_bytes(
 
 @needs_img2dataset
 def test_duplicates_are_counted_and_marked_whichever_came_first_and_stay_unless_told_otherwise(
-    local_ray, website, photo, tmp_path
+    local_ray, website, photo, tmp_path, monkeypatch
 ):
     website.files |= {f"/{number}.jpg": photo(number % 12) for number in range(25)}
     listing = tmp_path / "list.tsv"
@@ -376,6 +384,7 @@ def test_duplicates_are_counted_and_marked_whichever_came_first_and_stay_unless_
     listing.write_text("caption\turl\n" + rows)
     summary = ingest(settings(tmp_path / "kept", listing))
     assert summary.endswith("left out: none; 13 samples repeat the image of an earlier one")
+    monkeypatch.setattr(urls, "HASHES_PER_PASS", 4)  # compared in seven passes
     ingest(settings(tmp_path / "left", listing, duplicates="leave_out"))
     first = [None] * 12 + [f"{number % 12:010d}" for number in range(12, 25)]
     assert [line["duplicate_of"] for line in account(tmp_path / "kept")] == first
@@ -409,6 +418,29 @@ def test_links_that_failed_are_followed_once_more_when_asked_and_the_others_are_
     assert "train 20 samples" in ingest(again)
     ingest(settings(tmp_path / "at once", listing))
     assert output_bytes(tmp_path / "out") == output_bytes(tmp_path / "at once")
+
+
+@needs_img2dataset
+def test_a_piece_killed_while_its_files_were_being_replaced_is_completed_and_what_was_half_written_goes(
+    local_ray, website, photo, tmp_path
+):
+    website.files = {f"/{number}.jpg": photo(number) for number in range(20)}
+    listing = tmp_path / "list.tsv"
+    listing.write_text("caption\turl\n" + "".join(f"picture\t{website.url}{path}\n" for path in website.files))
+    config = settings(tmp_path / "out", listing)
+    ingest(config)
+    before = output_bytes(tmp_path / "out")
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    for name in ("train-00000.parquet", "train-00000.tar", "train-00001.parquet"):  # the second tar is in place already
+        (tmp_path / "out" / name).rename(tmp_path / "out" / f"{name}.new")
+    (tmp_path / "out" / "train-00000.tar").write_bytes(b"the shard as it was before")
+    (tmp_path / "out" / "train-00002.tar.new").write_bytes(b"half")
+    (tmp_path / "out" / ".train-00002.tmp-1").mkdir()
+    (tmp_path / "out" / "run.json").write_text(json.dumps({"settings": run["settings"]}))
+    website.asked.clear()
+    ingest(config)
+    assert output_bytes(tmp_path / "out") == before
+    assert not website.asked
 
 
 # --- packaging

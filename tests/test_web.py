@@ -23,7 +23,7 @@ def website() -> Iterator[Website]:
 
 
 def browser(**changed) -> Browser:
-    web = Web(**{"timeout_s": 0.5, "link_timeout_s": 1, "allow_private_addresses": True, **changed})
+    web = Web(**{"timeout_s": 10, "link_timeout_s": 20, "allow_private_addresses": True, **changed})
     return Browser(web, 1_000_000, lambda headers, token, directives: headers["X-Robots-Tag"] is not None)
 
 
@@ -45,19 +45,23 @@ def test_an_image_is_fetched_also_where_it_has_moved(website, path):
         ("/status/500", "http_error 500"),
         ("/loop", "bad_redirect 302"),
         ("/files", "bad_redirect 302"),
-        ("/silent", "timeout"),
-        ("/drip", "timeout"),
         ("/endless", "image_too_large"),
         ("/announced", "image_too_large"),
         ("/cut/image", "image_truncated"),
         ("/optout/image", "opted_out"),
     ],
 )
-def test_what_goes_wrong_has_a_name_and_comes_to_an_end(website, path, failure):
-    start_s = time.monotonic()
+def test_what_goes_wrong_has_a_name(website, path, failure):
     with pytest.raises(Failed, match=f"^{failure}$"):
         fetch(website.url + path)
-    assert time.monotonic() - start_s < 3
+
+
+@pytest.mark.parametrize("path", ["/silent", "/drip"])
+def test_a_server_that_takes_its_time_is_left(website, path):
+    start_s = time.monotonic()
+    with pytest.raises(Failed, match=r"^timeout$"):
+        fetch(website.url + path, timeout_s=0.5, link_timeout_s=1)
+    assert time.monotonic() - start_s < 4  # it would take 5, or 10
 
 
 @pytest.mark.parametrize(
@@ -76,7 +80,7 @@ def test_addresses_of_this_machine_and_network_are_not_connected_to_unless_allow
     start_s = time.monotonic()
     with pytest.raises(Failed, match=r"^private_address$"):
         fetch(f"http://{host}/latest/meta-data", allow_private_addresses=False)
-    assert time.monotonic() - start_s < 0.4
+    assert time.monotonic() - start_s < 5
 
 
 def test_a_failure_that_lasts_is_not_asked_for_again_and_one_that_may_pass_is(website):
