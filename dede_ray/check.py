@@ -168,7 +168,7 @@ DUPLICATE_SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
         ("group_id", pa.string()),  # id of the group's first sample
-        ("likeness", pa.string()),  # to that one: `exact`, the same bytes, or `near`
+        ("likeness", pa.string()),  # to that one: `exact`, the same bytes (it itself, too), or `near`
         ("distance", pa.int32()),  # bits in which the perceptual hashes differ; null where there is none
     ]
 )
