@@ -12,13 +12,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import torch
 from pydantic import Field
@@ -28,9 +32,11 @@ from dede_ray.baseline import TrainerSpeed, compare_trainers
 from dede_ray.config import Config, Mistake
 from dede_ray.decoder import PRESETS, MaskedDecoder, Reconstruction, save_decoder
 from dede_ray.detectors import DeDe
-from dede_ray.ledger import Chunk, PassResources, run_pass
+from dede_ray.ledger import BASE_SCHEMA, Chunk, PassResources, run_pass
+from dede_ray.manifest import DECISION_COLUMNS, write_manifest
 from dede_ray.scoring import ScoreWork
 from dede_ray.shards import Limits, Sample, Shard, decode_image, iter_chunks, list_shards, sample_id, write_shards
+from dede_ray.sift import SiftConfig, sift, sift_shard
 from dede_ray.sources import Digits
 from dede_ray.victims import OpenClipVictim, load_victim
 
@@ -50,6 +56,21 @@ class LoopSpeed(Config):
     chunk_size: int = 256
 
 
+class SiftSpeed(Config):
+    """Sifting beside the plain copying of the same shards, everything in the page cache."""
+
+    num_shards: int = Field(8, ge=1)
+    samples_per_shard: int = Field(2_000, ge=1)
+    sample_bytes: int = Field(50_000, ge=1)
+    """Size of one image, random bytes; each has a caption and a .json beside it."""
+    drop: float = Field(0.06, gt=0, lt=1)
+    """Share of the samples that go, scattered over the shards."""
+    reaches_disk: bool = False
+    """A turn ends when its bytes are on the disk, not in the page cache."""
+    repeats: int = Field(5, ge=1)
+    """Turns each; the median counts."""
+
+
 class SpeedConfig(Config):
     """Settings of jobs/speed.py."""
 
@@ -57,6 +78,7 @@ class SpeedConfig(Config):
     """Folder for shards, settings and logs of `trainers`; the commands that are printed can be run again there."""
     trainers: list[TrainerSpeed] = Field([])
     loops: LoopSpeed | None = None
+    sift: SiftSpeed | None = None
 
 
 def measure_speed(config: SpeedConfig) -> str:
@@ -65,11 +87,13 @@ def measure_speed(config: SpeedConfig) -> str:
     Returns:
         A few lines per comparison: ours, the other's, and their ratio.
     """
-    if not config.trainers and config.loops is None:
-        raise Mistake("nothing to measure: the config needs `trainers:`, `loops:`, or both")
+    if not config.trainers and config.loops is None and config.sift is None:
+        raise Mistake("nothing to measure: the config needs `trainers:`, `loops:` or `sift:`")
     tables = [compare_trainers(trainers, Path(config.output)) for trainers in config.trainers]
     if config.loops is not None:
         tables.append(_compare_loops(config.loops))
+    if config.sift is not None:
+        tables.append(_compare_sifting(config.sift, Path(config.output)))
     return "\n\n".join(tables)
 
 
@@ -218,3 +242,107 @@ def _bare_scoring(config: LoopSpeed, shards: list[Shard], arguments: dict) -> fl
         work(Chunk([sample_id(shard.name, s.key) for s in chunk], np.stack(images), [s.caption for s in chunk]))
         done += len(chunk) if number >= 2 else 0
     return done / (time.monotonic() - started)
+
+
+# ------------------------------------------------------------------------------------------------ sifting
+
+
+def _compare_sifting(config: SiftSpeed, output: Path) -> str:
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output) as name:
+        folder = Path(name)
+        shards = _write_scored_shards(folder, config)
+        num_bytes = sum(shard.num_bytes for shard in shards)
+        rates: dict[str, list[float]] = {"copy": []}
+        for turn in range(config.repeats):
+            rates["copy"].append(num_bytes / _timed(config, folder / "copy", lambda to: _copy_shards(shards, to)))
+            for what, work in (("one task after the other", _sift_here), ("the job", sift)):
+                for verify in (True, False):
+                    settings = SiftConfig(
+                        shards=str(folder / "shards"),
+                        manifest=str(folder / "scores"),
+                        output=str(folder / f"sifted-{turn}"),
+                        verify=verify,
+                    )
+                    lasted = _timed(config, Path(settings.output), lambda _, w=work, s=settings: w(s))
+                    kept = num_bytes * (1 - config.drop)  # samples are of one size
+                    rates.setdefault(f"{what}{'' if verify else ', verify: false'}", []).append(kept / lasted)
+    copy = rates.pop("copy")
+    lines = [
+        f"{num_bytes / 1e9:.1f} GB in {len(shards)} shards, {config.sample_bytes:,} bytes an image, {config.drop:.0%} "
+        f"dropped, {ray.cluster_resources()['CPU']:g} CPUs, "
+        f"{'onto the disk' if config.reaches_disk else 'within the page cache'}, median of {config.repeats} turns"
+    ]
+    for what, ours in rates.items():
+        ratios = [a / b for a, b in zip(ours, copy, strict=True)]
+        lines.append(
+            f"sift, {what}: {statistics.median(ours) / 1e6:,.0f} MB/s kept, copy {statistics.median(copy) / 1e6:,.0f}, "
+            f"ratio {statistics.median(ratios):.2f} (turns: {', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+        )
+    return "\n".join(lines)
+
+
+def _write_scored_shards(folder: Path, config: SiftSpeed) -> list[Shard]:
+    """Shards of noise, and a manifest that flags a part of them."""
+    rng = np.random.default_rng(0)
+    note = {"json": b'{"url": "http://localhost/x.jpg", "width": 256, "height": 256}'}
+    num = config.num_shards * config.samples_per_shard
+    samples = (
+        Sample(f"{i:08d}", i, rng.bytes(config.sample_bytes), "jpg", caption="a photo of noise", others=note)
+        for i in range(num)
+    )
+    write_shards(folder / "shards", "train", samples, config.samples_per_shard)
+    shards = list_shards(str(folder / "shards"))
+    flagged = np.zeros(num, bool)
+    flagged[rng.choice(num, round(config.drop * num), replace=False)] = True
+    schema = pa.schema([*BASE_SCHEMA, *(pa.field(*column) for column in DECISION_COLUMNS)])
+    tables = []
+    for number, shard in enumerate(shards):
+        rows = [
+            {
+                "sample_id": sample_id(shard.name, sample.key),
+                "content_hash": sample.content_hash(),
+                "shard": shard.name,
+                "index": sample.index,
+                "flagged": bool(flagged[number * config.samples_per_shard + sample.index]),
+            }
+            for chunk in iter_chunks(shard, config.samples_per_shard, Limits())
+            for sample in chunk
+        ]
+        tables.append((shard.name, pa.Table.from_pylist(rows, schema)))
+    info = {
+        "settings": {"limits": Limits().model_dump()},
+        "score_columns": [],
+        "decision": {"certified": True, "message": ""},
+        "counts": {"flagged": int(flagged.sum())},
+    }
+    write_manifest(folder / "scores", tables, info)
+    return shards
+
+
+def _sift_here(settings: SiftConfig) -> None:
+    """Without Ray, in this process: what one core does."""
+    for shard in list_shards(settings.shards):
+        rows_path = Path(settings.manifest) / "manifest" / f"{shard.name}.parquet"
+        rows = pq.read_table(rows_path, columns=["index", "flagged"])
+        sift_shard(shard, rows_path, rows.filter(rows["flagged"])["index"].to_pylist(), Limits(), settings)
+
+
+def _copy_shards(shards: list[Shard], folder: Path) -> None:
+    for shard in shards:
+        shutil.copyfile(shard.url, folder / shard.name)
+
+
+def _timed(config: SiftSpeed, folder: Path, work: Callable[[Path], object]) -> float:
+    """Seconds that work takes which fills a folder; the folder is gone afterwards."""
+    os.sync()  # what was written before is not part of it
+    folder.mkdir()
+    started = time.monotonic()
+    work(folder)
+    if config.reaches_disk:
+        for path in folder.glob("*.tar"):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    lasted = time.monotonic() - started
+    shutil.rmtree(folder)
+    return lasted
