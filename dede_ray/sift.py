@@ -218,14 +218,14 @@ def _choose(manifest: Manifest, config: SiftConfig) -> pa.Table:
     """Rows of the manifest that are to go, sorted by sample id, with columns `key` and `reason`."""
     table = manifest.table
     ids, index = table["sample_id"].to_pylist(), table["index"].to_pylist()
-    reason = np.full(table.num_rows, None, object)
+    reason = np.full(table.num_rows, "", object)  # of those that stay
 
     def add(mask: np.ndarray, name: str) -> None:
-        reason[mask & np.equal(reason, None)] = name
+        reason[mask & (reason == "")] = name
 
     add(_chosen(table, ids, manifest, config.drop), config.drop.kind)
     if config.duplicates:
-        groups = pc.unique(table.filter(pa.array(reason != None))["group_id"].drop_null())  # noqa: E711
+        groups = pc.unique(table.filter(pa.array(reason != ""))["group_id"].drop_null())
         add(pc.is_in(table["group_id"], value_set=groups).to_numpy(), "duplicate")
     if config.unreadable:
         add(pc.is_valid(table["error"]).to_numpy(), "unreadable")
@@ -238,11 +238,11 @@ def _choose(manifest: Manifest, config: SiftConfig) -> pa.Table:
     ]
     gone = {raw[row] for row in np.flatnonzero(reason)}
     for row in np.flatnonzero(pc.equal(table["content_hash"], "").to_numpy()):
-        if reason[row] is None and raw[row] in gone:
+        if not reason[row] and raw[row] in gone:
             reason[row] = "fragment"
     table = table.append_column("key", pa.array(keys, pa.string()))
     table = table.append_column("reason", pa.array(reason, pa.string()))
-    return table.filter(pc.is_valid(table["reason"]))
+    return table.filter(pa.array(reason != ""))
 
 
 def _chosen(table: pa.Table, ids: list[str], manifest: Manifest, drop: Drop) -> np.ndarray:
@@ -420,6 +420,7 @@ def _write(path: Path | None, is_zipped: bool) -> Iterator[IO[bytes] | None]:
     if path is None:
         yield None
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with open(temporary, "wb", buffering=0) as file:
         if is_zipped:  # without clock time and name in the header
@@ -527,7 +528,7 @@ def _members(file: io.FileIO) -> Iterator[_Member]:
                 return
             if info is None:
                 return
-            tar.members = []  # it would keep them all
+            tar.members = []  # type: ignore[attr-defined]  # it would keep them all
             read = partial(_content, tar, info)
             member = _Member(info.name, info.size, info.isfile(), info.offset, tar.offset, read)
         yield member
@@ -555,7 +556,7 @@ def _sift_stream(shard: Shard, judge: _Judge, sink: IO[bytes] | None) -> int:
             for member in tar:
                 keeps = judge.keeps(member.name, member.size, member.isfile(), partial(_content, tar, member))
                 tap.settle(member.offset, tar.offset, keeps)
-                tar.members = []
+                tar.members = []  # type: ignore[attr-defined]
         except (tarfile.ReadError, EOFError, OSError) as error:  # the data stops, or turns into rubbish
             if isinstance(error, OSError) and error.errno is not None:
                 raise

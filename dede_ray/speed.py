@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -255,7 +256,9 @@ def _compare_sifting(config: SiftSpeed, output: Path) -> str:
         num_bytes = sum(shard.num_bytes for shard in shards)
         rates: dict[str, list[float]] = {"copy": []}
         for turn in range(config.repeats):
-            rates["copy"].append(num_bytes / _timed(config, folder / "copy", lambda to: _copy_shards(shards, to)))
+            rates["copy"].append(
+                num_bytes / _timed(config, folder / "copy", partial(_copy_shards, shards, folder / "copy"))
+            )
             for what, work in (("one task after the other", _sift_here), ("the job", sift)):
                 for verify in (True, False):
                     settings = SiftConfig(
@@ -264,7 +267,7 @@ def _compare_sifting(config: SiftSpeed, output: Path) -> str:
                         output=str(folder / f"sifted-{turn}"),
                         verify=verify,
                     )
-                    lasted = _timed(config, Path(settings.output), lambda _, w=work, s=settings: w(s))
+                    lasted = _timed(config, Path(settings.output), partial(work, settings))
                     kept = num_bytes * (1 - config.drop)  # samples are of one size
                     rates.setdefault(f"{what}{'' if verify else ', verify: false'}", []).append(kept / lasted)
     copy = rates.pop("copy")
@@ -333,12 +336,12 @@ def _copy_shards(shards: list[Shard], folder: Path) -> None:
         shutil.copyfile(shard.url, folder / shard.name)
 
 
-def _timed(config: SiftSpeed, folder: Path, work: Callable[[Path], object]) -> float:
+def _timed(config: SiftSpeed, folder: Path, work: Callable[[], object]) -> float:
     """Seconds that work takes which fills a folder; the folder is gone afterwards."""
     os.sync()  # what was written before is not part of it
     folder.mkdir()
     started = time.monotonic()
-    work(folder)
+    work()
     if config.reaches_disk:
         for path in folder.glob("*.tar"):
             with open(path, "rb") as file:
