@@ -34,11 +34,10 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from errno import EINVAL, ENOSYS, EOPNOTSUPP, EPERM, EXDEV
 from functools import partial
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, cast
+from typing import IO, Annotated, Any, Literal, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -483,8 +482,7 @@ def _copy(source: int, sink: IO[bytes], start: int, stop: int) -> None:
         start += num
 
 
-@dataclass(frozen=True)
-class _Member:
+class _Member(NamedTuple):
     """A member of a tar and its place there, in bytes: from `start`, where its headers begin, to `end`."""
 
     name: str
@@ -499,7 +497,7 @@ class _Member:
 _COMMON_HEADER = re.compile(
     rb"(?=([\x20-\x7e]{1,99})\0).{100}"
     rb"(?:[0-7]{6}[0-7 ][\0 ]){3}([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{6})[\0 ]{2}0"
-    rb".{172}(?:[0-7]{7}\0|\0{8}){2}\0",
+    rb".{172}(?:[0-7]{7}\0|\0{8}){2}\0.{166}",
     re.DOTALL,
 )
 
@@ -515,7 +513,7 @@ def _members(file: io.FileIO) -> Iterator[_Member]:
     while True:
         header = os.pread(file.fileno(), BLOCK, position)
         common = None if tar.pax_headers else _COMMON_HEADER.match(header)
-        if common and len(header) == BLOCK and sum(header) - sum(header[148:156]) + 256 == int(common[3], 8):
+        if common and int(common[3], 8) == sum(header.translate(None, b"\0")) - sum(header[148:156]) + 8 * ord(" "):
             size, data = int(common[2], 8), position + BLOCK
             read = partial(os.pread, file.fileno(), size, data)
             member = _Member(common[1].decode(), size, True, position, data + size + -size % BLOCK, read)

@@ -1,6 +1,6 @@
 """Write shards without the flagged samples, and lists that leave them out elsewhere.
 
-python jobs/sift.py configs/sift_digits.yaml --drop.kind flagged
+python jobs/sift.py configs/sift_digits.yaml
 """
 
 from dede_ray.config import main
