@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import io
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +18,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, ValidationError, model_validator
 
-from dede_ray.config import Config, Mistake, explain
+from dede_ray.config import Config, Mistake, explain, parse_json
 from dede_ray.shards import (
     BadSample,
     Limits,
@@ -226,10 +224,10 @@ def read_classes(shards: Sequence[Shard]) -> Classes | None:
     url = shards[0].url.rpartition("/")[0] + "/classes.json"
     try:
         with open_shard(Shard("classes.json", url, 0)) as stream:
-            content = json.load(io.TextIOWrapper(stream, encoding="utf-8"))
+            content = parse_json(stream)
     except FileNotFoundError:
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise Mistake(f"{url} should be JSON, but cannot be read: {error}") from None
     try:
         return Classes.model_validate(content)
