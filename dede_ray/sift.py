@@ -46,18 +46,17 @@ import pyarrow.parquet as pq
 import ray
 from pydantic import Field
 
-from dede_ray.config import Config, Mistake, claim, finish, read_json, write_atomically, write_json
+from dede_ray.config import Config, Mistake, claim, finish, parse_json, read_json, write_atomically, write_json
 from dede_ray.decisions import AssumedPoisonRate, FixedThreshold
 from dede_ray.ledger import write_parquet
 from dede_ray.manifest import Manifest, read_manifest
-from dede_ray.shards import IMAGE_SUFFIXES, Limits, Shard, list_shards, open_shard, sample_id, split_name
+from dede_ray.shards import IMAGE_SUFFIXES, Limits, Shard, Tar, list_shards, open_shard, open_tar, sample_id, split_name
 from dede_ray.sources import read_classes
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 512  # bytes: what a tar is made of
 RECORD = 20 * BLOCK  # bytes: what its length is filled up to
-MAX_JSON_BYTES = 1 << 20  # a longer .json member is not searched for a url
 READ_BYTES = 1 << 20
 
 
@@ -303,14 +302,10 @@ def sift_shard(shard: Shard, rows_path: Path, places: list[int], limits: Limits,
     is_empty = len(judge.dropped) == rows.num_rows
     path = None if config.lists_only or is_empty else output / shard.name
     with open_shard(shard) as stream:
-        magic = stream.read(6)
-    is_zipped = magic.startswith(b"\x1f\x8b")
-    is_plain = not is_zipped and not magic.startswith((b"BZh", b"\xfd7zXZ\0"))
+        is_zipped = open_tar(stream).is_gzipped
+    sift_tar = _sift_stream if is_zipped or "://" in shard.url else _sift_file
     with _write(path, is_zipped) as sink:
-        if is_plain and "://" not in shard.url:
-            num_bytes_kept = _sift_file(shard.url, judge, sink)
-        else:
-            num_bytes_kept = _sift_stream(shard, judge, sink)
+        num_bytes_kept = sift_tar(shard, judge, sink)
         judge.finish()
     receipt = {
         "num_samples": rows.num_rows,
@@ -350,22 +345,23 @@ class _Judge:
         self._index = -1
         self._awaits_image = False
 
-    def keeps(self, name: str, size: int, is_file: bool, read: Callable[[], bytes]) -> bool:
-        """Decide about the next member; `read` gives its content, shorter than `size` where the data ends."""
-        key, suffix = split_name(name)
-        if not is_file:  # a link, a folder: of no sample, but it may name one
+    def keeps(self, member: _Member) -> bool:
+        """Decide about the next member."""
+        key, suffix = split_name(member.name)
+        if not member.is_file:  # a link, a folder: of no sample, but it may name one
             return key not in self._dropped_keys
         if key != self._key:
             self._close()
             self._key, self._index = key, self._index + 1
             self._open()
-        if self._awaits_image and suffix in IMAGE_SUFFIXES and size <= self.limits.max_member_bytes:
-            content = read()
+        is_small = not member.is_sparse and member.size <= self.limits.max_member_bytes
+        if self._awaits_image and suffix in IMAGE_SUFFIXES and is_small:
+            content = member.read()
             self._awaits_image = False
-            self._compare(hashlib.sha256(content).hexdigest() if len(content) == size else "")
+            self._compare(hashlib.sha256(content).hexdigest() if len(content) == member.size else "")
         if self._index not in self.dropped:
             return True
-        if suffix == "json" and size <= MAX_JSON_BYTES and (url := _url_in(read())):
+        if suffix == "json" and is_small and (url := _url_in(member.read())):
             self.urls[self._index] = url
         return False
 
@@ -407,10 +403,10 @@ class _Judge:
 def _url_in(content: bytes) -> str | None:
     """The url in a .json member as img2dataset writes it; None unless it is there and can be written to a file."""
     try:
-        found = json.loads(content)
+        found = parse_json(io.BytesIO(content))
         url = found.get("url") if isinstance(found, dict) else None
         return url if isinstance(url, str) and url.encode() else None
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
 
 
@@ -436,14 +432,39 @@ def _write_end(sink: IO[bytes] | None, num_bytes: int) -> None:
         sink.write(bytes(2 * BLOCK + -(num_bytes + 2 * BLOCK) % RECORD))
 
 
+class _Member(NamedTuple):
+    """A member of a tar and its place there, in bytes: from `start`, where its headers begin, to `end`."""
+
+    name: str
+    size: int
+    is_file: bool
+    is_sparse: bool
+    start: int
+    end: int
+    read: Callable[[], bytes]
+    """Its content, shorter than `size` where the data end inside; not for sparse ones."""
+
+
+def _described(tar: Tar, info: tarfile.TarInfo) -> _Member:
+    """The member that a tar has just come to."""
+
+    def read() -> bytes:
+        try:
+            return tar.read(info)
+        except tarfile.ReadError:
+            return b""
+
+    return _Member(info.name, info.size, info.isfile(), info.issparse(), info.offset, tar.offset, read)
+
+
 # ------------------------------------------------------------------------------------- a tar in a local file
 
 
-def _sift_file(path: str, judge: _Judge, sink: IO[bytes] | None) -> int:
+def _sift_file(shard: Shard, judge: _Judge, sink: IO[bytes] | None) -> int:
     """Copy what is kept of a plain local tar, in as few and large pieces as it comes in; returns its bytes."""
-    with open(path, "rb", buffering=0) as file:
-        descriptor = file.fileno()
-        num_bytes = os.fstat(descriptor).st_size
+    with open(shard.url, "rb", buffering=0) as file:
+        tar = open_tar(cast(IO[bytes], file))
+        num_bytes = os.fstat(file.fileno()).st_size
         kept, start, end = 0, 0, 0
 
         def keep_until(stop: int) -> None:
@@ -451,15 +472,15 @@ def _sift_file(path: str, judge: _Judge, sink: IO[bytes] | None) -> int:
             if start < stop:
                 kept += stop - start
                 if sink is not None:
-                    _copy(descriptor, sink, start, stop)
+                    _copy(file.fileno(), sink, start, stop)
 
-        for member in _members(file):
+        for member in _members(tar, file):
             end = min(member.end, num_bytes)
-            if not judge.keeps(member.name, member.size, member.is_file, member.read):
+            if not judge.keeps(member):
                 keep_until(member.start)
                 start = end
         keep_until(end)
-        if os.pread(descriptor, BLOCK, end) == bytes(BLOCK):
+        if tar.is_closed:
             _write_end(sink, kept)
     return kept
 
@@ -483,17 +504,6 @@ def _copy(source: int, sink: IO[bytes], start: int, stop: int) -> None:
         start += num
 
 
-class _Member(NamedTuple):
-    """A member of a tar and its place there, in bytes: from `start`, where its headers begin, to `end`."""
-
-    name: str
-    size: int
-    is_file: bool
-    start: int
-    end: int
-    read: Callable[[], bytes]
-
-
 # A header as nearly all are: a regular file, its name ASCII and shorter than 100 bytes, no prefix, octal numbers.
 _COMMON_HEADER = re.compile(
     rb"(?=([\x20-\x7e]{1,99})\0).{100}"
@@ -503,43 +513,32 @@ _COMMON_HEADER = re.compile(
 )
 
 
-def _members(file: io.FileIO) -> Iterator[_Member]:
-    """List a tar's members without reading them, as far as `tarfile` goes, whose answers these are.
+def _members(tar: Tar, file: io.FileIO) -> Iterator[_Member]:
+    """List a tar's members without reading them, as far as `tar` itself goes.
 
     Its 20 us a member would be most of the work, so common headers are parsed here, and all others by it.
     """
-    tar = tarfile.open(fileobj=file, mode="r:")
     tar.next()  # it has read the first one; from here on it reads where we send it
     position = 0
     while True:
         header = os.pread(file.fileno(), BLOCK, position)
-        common = None if tar.pax_headers else _COMMON_HEADER.match(header)
+        common = _COMMON_HEADER.match(header)
         if common and int(common[3], 8) == sum(header.translate(None, b"\0")) - sum(header[148:156]) + 8 * ord(" "):
             size, data = int(common[2], 8), position + BLOCK
             read = partial(os.pread, file.fileno(), size, data)
-            member = _Member(common[1].decode(), size, True, position, data + size + -size % BLOCK, read)
+            member = _Member(common[1].decode(), size, True, False, position, data + size + -size % BLOCK, read)
         else:
             file.seek(position)
             tar.offset = position
             try:
                 info = tar.next()
-            except (tarfile.ReadError, EOFError):  # the data stops, or turns into rubbish
+            except tarfile.ReadError:  # the data stop, or turn into rubbish
                 return
             if info is None:
                 return
-            tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-            read = partial(_content, tar, info)
-            member = _Member(info.name, info.size, info.isfile(), info.offset, tar.offset, read)
+            member = _described(tar, info)
         yield member
         position = member.end
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """What a member holds; nothing where the data stops before its end."""
-    try:
-        return cast(IO[bytes], tar.extractfile(member)).read()
-    except (tarfile.ReadError, EOFError):
-        return b""
 
 
 # ------------------------------------------------------------------------------------- any other tar, a stream
@@ -548,27 +547,16 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 def _sift_stream(shard: Shard, judge: _Judge, sink: IO[bytes] | None) -> int:
     """Copy what is kept of a tar that is compressed or far away, reading it once; returns its bytes, unpacked."""
     with open_shard(shard) as stream:
-        tar = _TappedTar.open(fileobj=stream, mode="r|*")
+        tar = open_tar(stream, _Tap)
         tap = cast(_Tap, tar.fileobj)
         tap.sink = sink
-        try:
-            for member in tar:
-                keeps = judge.keeps(member.name, member.size, member.isfile(), partial(_content, tar, member))
-                tap.settle(member.offset, tar.offset, keeps)
-                tar.members = []  # type: ignore[attr-defined]
-        except (tarfile.ReadError, EOFError, OSError) as error:  # the data stops, or turns into rubbish
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-    if bytes(tap.held) == bytes(BLOCK):
+        with contextlib.suppress(tarfile.ReadError):  # the data stop, or turn into rubbish
+            for info in tar:
+                member = _described(tar, info)
+                tap.settle(member.start, member.end, judge.keeps(member))
+    if tar.is_closed:
         _write_end(sink, tap.num_bytes_kept)
     return tap.num_bytes_kept
-
-
-class _TappedTar(tarfile.TarFile):
-    """A tar whose unpacked bytes pass by a tap."""
-
-    def __init__(self, name: Any, mode: Any, fileobj: Any, **options: Any):
-        super().__init__(name, mode, cast(IO[bytes], _Tap(fileobj)), **options)
 
 
 class _Tap:
@@ -602,7 +590,7 @@ class _Tap:
 
     def seek(self, position: int) -> None:
         if position < self._position:
-            raise tarfile.StreamError("a stream goes forward only")
+            raise tarfile.ReadError("bad header: points backwards")
         while self._position < position and self.read(min(READ_BYTES, position - self._position)):
             pass
 
@@ -613,6 +601,3 @@ class _Tap:
         self.num_bytes_kept += len(content)
         if self.sink is not None:
             self.sink.write(content)
-
-    def close(self) -> None:
-        self.source.close()

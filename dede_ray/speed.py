@@ -315,6 +315,7 @@ def _write_scored_shards(folder: Path, config: SiftSpeed) -> list[Shard]:
         tables.append((shard.name, pa.Table.from_pylist(rows, schema)))
     info = {
         "settings": {"limits": Limits().model_dump()},
+        "victim": {},
         "score_columns": [],
         "decision": {"certified": True, "message": ""},
         "counts": {"flagged": int(flagged.sum())},

@@ -67,6 +67,7 @@ def scored(folder: Path, flagged: set[str], *, certified: bool = True) -> Path:
         tables.append((name, pa.Table.from_pylist(rows, SCHEMA)))
     info = {
         "settings": {"limits": Limits().model_dump()},
+        "victim": {},
         "score_columns": ["score"],
         "decision": {"certified": certified, "message": "cannot certify: need more" if not certified else "holds"},
         "counts": {"flagged": len(flagged)},
