@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import hostile
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -230,6 +231,16 @@ def test_the_samples_left_are_those_not_dropped_whatever_the_tar(tmp_path, data)
     samples_of(plain, whole)
     assert end.is_complete == whole.is_complete
     assert unpacked(sift_one(zipped, places)) == sifted.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in hostile.SHARDS if not case.is_refused], ids=lambda case: case.name)
+def test_a_hostile_shard_loses_its_first_sample_and_nothing_else(tmp_path, case):
+    path = tmp_path / "a.tar"
+    path.write_bytes(case.build())
+    before = samples_of(path)
+    after = samples_of(sift_one(path, {0})) if len(before) > 1 else before[1:]
+    assert [(s.image, s.caption, s.label) for s in after] == [(s.image, s.caption, s.label) for s in before[1:]]
 
 
 # ------------------------------------------------------------------------------------------------ what goes
