@@ -197,9 +197,9 @@ def _made_of(shards: list[Shard], manifest: Manifest, output: Path) -> dict[str,
     }
     path = output / "sift.json"
     standing = read_json(path, "record of a sifting") if path.is_file() else made_of
-    for name, now in made_of.items():
-        if standing.get(name) != now:
-            raise Mistake(f"{output} was made when the {name} were others; delete it, or choose another output folder")
+    for name, other in (("manifest", "another manifest"), ("shards", "other shards")):
+        if standing.get(name) != made_of[name]:
+            raise Mistake(f"{output} was made with {other}; delete it, or choose another output folder")
     if not path.is_file():
         write_json(path, made_of)
     return made_of

@@ -336,7 +336,7 @@ def test_what_does_not_fit_is_said(corpus, local_ray, monkeypatch, changes, mess
 def test_another_manifest_does_not_continue_in_the_same_folder(corpus, local_ray):
     sift(config(corpus))
     scored(corpus / "shards", {"train-00000.tar/0004"})
-    with pytest.raises(Mistake, match="when the manifest were others"):
+    with pytest.raises(Mistake, match="made with another manifest"):
         sift(config(corpus))
 
 
