@@ -58,7 +58,7 @@ class LoopSpeed(Config):
 
 
 class SiftSpeed(Config):
-    """Sifting beside the plain copying of the same shards, everything in the page cache."""
+    """Sifting beside the plain copying of the same shards, which are in the page cache."""
 
     num_shards: int = Field(8, ge=1)
     samples_per_shard: int = Field(2_000, ge=1)
