@@ -135,15 +135,19 @@ def parse_json(stream: IO[bytes]) -> Any:
     """Read strict JSON, as strangers may have written it, from a file.
 
     Raises:
-        ValueError: it is damaged, nested too deeply, longer than `MAX_JSON_BYTES`, or holds NaN or Infinity.
+        ValueError: it is damaged, nested too deeply, longer than `MAX_JSON_BYTES`, or holds NaN, Infinity or half a
+            character (a lone surrogate).
     """
     content = stream.read(MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(f"longer than {MAX_JSON_BYTES:,} bytes")
     try:
-        return json.loads(content, parse_constant=_no_number)
+        value = json.loads(content, parse_constant=_no_number)
+        if b"\\ud" in content.lower():  # half a character could be read, and never written
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    return value
 
 
 def _no_number(name: str) -> float:

@@ -43,7 +43,7 @@ CAPTION_SUFFIXES = ("txt", "caption")
 LABEL_SUFFIXES = ("cls", "label")
 
 MAX_MEMBER_SPAN = 2**40  # a member that claims more bytes is rubbish; no file system would let us step over it
-MAX_UNFOLDING = 100  # where a gzipped shard exceeds 64 MB and this many times its own bytes, it ends, as rubbish
+MAX_UNFOLDING = 50  # where a gzipped shard exceeds 64 MB and this many times its own bytes, it ends, as rubbish
 MAX_EXTENSION_BYTES = 16_384  # a member's long name or pax header: tarfile needs the square of it, in time and memory
 MAX_EXTENSIONS = 8  # such headers before one member
 MAX_EXIF_BYTES = 65_536  # what a JPEG segment holds; Pillow may unfold EXIF data to some thousand times its size

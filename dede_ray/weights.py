@@ -156,7 +156,7 @@ def unlike(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[st
         if name not in state
         or name not in wanted
         or state[name].shape != wanted[name].shape
-        or state[name].is_floating_point() != wanted[name].is_floating_point()
+        or (wanted[name].is_floating_point() and not state[name].is_floating_point())
     )
 
 

@@ -22,7 +22,7 @@ reason of `shards.REASONS`; then how the shard ends. Most hold their oddity betw
     caption not UTF-8 (lone surrogates too), too long caption_unreadable, caption_too_long
     label not a plain integer of 31 bits              label_unreadable
     tar cut anywhere, rubbish or an impossible header what stands before is read; shard_truncated for a cut sample;
-    in the middle, gzip that unfolds 100-fold         the manifest counts the shard among `truncated_shards`
+    in the middle, gzip that unfolds 50-fold         the manifest counts the shard among `truncated_shards`
     content after the tar's end                       not read, as by every tar reader
     not a tar at all, or one without members          a Mistake before the job begins, for the whole list
 
@@ -175,7 +175,7 @@ def riff(*chunks: tuple[bytes, bytes]) -> bytes:
 
 
 def bmp(width: int, height: int, depth: int, compression: int, data: bytes) -> bytes:
-    palette = bytes(1024) if depth == 8 else b""
+    palette = bytes(4 << depth) if depth <= 8 else b""
     start = 54 + len(palette)
     header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, depth, compression, len(data), 1, 1, 0, 0)
     return b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + header + palette + data
@@ -205,7 +205,7 @@ IMAGES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "png_declares_2.5_gigapixels": ("png", lambda: png_of(50_000, 50_000, 8, 2, is_whole=False), "image_too_large"),
     "png_bomb_20000_px": ("png", lambda: png_of(20_000, 20_000, 1, 0), "image_too_large"),
     "png_declares_no_pixels": ("png", lambda: png_of(0, 32, 8, 2), "image_unreadable"),
-    "png_lies_about_its_size": ("png", lambda: png_of(4000, 4000, 8, 2, is_whole=False), "image_truncated"),
+    "png_lies_about_its_size": ("png", lambda: png_of(4000, 4000, 8, 2, is_whole=False), "scored"),
     "jpeg_declares_4_gigapixels": ("jpg", lambda: jpeg_declaring(65_500, 65_500), "image_too_large"),
     "webp_declares_268_megapixels": (
         "webp",
@@ -213,7 +213,7 @@ IMAGES: dict[str, tuple[str, Callable[[], bytes], str]] = {
         "image_too_large",
     ),
     "bmp_declares_3.6_gigapixels": ("bmp", lambda: bmp(60_000, 60_000, 24, 0, bytes(4096)), "image_too_large"),
-    "bmp_of_negative_width": ("bmp", lambda: bmp(-32, 32, 24, 0, bytes(4096)), "image_unreadable"),
+    "bmp_of_negative_width": ("bmp", lambda: bmp(-32, 32, 24, 0, bytes(4096)), "image_too_large"),
     "bmp_run_lengths": ("bmp", lambda: bmp(32, 32, 8, 1, b"\x20\x01\0\0" * 32 + b"\0\1"), "image_unreadable"),
     "bmp_delta_bomb": ("bmp", lambda: bmp(32_000_000, 2, 8, 1, b"\0\2\xff\xff" * 99), "image_unreadable"),
     "png_itxt_bomb": (
@@ -279,7 +279,7 @@ IMAGES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "exif_broken_png": ("png", lambda: with_chunks(chunk(b"eXIf", b"rubbish that is no TIFF")), "scored"),
     "exif_of_orientation_99": ("png", lambda: turned("PNG", 99), "scored"),
     "jpeg_cut": ("jpg", lambda: JPEG[:-100], "image_truncated"),
-    "jpeg_cut_in_its_header": ("jpg", lambda: JPEG[:50], "image_unreadable"),
+    "jpeg_cut_in_its_header": ("jpg", lambda: JPEG[:50], "image_truncated"),
     "png_cut": ("png", lambda: PNG[: len(PNG) // 2], "image_truncated"),
     "webp_cut": ("webp", lambda: WEBP[:-100], "image_unreadable"),
     "bmp_cut": ("bmp", lambda: BMP[:-1000], "image_truncated"),
