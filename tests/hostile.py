@@ -317,6 +317,7 @@ LARGEST: dict[str, Callable[[int], bytes]] = {
     "jpeg": lambda side: saved(Image.new("RGB", (side, side)), "JPEG"),
     "jpeg_progressive_cmyk": lambda side: saved(Image.new("CMYK", (side, side)), "JPEG", progressive=True),
     "webp": lambda side: saved(Image.new("RGBA", (side, side)), "WEBP", method=0),
+    "webp_turned": lambda side: saved(Image.new("RGBA", (side, side)), "WEBP", method=0, exif=exif(38, orientation=6)),
     "bmp_one_bit": lambda side: bmp(side, side, 1, 0, bytes((side + 31) // 32 * 4 * side)),
 }
 """Images of a given side, each a small file, to be allowed by `max_pixels` and decoded at their full size."""
