@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from dede_ray.attacks import PoisonConfig
+from dede_ray.attacks.poison import PoisonConfig
 from dede_ray.clip import build_clip, model_description
 from dede_ray.config import Config, Mistake, load, parse_json, read_json
 from dede_ray.ingest import IngestConfig
