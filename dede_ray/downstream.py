@@ -23,7 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
-from dede_ray.attacks import Stamp, square
+from dede_ray.attacks.triggers import Stamp, square
 from dede_ray.clip import to_unit_range
 from dede_ray.config import Config, Mistake
 from dede_ray.metrics import Interval, proportion

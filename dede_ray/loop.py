@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 import ray
 import torch
+from pyarrow import fs
 from pydantic import Field
 from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -208,12 +209,30 @@ def fit(run: Run) -> dict[str, Any]:
         return trainer.fit().return_value  # type: ignore[attr-defined]
 
     logger.info("%s: %d steps", run.folder.name, run.plan.num_steps)
+    _sweep(f"{storage}/checkpoints")
     with Follower(run.folder, run.tracking, run.about, _Progress(run)):
         outcome = _persist(train, run)
     draw_curve(run.folder)
     if "mistake" in outcome:
         raise Mistake(outcome["mistake"])
     return {**outcome, "num_samples": run.plan.num_samples, "steps": run.plan.num_steps}
+
+
+def _sweep(checkpoints: str) -> None:
+    """Remove what a killed run left half uploaded: checkpoints that Ray's own record of them does not name."""
+    filesystem, folder = fs.FileSystem.from_uri(checkpoints)
+    record, known = f"{folder}/checkpoint_manager_snapshot.json", set()
+    try:
+        with filesystem.open_input_stream(record) as stream:
+            known = {result["checkpoint_dir_name"] for result in json.loads(stream.read())["checkpoint_results"]}
+    except FileNotFoundError:
+        pass
+    except ValueError:  # killed while Ray wrote it, which it does in place
+        logger.warning("%s is damaged; the run starts afresh", record)
+        filesystem.delete_file(record)
+    for found in filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
+        if found.base_name.startswith("checkpoint_2") and found.base_name not in known:
+            filesystem.delete_dir(found.path)
 
 
 def _persist(train: Any, run: Run) -> dict[str, Any]:

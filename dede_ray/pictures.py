@@ -17,7 +17,7 @@ import numpy as np
 import ray
 from PIL import Image
 
-from dede_ray.attacks import Stamp, square
+from dede_ray.attacks.triggers import Stamp, square
 from dede_ray.config import Mistake
 from dede_ray.feed import ChunkRef, index_shards, read_samples
 from dede_ray.shards import IMAGE_FORMATS, BadSample, Limits, Shard, iter_samples, open_shard, sample_id

@@ -16,12 +16,13 @@ from typing import Any
 
 from pydantic import Field
 
-from dede_ray.attacks import PoisonConfig, poison
+from dede_ray.attacks.poison import PoisonConfig, poison
 from dede_ray.config import Config, Mistake, load
 from dede_ray.ingest import IngestConfig, ingest
 from dede_ray.report import EvaluateConfig, evaluate
 from dede_ray.scoring import ScoreConfig, score
 from dede_ray.session import start_ray
+from dede_ray.sift import SiftConfig, sift
 from dede_ray.training import TrainConfig, train
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ STEPS: dict[str, tuple[type[Config], Callable[[Any], str]]] = {
     "poison": (PoisonConfig, poison),
     "train_clip": (TrainConfig, train),
     "score": (ScoreConfig, lambda config: score(config).summary()),
+    "sift": (SiftConfig, sift),
     "evaluate": (EvaluateConfig, evaluate),
 }
 

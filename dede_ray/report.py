@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from dede_ray import downstream
-from dede_ray.attacks import PoisonConfig, read_attack
+from dede_ray.attacks.poison import PoisonConfig, read_attack
 from dede_ray.config import Config, Mistake, explain, write_atomically, write_json
 from dede_ray.findings import join, measure, table
 from dede_ray.manifest import Manifest, read_manifest

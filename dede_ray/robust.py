@@ -1,7 +1,7 @@
 """Robust CLIP training: the published methods that filtering is compared with, as objectives of contrastive.py.
 
 `Method` is the setting `clip.method`; each of its classes builds its objective. Where `num_views` is 2, a batch has a
-second view of each sample beside the first: `image_view` (see `augment_image`) and `tokens_view` (`augment_caption`).
+second view of each sample beside the first: `image_view` (cut by `STRONG`) and `tokens_view` (`augment_caption`).
 
 Some methods remember things from step to step: a pool of captions, every sample's similarity. They are the same on
 every worker, change once per step (in `after_step`) and travel in checkpoints through `arrays`. They are no module
@@ -18,13 +18,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageFilter
 from pydantic import Field
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional
 
+from dede_ray.augmentation import Augmentation
 from dede_ray.config import Config, Mistake
 from dede_ray.contrastive import Batch, Contrastive, Embeddings, LossKind
 from dede_ray.vision_libraries import open_clip
@@ -418,28 +418,10 @@ def _gather(rows: Tensor, world: int) -> Tensor:
 # -------------------------------------------------------------------------------------------- second views
 
 
-def augment_image(image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A strong augmentation: uint8 -> uint8, same shape.
-
-    Crop of 20 to 100 % of the area, mirror, brightness, contrast, saturation, grey and blur, each with SimCLR's chances
-    (Chen et al., arXiv:2002.05709, appendix A); without its change of hue.
-    """
-    height, width = image_HWC.shape[:2]
-    share, ratio = rng.uniform(0.2, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    crop_w, crop_h = min(1, math.sqrt(share * ratio)) * width, min(1, math.sqrt(share / ratio)) * height
-    left, top = rng.random() * (width - crop_w), rng.random() * (height - crop_h)
-    box = (left, top, left + crop_w, top + crop_h)
-    image = Image.fromarray(image_HWC).resize((width, height), Image.Resampling.BICUBIC, box=box)
-    if rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if rng.random() < 0.8:
-        for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            image = change(image).enhance(rng.uniform(0.5, 1.5))
-    if rng.random() < 0.2:
-        image = image.convert("L").convert("RGB")
-    if rng.random() < 0.5:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2) * min(height, width) / 224))
-    return np.asarray(image)
+STRONG = Augmentation(
+    min_scale=0.2, max_aspect=4 / 3, flip=True, jitter_probability=0.8, grey_probability=0.2, blur_probability=0.5
+)
+"""SimCLR's augmentation with colours of strength 0.5 (Chen et al., arXiv:2002.05709, appendix A)."""
 
 
 def augment_caption(caption: str, rng: np.random.Generator) -> str:

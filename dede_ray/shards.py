@@ -24,7 +24,7 @@ import struct
 import tarfile
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, get_args
@@ -253,8 +253,12 @@ def _of_shard(error: OSError) -> Exception:
     return error if error.errno is not None else tarfile.ReadError(str(error))
 
 
-def open_tar(stream: IO[bytes]) -> Tar:
+def open_tar(stream: IO[bytes], tap: Callable[[Any], Any] = lambda source: source) -> Tar:
     """Open a tar, plain or gzipped, at the stream's place.
+
+    Args:
+        stream: can seek back what was read of it first.
+        tap: gives what stands between the tar and its unfolded bytes.
 
     Raises:
         tarfile.ReadError: something else begins there.
@@ -268,7 +272,7 @@ def open_tar(stream: IO[bytes]) -> Tar:
         except tarfile.HeaderError:  # type: ignore[attr-defined]
             is_gzipped = True
     source: Any = _Unfolding(stream) if is_gzipped else stream
-    return Tar(fileobj=source, tarinfo=_Member, encoding="utf-8", errors="surrogateescape")
+    return Tar(fileobj=tap(source), tarinfo=_Member, encoding="utf-8", errors="surrogateescape")
 
 
 class _Member(tarfile.TarInfo):

@@ -42,7 +42,7 @@ from dede_ray.decoder import (
 from dede_ray.ledger import Chunk, PassResources, part_path, run_pass
 from dede_ray.loop import Precision, Recipe, Run, Workers, check_workers, fit
 from dede_ray.optimisation import Optimisation
-from dede_ray.shards import BadSample, Limits, Reason, Sample, decode_image, list_shards, sample_id, to_square
+from dede_ray.shards import BadSample, Limits, Reason, Sample, decode_image, list_shards, sample_id
 from dede_ray.tracking import Tracking
 from dede_ray.validation import ValidationConfig, Validator
 from dede_ray.victims import OpenClipVictim, Victim, VictimConfig, load_victim
@@ -363,6 +363,7 @@ class _ClipRecipe(Recipe):
         image_views, caption_views = [], []
         has_views = self.section.method.num_views == 2
         size, augmentation = clip.image_size_px(self.described), self.section.augmentation
+        views = (augmentation, robust.STRONG) if has_views else (augmentation,)
         for sample in samples:
             name, error, image_HWC = sample_id(ref.shard.name, sample.key), sample.error, None
             try:
@@ -371,7 +372,7 @@ class _ClipRecipe(Recipe):
                 elif error is None and sample.caption is None:
                     error = "caption_missing"
                 elif error is None:
-                    enough_px = augmentation.decode_px(size)
+                    enough_px = max(view.decode_px(size) for view in views)
                     image_HWC = decode_image(sample.image, self.limits, enough_px=enough_px)  # type: ignore[arg-type]
             except BadSample as bad:
                 error = bad.reason
@@ -383,7 +384,7 @@ class _ClipRecipe(Recipe):
                 ids.append(name)
                 if has_views:
                     rng = np.random.default_rng(sample_keys([name], self.seed, epoch, 1).numpy().view(np.uint64))
-                    image_views.append(robust.augment_image(to_square(image_HWC, size), rng))
+                    image_views.append(robust.STRONG.apply(image_HWC, size, rng))
                     caption_views.append(robust.augment_caption(captions[-1], rng))
         tokenizer = _tokenizer(json.dumps(self.described["model_cfg"]))
         tokens_BT, is_truncated_B = clip.tokenise(tokenizer, captions)

@@ -26,7 +26,8 @@ from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
 from dede_ray import clip, downstream
-from dede_ray.attacks import AnyTrigger, read_attack
+from dede_ray.attacks.poison import read_attack
+from dede_ray.attacks.triggers import AnyTrigger
 from dede_ray.config import Config, Mistake, explain, read_json
 from dede_ray.pictures import Picture, find_pictures, read_ahead
 from dede_ray.shards import Limits, Shard, list_shards

@@ -3,7 +3,7 @@
 python jobs/poison.py configs/poison_digits.yaml --rate 0.01
 """
 
-from dede_ray.attacks import PoisonConfig, poison
+from dede_ray.attacks.poison import PoisonConfig, poison
 from dede_ray.config import main
 from dede_ray.session import start_ray
 

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from dede_ray.attacks import Patch, PoisonConfig
+from dede_ray.attacks.poison import PoisonConfig
+from dede_ray.attacks.triggers import Patch
 from dede_ray.clip import build_clip, save_clip
 from dede_ray.config import write_json
 from dede_ray.decisions import Conformal

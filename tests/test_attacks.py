@@ -16,7 +16,8 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from sklearn.datasets import load_sample_images
 
-from dede_ray.attacks import TRUTH_SCHEMA, Blend, Frequency, Patch, PoisonConfig, Trigger, poison
+from dede_ray.attacks.poison import TRUTH_SCHEMA, PoisonConfig, poison
+from dede_ray.attacks.triggers import Blend, Frequency, Patch, Trigger
 from dede_ray.config import Mistake
 from dede_ray.shards import Limits, ShardEnd, decode_image, encode_image, iter_samples, list_shards
 

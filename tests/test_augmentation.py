@@ -52,7 +52,7 @@ def test_settings_that_were_not_asked_for_do_not_change_a_view(picture):
         share = np.sqrt(0.6 + 0.4 * scale)
         expected = _resized(image_HWC, (left * (1 - share) * 32, top * (1 - share) * 32), share * 32)
         np.testing.assert_array_equal(view, expected[:, ::-1] if coin < 0.5 else expected)
-    unused = {"brightness": 2, "hue": 0.5, "jitter_probability": 0, "grey_probability": 0}
+    unused = {"brightness": 2, "hue": 0.5, "jitter_probability": 0, "grey_probability": 0, "blur_probability": 0}
     np.testing.assert_array_equal(views_of(image_HWC, 40, min_scale=0.6, flip=True, **unused), views)
 
 
@@ -154,6 +154,16 @@ def test_colours_change_and_vanish_in_the_share_that_was_asked_for(picture):
     is_grey = [(view == view[:, :, :1]).all() for view in grey]
     assert 0.14 < np.mean(is_grey) < 0.26
     assert all(now or np.array_equal(view, still) for now, view in zip(is_grey, grey, strict=True))
+
+
+def test_a_share_of_the_images_is_blurred_some_more_than_others(picture):
+    image_HWC = picture(6, 224, 224)
+    views = views_of(image_HWC, 60, size_px=224, **STILL, blur_probability=0.5)
+    edges = np.abs(np.diff(views.astype(float), axis=2)).mean(axis=(1, 2, 3))
+    blurred = [not np.array_equal(view, image_HWC) for view in views]
+    assert 18 < sum(blurred) < 42
+    assert np.all(edges[blurred] <= edges[~np.array(blurred)].max())
+    assert len(np.unique(edges[blurred].round(6))) > 10
 
 
 def test_the_order_of_colour_changes_varies(picture):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field, ValidationError
 
-from dede_ray.attacks import PoisonConfig
+from dede_ray.attacks.poison import PoisonConfig
 from dede_ray.config import Config, Mistake, claim, finish, load, read_json, write_atomically, write_json
 from dede_ray.ingest import IngestConfig
 

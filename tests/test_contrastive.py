@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import workers
 
 from dede_ray import clip
 from dede_ray.contrastive import MAX_LOGIT_SCALE, Contrastive, backward, clamp_parameter, with_loss
@@ -75,18 +75,10 @@ def gradients_of_one_process(loss: str) -> tuple[float, dict[str, torch.Tensor]]
 
 def spread(rank: int, world: int, folder: str) -> None:
     """One worker: every loss, ZeRO stage and accumulation; rank 0 writes what it got."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"
-    )
+    workers.meet(rank, world, folder)
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world
-    )
-    deepspeed.init_distributed()
     for loss in ("info_nce", "siglip"):
         for stage in (0, 2):
             for accumulation in (1, 4) if world == 1 else (1, 2):

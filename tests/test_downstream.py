@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from dede_ray.attacks import Patch
+from dede_ray.attacks.triggers import Patch
 from dede_ray.config import Mistake
 from dede_ray.downstream import ActivationGate, Behaviour, Labelled, draw_labelled, embed, measure, probe_head
 from dede_ray.metrics import proportion

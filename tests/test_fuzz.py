@@ -30,7 +30,8 @@ from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from dede_ray.attacks import PoisonConfig
+from dede_ray.attacks.poison import PoisonConfig
+from dede_ray.check import CheckConfig
 from dede_ray.clip import build_clip, model_description
 from dede_ray.config import Config, Mistake, load, parse_json, read_json
 from dede_ray.ingest import IngestConfig
@@ -48,6 +49,7 @@ from dede_ray.shards import (
     list_shards,
     open_tar,
 )
+from dede_ray.sift import SiftConfig
 from dede_ray.sources import read_classes
 from dede_ray.speed import SpeedConfig
 from dede_ray.training import TrainConfig
@@ -56,8 +58,8 @@ from dede_ray.weights import read_tensors
 LIMITS = Limits(max_pixels=4_000_000, max_member_bytes=1_000_000)
 CONFIGS = Path(__file__).parents[1] / "configs"
 JOBS: dict[str, type[Config]] = {
-    "demo": PipelineConfig, "evaluate": EvaluateConfig, "ingest": IngestConfig, "poison": PoisonConfig,
-    "score": ScoreConfig, "speed": SpeedConfig, "train": TrainConfig,
+    "check": CheckConfig, "demo": PipelineConfig, "evaluate": EvaluateConfig, "ingest": IngestConfig,
+    "poison": PoisonConfig, "score": ScoreConfig, "sift": SiftConfig, "speed": SpeedConfig, "train": TrainConfig,
 }  # fmt: skip
 
 

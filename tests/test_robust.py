@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import workers
 from pydantic import TypeAdapter
 from torch.nn.functional import cross_entropy, logsigmoid
 
@@ -17,13 +17,13 @@ from dede_ray import clip
 from dede_ray.config import Mistake
 from dede_ray.contrastive import Contrastive, backward, with_loss
 from dede_ray.robust import (
+    STRONG,
     CleanCLIP,
     Method,
     Plain,
     RoCLIP,
     SafeCLIP,
     augment_caption,
-    augment_image,
     clean_posterior,
     divide,
     nearest,
@@ -188,18 +188,10 @@ def three_steps(method: str, loss: str) -> list[tuple[float, dict[str, torch.Ten
 
 def spread(rank: int, world: int, folder: str) -> None:
     """One worker: every method, with and without accumulation; each rank writes what it got."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"
-    )
+    workers.meet(rank, world, folder)
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world
-    )
-    deepspeed.init_distributed()
     for name, loss in SPREAD:
         for accumulation in (1, 4 // world):
             objective = objective_of(METHODS[name], loss, rank, world)
@@ -423,12 +415,10 @@ def test_an_augmented_caption_keeps_its_words_and_depends_on_the_generator_alone
     assert {augment_caption(caption, again) for _ in range(100)} == views
 
 
-def test_an_augmented_image_is_another_one_of_the_same_shape(picture):
-    image_HWC = picture(0, 24, 32)
-    views = [augment_image(image_HWC, np.random.default_rng(seed)) for seed in range(50)]
-    assert all(view.shape == image_HWC.shape and view.dtype == np.uint8 for view in views)
+def test_an_augmented_image_is_another_one(picture):
+    image_HWC = picture(0)
+    views = [STRONG.apply(image_HWC, 32, np.random.default_rng(seed)) for seed in range(50)]
     assert len({view.tobytes() for view in views} | {image_HWC.tobytes()}) == 51
-    assert np.array_equal(views[7], augment_image(image_HWC, np.random.default_rng(7)))
 
 
 # --- a small world: what the methods do about a backdoor
@@ -483,7 +473,7 @@ class World:
     def batch(self, tokenize: Callable, place_B: np.ndarray, epoch: int) -> dict[str, torch.Tensor]:
         rngs = [np.random.default_rng([epoch, place]) for place in place_B]
         captions = [self.captions[place] for place in place_B]
-        views = [augment_image(self.image_SHWC[p], rng) for p, rng in zip(place_B, rngs, strict=True)]
+        views = [STRONG.apply(self.image_SHWC[p], 32, rng) for p, rng in zip(place_B, rngs, strict=True)]
         return {
             "image": torch.from_numpy(self.image_SHWC[place_B]), "image_view": torch.from_numpy(np.stack(views)),
             "tokens": tokenize(captions),

@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dede_ray import clip
+from dede_ray import clip, loop
 from dede_ray.config import Mistake
 from dede_ray.decoder import load_decoder
 from dede_ray.shards import Sample, write_shards
@@ -188,6 +188,21 @@ def test_a_run_killed_in_both_sections_ends_with_the_same_weights(trained, write
     for section in ("clip", "decoder"):
         losses = [[line["loss"] for line in metrics(run / section)] for run in (Path(config.output), tmp_path / "run")]
         assert losses[0] == losses[1]
+
+
+def test_checkpoints_that_a_kill_left_half_uploaded_are_swept_up(tmp_path, caplog):
+    record = tmp_path / "checkpoint_manager_snapshot.json"
+    for name in ("checkpoint_2026-kept", "checkpoint_2026-half"):
+        (tmp_path / name / "engine").mkdir(parents=True)
+    record.write_text(json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2026-kept"}]}))
+    loop._sweep(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_2026-kept", record.name]
+    record.write_text(record.read_text()[:30])
+    loop._sweep(str(tmp_path))
+    assert [*tmp_path.iterdir()] == []
+    assert "starts afresh" in caplog.text
+    loop._sweep(str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
 
 
 # --- stopping for a reason

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from dede_ray import clip, validation
-from dede_ray.attacks import Frequency, Patch, PoisonConfig, poison
+from dede_ray.attacks.poison import PoisonConfig, poison
+from dede_ray.attacks.triggers import Frequency, Patch
 from dede_ray.config import Mistake, write_json
 from dede_ray.downstream import draw_labelled, measure
 from dede_ray.shards import Limits, Sample, decode_image, encode_image, list_shards, to_square, write_shards

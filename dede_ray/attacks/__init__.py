@@ -1,0 +1,1 @@
+"""Attacks: triggers, and what plants them."""
