@@ -21,7 +21,7 @@ from hostile import FILES, LARGEST, SHARDS, Case, FileCase
 
 from dede_ray import feed
 from dede_ray.clip import model_description
-from dede_ray.config import Config, Mistake, claim, finish, write_json
+from dede_ray.config import Config, Mistake, claim, finish, load, write_json
 from dede_ray.decoder import load_decoder
 from dede_ray.ledger import PassResources, run_pass
 from dede_ray.manifest import Manifest, read_manifest, write_manifest
@@ -348,6 +348,7 @@ def models(tmp_path_factory, victim_folder, decoder_folder, finished, world) -> 
     write_manifest(folder / "manifest", [("a.tar", table)], about)
     write_json(folder / "classes" / "classes.json", {"names": ["cat"], "templates": ["a {}"]})
     finish(folder / "run", RunSettings(output="x"), {})
+    write_json(folder / "config" / "run.yaml", {"output": "x"})
     (folder / "truth").mkdir()
     shutil.copy(world / "truth.parquet", folder / "truth")
     return folder
@@ -367,6 +368,8 @@ def use(kind: str, folder: Path, finished: Path, world: Path) -> None:
         run_pass(list_shards(str(finished / "a.tar")), folder, NotANumber, {}, **PASS)
     elif kind == "classes":
         read_classes([Shard("a.tar", str(folder / "a.tar"), 0)])
+    elif kind == "config":
+        load(RunSettings, [str(folder / "run.yaml")])
     elif kind == "run":
         claim(folder, RunSettings(output="x"))
     else:
