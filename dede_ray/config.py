@@ -16,11 +16,11 @@ import reprlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, get_origin
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,12 @@ def main(kind: type[C], job: Callable[[C], Any], in_demo: Callable[[str | None],
     try:
         if argv and argv[0] in {"-h", "--help"}:
             print(f"usage: {sys.argv[0]} <config.yaml> [--setting value ...]\n")
-            tyro.cli(tyro.conf.AvoidSubcommands[kind], args=["--help"], prog=sys.argv[0])  # type: ignore[valid-type, misc]
+            # tyro wants a default for lists of settings, which the YAML gives; their help comes with it.
+            lists: dict[str, Any] = {
+                n: (f.annotation, []) for n, f in kind.model_fields.items() if get_origin(f.annotation) is list
+            }
+            helped = create_model(kind.__name__, __base__=kind, **lists)  # type: ignore[call-overload]
+            tyro.cli(tyro.conf.AvoidSubcommands[helped], args=["--help"], prog=sys.argv[0])  # type: ignore[valid-type, misc]
         if in_demo is not None and (not argv or (len(argv) == 1 and "steps" in _read_yaml(argv[0]))):
             outcome = in_demo(argv[0] if argv else None)
         elif argv:

@@ -11,8 +11,11 @@ import pytest
 from pydantic import Field, ValidationError
 
 from dede_ray.attacks.poison import PoisonConfig
-from dede_ray.config import Config, Mistake, claim, finish, load, read_json, write_atomically, write_json
+from dede_ray.check import CheckConfig
+from dede_ray.config import Config, Mistake, claim, finish, load, main, read_json, write_atomically, write_json
 from dede_ray.ingest import IngestConfig
+from dede_ray.pipeline import STEPS
+from dede_ray.speed import SpeedConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -211,3 +214,12 @@ def test_help_is_written_by_the_field_docstrings():
     assert job.returncode == 0
     assert "--samples-per-shard" in job.stdout
     assert "Samples in one tar" in job.stdout
+
+
+@pytest.mark.parametrize("kind", [kind for kind, _ in STEPS.values()] + [CheckConfig, SpeedConfig])
+def test_every_job_explains_its_settings(kind, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["job.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main(kind, print)
+    assert ended.value.code == 0
+    assert "--output" in capsys.readouterr().out
