@@ -45,6 +45,8 @@ from dede_ray.training import ClipTrain, _ClipRecipe
 from dede_ray.victims import OpenClipVictim, load_victim
 from dede_ray.weights import read_tensors
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # what Pillow says of such images would fill pages
+
 LIMITS = Limits()
 READABLE = [case for case in SHARDS if not case.is_refused]
 LONGEST_S = 60  # for one case, on a slow and busy machine
