@@ -93,9 +93,9 @@ class SiftConfig(Config):
     """Drop the samples that could not be scored, too."""
     lists_only: bool = False
     """Write the lists, but no shards."""
-    verify: bool = True
-    """Compare every image with the content hash of the manifest; otherwise those of the dropped samples only, and all
-    names. SHA-256 is half of a core's work."""
+    verify: bool = False
+    """Compare every image with the content hash of the manifest, not only those of the dropped samples; names are
+    compared anyhow. SHA-256 nearly halves the speed."""
 
 
 def sift(config: SiftConfig) -> str:

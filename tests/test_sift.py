@@ -309,12 +309,12 @@ def test_shards_that_were_not_scored_are_refused(corpus, local_ray, write_pictur
             header = tarfile.TarInfo(f"{number:04d}.png")
             tar.addfile(header)
     with pytest.raises(Mistake, match=r"image of train-00001.tar/0010 has the SHA-256 e3b0c44298fc, the one scored"):
-        sift(config(corpus, output=str(corpus / "out2")))
+        sift(config(corpus, output=str(corpus / "out2"), verify=True))
     with pytest.raises(Mistake, match=r"image of train-00001.tar/0010"):
-        sift(config(corpus, output=str(corpus / "out3"), verify=False))
+        sift(config(corpus, output=str(corpus / "out3")))
     scored_ones = Listed(path=str(corpus / "list.txt"))
     (corpus / "list.txt").write_text("train-00000.tar/0003\n")
-    assert "29 of 30" in sift(config(corpus, output=str(corpus / "out4"), verify=False, drop=scored_ones))
+    assert "29 of 30" in sift(config(corpus, output=str(corpus / "out4"), drop=scored_ones))
 
 
 @pytest.mark.parametrize(
