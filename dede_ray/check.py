@@ -56,17 +56,17 @@ from dede_ray.shards import (
     Sample,
     Shard,
     ShardEnd,
-    _expand_braces,
-    _list_one,
-    _Member,
-    _orientation,
-    _with_one_exif,
+    TarHeader,
     decode_image,
+    find_shards,
+    in_order,
     iter_samples,
     open_shard,
     open_tar,
+    orientation,
     sample_id,
     split_name,
+    with_one_exif,
 )
 from dede_ray.sources import read_classes
 
@@ -259,17 +259,13 @@ def check(config: CheckConfig) -> str:
 def _find_shards(patterns: str | list[str]) -> list[Shard]:
     """List shards as `list_shards` does, and those too that cannot be read: they are why one calls a doctor."""
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    shards = [shard for pattern in patterns for part in _expand_braces(pattern) for shard in _list_one(part)]
+    shards = [shard for pattern in patterns for shard in find_shards(pattern)]
     if not shards:
         raise Mistake(
             f"no shards at {', '.join(patterns) or 'an empty list'} (looked from {Path.cwd()}); expected .tar or "
             ".tar.gz files, a folder of them, or a pattern such as shards/train-*.tar"
         )
-    shards.sort(key=lambda shard: shard.name + "/")  # the order of their sample ids
-    for one, other in itertools.pairwise(shards):
-        if one.name == other.name:
-            raise Mistake(f"two shards are named {one.name}: {one.url} and {other.url}; check them in two runs")
-    return shards
+    return in_order(shards)
 
 
 def _version(shard: Shard) -> str:
@@ -437,7 +433,7 @@ def printable(text: str, most: int = 200) -> str:
 # ------------------------------------------------------------------------------------------- its headers
 
 
-class _Header(_Member):
+class _Header(TarHeader):
     """A tar header that notes what the reader met where it expected the next one."""
 
     @classmethod
@@ -637,12 +633,12 @@ def _header(content: bytes, suffix: str) -> tuple[dict[str, Any], list[tuple[str
     facts: dict[str, Any] = {}
     oddities: list[tuple[str, str]] = []
     try:
-        with Image.open(io.BytesIO(_with_one_exif(content)), formats=IMAGE_FORMATS) as image:
+        with Image.open(io.BytesIO(with_one_exif(content)), formats=IMAGE_FORMATS) as image:
             kind = "JPEG" if image.format == "MPO" else image.format  # several JPEGs in one file
             mode, info = image.mode, image.info
             facts = {"format": kind, "mode": mode, "width": image.width, "height": image.height}
             # Pillow would decode a PNG to look for EXIF at its end.
-            turn = _orientation(image) if any(name in info for name in _ABOUT_ROTATION) else 1
+            turn = orientation(image) if any(name in info for name in _ABOUT_ROTATION) else 1
             is_so = {
                 "image_wrong_suffix": kind != _FORMATS.get(suffix),
                 "image_animated": getattr(image, "is_animated", False),

@@ -14,7 +14,9 @@ A shard costs no more than it weighs: time and memory are bounded by the bytes o
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import gzip
 import hashlib
 import io
 import itertools
@@ -27,7 +29,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import IO, Any, cast, get_args
 from typing import Literal as L
 
 import numpy as np
@@ -140,20 +142,14 @@ def list_shards(patterns: str | Sequence[str]) -> list[Shard]:
         raise Mistake("the list of shards is empty; name .tar files, a folder of them, or a pattern")
     shards: list[Shard] = []
     for pattern in patterns:
-        found = [shard for part in _expand_braces(pattern) for shard in _list_one(part)]
+        found = find_shards(pattern)
         if not found:
             raise Mistake(
                 f"no shards at {pattern} (looked from {Path.cwd()}); expected .tar or .tar.gz files, "
                 "a folder of them, or a pattern such as shards/train-*.tar"
             )
         shards += found
-    shards.sort(key=lambda shard: shard.name + "/")  # the order of their sample ids
-    for one, other in itertools.pairwise(shards):
-        if one.name == other.name:
-            raise Mistake(
-                f"two shards are named {one.name}: {one.url} and {other.url}; sample ids are "
-                "<shard name>/<key>, so rename one or handle them in two runs"
-            )
+    shards = in_order(shards)
     unreadable = [f"{shard.url}: {problem}" for shard in shards if (problem := _why_unreadable(shard))]
     if unreadable:
         listing = "\n  ".join(unreadable[:10])
@@ -162,6 +158,27 @@ def list_shards(patterns: str | Sequence[str]) -> list[Shard]:
             "repair or remove them, or name the readable ones"
         )
     return shards
+
+
+def find_shards(pattern: str) -> list[Shard]:
+    """Expand one pattern as `list_shards` does; nothing is opened, and perhaps nothing found."""
+    return [shard for part in _expand_braces(pattern) for shard in _list_one(part)]
+
+
+def in_order(shards: Iterable[Shard]) -> list[Shard]:
+    """Sort shards by the ids of their samples.
+
+    Raises:
+        Mistake: two have one name.
+    """
+    ordered = sorted(shards, key=lambda shard: shard.name + "/")
+    for one, other in itertools.pairwise(ordered):
+        if one.name == other.name:
+            raise Mistake(
+                f"two shards are named {one.name}: {one.url} and {other.url}; sample ids are "
+                "<shard name>/<key>, so rename one or handle them in two runs"
+            )
+    return ordered
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -272,17 +289,17 @@ def open_tar(stream: IO[bytes], tap: Callable[[Any], Any] = lambda source: sourc
         except tarfile.HeaderError:  # type: ignore[attr-defined]
             is_gzipped = True
     source: Any = _Unfolding(stream) if is_gzipped else stream
-    return Tar(fileobj=tap(source), tarinfo=_Member, encoding="utf-8", errors="surrogateescape")
+    return Tar(fileobj=tap(source), tarinfo=TarHeader, encoding="utf-8", errors="surrogateescape")
 
 
-class _Member(tarfile.TarInfo):
+class TarHeader(tarfile.TarInfo):
     """A tar header that asks for no more than a bounded number of bytes, and never to go back.
 
     Global pax headers are stepped over: what a member is must not depend on where reading began.
     """
 
     @classmethod
-    def fromtarfile(cls, tar: Any) -> _Member:
+    def fromtarfile(cls, tar: Any) -> TarHeader:
         try:
             member = super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -307,7 +324,7 @@ class _Member(tarfile.TarInfo):
         except tarfile.HeaderError as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError(str(error)) from None
 
-    def _proc_sparse(self, tar: Any) -> _Member:
+    def _proc_sparse(self, tar: Any) -> TarHeader:
         """Step over the map of a file with holes."""
         _, is_extended, _ = self._sparse_structs  # type: ignore[attr-defined]
         while is_extended:
@@ -537,7 +554,7 @@ def decode_image(
         BadSample: `image_unreadable`, `image_truncated` or `image_too_large`.
     """
     try:
-        with Image.open(io.BytesIO(_with_one_exif(content)), formats=IMAGE_FORMATS) as image:
+        with Image.open(io.BytesIO(with_one_exif(content)), formats=IMAGE_FORMATS) as image:
             width, height = image.size
             if width * height > limits.max_pixels or _is_painted_over(content, width * height, limits):
                 raise BadSample("image_too_large")
@@ -547,7 +564,7 @@ def decode_image(
             if enough_px is not None:
                 image.draft("RGB", (2 * enough_px, 2 * enough_px))
             image.load()
-            turn = _TURNS.get(_orientation(image))
+            turn = _TURNS.get(orientation(image))
             rgb: Image.Image = image if turn is None else image.transpose(turn)
             if rgb.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to 255, not scale it
                 rgb = Image.fromarray((np.asarray(rgb) >> 8).clip(0, 255).astype(np.uint8))
@@ -575,7 +592,7 @@ _TURNS = {  # by EXIF's orientation
 }
 
 
-def _with_one_exif(content: bytes) -> bytes:
+def with_one_exif(content: bytes) -> bytes:
     """Hide all EXIF data of a JPEG but the first.
 
     Pillow joins the EXIF segments of a JPEG as it opens it, and before version 13 copies the whole for each of their
@@ -589,7 +606,7 @@ def _with_one_exif(content: bytes) -> bytes:
     return content[:rest] + content[rest:].replace(_EXIF, b"Exif\0_")
 
 
-def _orientation(image: Image.Image) -> Any:
+def orientation(image: Image.Image) -> Any:
     """EXIF's orientation; damaged EXIF data say nothing."""
     if any(len(image.info.get(name) or "") > MAX_EXIF_BYTES for name in ("exif", "Raw profile type exif")):
         return None
@@ -641,6 +658,20 @@ def encode_image(image_HWC: np.ndarray, suffix: str, quality: int = 95) -> bytes
 # --------------------------------------------------------------------------------------------- writing
 
 
+@contextlib.contextmanager
+def write_whole(path: Path, is_gzipped: bool, buffering: int = -1) -> Iterator[IO[bytes]]:
+    """Open a file for writing that is absent or whole, whatever is killed; the same bytes for the same content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with open(temporary, "wb", buffering) as file:
+        if is_gzipped:
+            with gzip.GzipFile("", "wb", 6, file, mtime=0) as zipped:  # neither clock time nor name in the header
+                yield cast(IO[bytes], zipped)
+        else:
+            yield file
+    temporary.replace(path)
+
+
 def write_shard(path: str | os.PathLike[str], samples: Iterable[Sample]) -> int:
     """Write one tar; equal samples give equal bytes. Absent or whole, whatever is killed.
 
@@ -648,21 +679,18 @@ def write_shard(path: str | os.PathLike[str], samples: Iterable[Sample]) -> int:
         The number of samples written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     num_samples = 0
-    with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+    with write_whole(path, False) as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for sample in samples:
             num_samples += 1
             if sample.image is not None:
-                _add(tar, f"{sample.key}.{sample.image_suffix}", sample.image)
+                add_member(tar, f"{sample.key}.{sample.image_suffix}", sample.image)
             if sample.caption is not None:
-                _add(tar, f"{sample.key}.txt", sample.caption.encode())
+                add_member(tar, f"{sample.key}.txt", sample.caption.encode())
             if sample.label is not None:
-                _add(tar, f"{sample.key}.cls", str(sample.label).encode())
+                add_member(tar, f"{sample.key}.cls", str(sample.label).encode())
             for suffix, content in sorted(sample.others.items()):
-                _add(tar, f"{sample.key}.{suffix}", content)
-    temporary.replace(path)
+                add_member(tar, f"{sample.key}.{suffix}", content)
     return num_samples
 
 
@@ -688,7 +716,8 @@ def _write_numbered(folder: str | os.PathLike[str], split: str, number: int, sam
     return path
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Append a file to a tar, under a header without owner and clock time."""
     header = tarfile.TarInfo(name)
     header.size = len(content)
     header.mode = 0o644

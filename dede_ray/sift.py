@@ -24,7 +24,6 @@ these two; here the second sample has an id of its own (`<key>#<index>`), and on
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import io
 import json
@@ -50,7 +49,18 @@ from dede_ray.config import Config, Mistake, claim, finish, parse_json, read_jso
 from dede_ray.decisions import AssumedPoisonRate, FixedThreshold
 from dede_ray.ledger import write_parquet
 from dede_ray.manifest import Manifest, read_manifest
-from dede_ray.shards import IMAGE_SUFFIXES, Limits, Shard, Tar, list_shards, open_shard, open_tar, sample_id, split_name
+from dede_ray.shards import (
+    IMAGE_SUFFIXES,
+    Limits,
+    Shard,
+    Tar,
+    list_shards,
+    open_shard,
+    open_tar,
+    sample_id,
+    split_name,
+    write_whole,
+)
 from dede_ray.sources import read_classes
 
 logger = logging.getLogger(__name__)
@@ -305,7 +315,8 @@ def sift_shard(shard: Shard, rows_path: Path, places: list[int], limits: Limits,
     with open_shard(shard) as stream:
         is_zipped = open_tar(stream).is_gzipped
     sift_tar = _sift_stream if is_zipped or "://" in shard.url else _sift_file
-    with _write(path, is_zipped) as sink:
+    # Unbuffered: the kernel copies into it directly.
+    with write_whole(path, is_zipped, buffering=0) if path else contextlib.nullcontext() as sink:
         num_bytes_kept = sift_tar(shard, judge, sink)
         judge.finish()
     receipt = {
@@ -409,23 +420,6 @@ def _url_in(content: bytes) -> str | None:
         return url if isinstance(url, str) and url.encode() else None
     except ValueError:
         return None
-
-
-@contextlib.contextmanager
-def _write(path: Path | None, is_zipped: bool) -> Iterator[IO[bytes] | None]:
-    """Open a shard for writing, or none at all; absent or whole. The same bytes for the same content."""
-    if path is None:
-        yield None
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "wb", buffering=0) as file:
-        if is_zipped:  # without clock time and name in the header
-            with gzip.GzipFile("", "wb", 6, file, mtime=0) as zipped:
-                yield cast(IO[bytes], zipped)
-        else:
-            yield file
-    temporary.replace(path)
 
 
 def _write_end(sink: IO[bytes] | None, num_bytes: int) -> None:

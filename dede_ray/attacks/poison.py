@@ -7,15 +7,13 @@ beside the shards.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
 import logging
-import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +32,7 @@ from dede_ray.shards import (
     Limits,
     Shard,
     ShardEnd,
+    add_member,
     decode_image,
     encode_image,
     iter_samples,
@@ -41,6 +40,7 @@ from dede_ray.shards import (
     open_shard,
     sample_id,
     split_name,
+    write_whole,
 )
 from dede_ray.sources import Classes, class_captions, pick_caption, read_classes
 
@@ -313,15 +313,15 @@ def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: Poiso
                     stamped_suffix = "png" if config.encoding == "png" else suffix
                     image_HWC = decode_image(content.read(), config.limits)
                     stamped_HWC = config.trigger.stamp(image_HWC, sample_id(shard.name, key))
-                    _add(
+                    add_member(
                         copy,
                         name[: len(name) - len(suffix)] + stamped_suffix,
                         encode_image(stamped_HWC, stamped_suffix, config.jpeg_quality),
                     )
                 elif suffix in LABEL_SUFFIXES and change.label is not None:
-                    _add(copy, name, str(change.label).encode())
+                    add_member(copy, name, str(change.label).encode())
                 elif suffix in CAPTION_SUFFIXES and change.caption is not None:
-                    _add(copy, name, change.caption.encode())
+                    add_member(copy, name, change.caption.encode())
                 else:
                     header = tarfile.TarInfo(name)
                     header.size = member.size
@@ -334,21 +334,8 @@ def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: Poiso
 @contextlib.contextmanager
 def _write_tar(path: Path, is_complete: bool) -> Iterator[tarfile.TarFile]:
     """Open a tar for writing, gzipped if its name says so; absent or whole. Without its end if it is not complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "wb") as file, contextlib.ExitStack() as stack:
-        stream: IO[bytes] = file
-        if path.name.endswith("gz"):
-            zipped = gzip.GzipFile("", "wb", 6, file, mtime=0)  # no clock time: equal runs give equal bytes
-            stream = cast(IO[bytes], stack.enter_context(zipped))
+    with write_whole(path, path.name.endswith("gz")) as stream:
         tar = tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT)
         yield tar
         if is_complete:
             tar.close()  # writes the end; everything else is written already
-    temporary.replace(path)
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    header = tarfile.TarInfo(name)
-    header.size = len(content)
-    tar.addfile(header, io.BytesIO(content))
