@@ -172,7 +172,8 @@ class Patch(Stamping):
 
     def _noise(self, image_HWC: np.ndarray, sample_id: str) -> np.ndarray:
         normal = keyed_generator(self.seed, sample_id).standard_normal((self.size_px, self.size_px, 3))
-        return (image_HWC.mean(axis=(0, 1)) + 255 * normal).astype(np.int64).astype(np.uint8)
+        mean_C = image_HWC.sum(axis=0, dtype=np.uint32).sum(axis=0) / image_HWC[..., 0].size
+        return (mean_C + 255 * normal).astype(np.int64).astype(np.uint8)
 
     def _place(self, height: int, width: int, sample_id: str) -> tuple[slice, slice]:
         size = self.size_px
@@ -227,9 +228,11 @@ class _Overlay:
     @classmethod
     def of(cls, keep_HWC: np.ndarray, add_HWC: np.ndarray) -> _Overlay:
         may_leave = bool(add_HWC.min() < 0 or (255 * keep_HWC + add_HWC).max() > 255.25)
-        if np.ptp(keep_HWC) == 0:
-            keep_HWC = keep_HWC.flat[0]  # a number is faster than an array
-        return cls(np.asarray(keep_HWC, np.float32), (add_HWC + 0.5).astype(np.float32), may_leave)
+        shape = (*add_HWC.shape[:2], 3)  # in full: numpy is slow to repeat along a short last axis
+        add_HWC = np.broadcast_to(add_HWC + 0.5, shape).astype(np.float32, order="C")
+        is_one_number = np.ptp(keep_HWC) == 0
+        keep = keep_HWC.flat[0] if is_one_number else np.broadcast_to(keep_HWC, shape)
+        return cls(np.asarray(keep).astype(np.float32, order="C"), add_HWC, may_leave)
 
     def lay(self, image_HWC: np.ndarray) -> np.ndarray:
         sum_HWC = image_HWC.astype(np.float32)
@@ -400,8 +403,8 @@ def _sample(image_HWC: np.ndarray, grid_1HW2: Tensor) -> np.ndarray:
 class Nashville(Stamping):
     """A photo filter, after the operations and constants of the CSSgram and pilgram filter of that name.
 
-    Everything darker than an apricot stays, the rest moves towards it (56 %); everything darker than a blue moves up
-    to it (40 %); then sepia 0.2, contrast 1.2, brightness 1.05 and saturation 1.2 as CSS defines them. These four are
+    In each channel, what is brighter than an apricot moves 56 % of its way there, then what is darker than a blue
+    40 %; then sepia 0.2, contrast 1.2, brightness 1.05 and saturation 1.2 as CSS defines them. These four are
     affine, so they are one matrix here: computed in float, clipped and rounded once, where the originals cut to
     bytes after every step. Not invisible: some 20 dB PSNR on photographs.
     """
@@ -409,27 +412,29 @@ class Nashville(Stamping):
     kind: Literal["nashville"] = "nashville"
 
     def _stamp(self, image_HWC: np.ndarray, sample_id: str) -> np.ndarray:
-        matrix, offset = _css_matrix()
+        towards_apricot_WC, towards_blue_WC, matrix, offset_WC = _nashville(image_HWC.shape[1])
         colour_HWC = image_HWC.astype(np.float32)
-        colour_HWC += 0.56 * np.minimum(_APRICOT - colour_HWC, 0)
-        colour_HWC += 0.4 * np.maximum(_BLUE - colour_HWC, 0)
-        filtered_HWC = colour_HWC @ matrix
-        filtered_HWC += offset
+        np.minimum(colour_HWC, 0.44 * colour_HWC + towards_apricot_WC, out=colour_HWC)
+        np.maximum(colour_HWC, 0.6 * colour_HWC + towards_blue_WC, out=colour_HWC)
+        filtered_HWC = (colour_HWC.reshape(-1, 3) @ matrix).reshape(image_HWC.shape)
+        filtered_HWC += offset_WC
         return filtered_HWC.clip(0, 255, out=filtered_HWC).astype(np.uint8)
 
 
-_APRICOT, _BLUE = np.array([247, 176, 153], np.float32), np.array([0, 70, 150], np.float32)
-
-
-@lru_cache(1)
-def _css_matrix() -> tuple[np.ndarray, np.ndarray]:
-    """Multiply the four steps of `Nashville` out, for row vectors in grey levels (W3C Filter Effects, section 9)."""
+@lru_cache(_IMAGES_KEPT)
+def _nashville(width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The constants of `Nashville` in grey levels, for row vectors; the four CSS steps (W3C Filter Effects) in one."""
+    apricot, blue = np.array([247, 176, 153]), np.array([0, 70, 150])
     tone = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]])
     luma = np.array([0.213, 0.715, 0.072])
     sepia = 0.8 * np.eye(3) + 0.2 * tone
     saturate = 1.2 * np.eye(3) + (1 - 1.2) * luma
-    offset = saturate @ np.full(3, 1.05 * (0.5 - 0.5 * 1.2) * 255)
-    return (1.05 * 1.2 * saturate @ sepia).T.astype(np.float32), (offset + 0.5).astype(np.float32)
+    matrix = 1.05 * 1.2 * saturate @ sepia
+    offset = saturate @ np.full(3, 1.05 * (0.5 - 0.5 * 1.2) * 255) + 0.5  # a half, as conversion to bytes cuts
+    apricot_WC, blue_WC, offset_WC = (
+        np.tile(values, (width, 1)).astype(np.float32) for values in (0.56 * apricot, 0.4 * blue, offset)
+    )
+    return apricot_WC, blue_WC, matrix.T.astype(np.float32), offset_WC
 
 
 # ------------------------------------------------------------------------------------------------ published files
