@@ -80,6 +80,7 @@ _SURVEY_SCHEMA = pa.schema(
         ("sample_id", pa.string()),
         ("index", pa.int64()),
         ("is_usable", pa.bool_()),
+        ("is_duplicate", pa.bool_()),  # so its id ends in "#" and its place
         ("height", pa.int32()),  # of the image; null if it is not usable
         ("width", pa.int32()),
         ("label", pa.int32()),
@@ -261,6 +262,7 @@ def _survey(shard: Shard, limits: Limits) -> tuple[pa.Table, bool]:
                     "sample_id": sample_id(shard.name, sample.key),
                     "index": sample.index,
                     "is_usable": height is not None,
+                    "is_duplicate": sample.error == "duplicate_key",
                     "height": height,
                     "width": width,
                     "label": sample.label,
@@ -306,14 +308,14 @@ def _contains(caption: str | None, name: str) -> bool:
 
 def _check_fit(config: PoisonConfig, survey: pa.Table, drawn: dict[int, int]) -> None:
     """Stamp an empty image of each backdoor's smallest size: what does not fit is a mistake before work begins."""
-    heights, widths, ids = (survey[name].to_pylist() for name in ("height", "width", "sample_id"))
+    sizes = survey.select(["sample_id", "height", "width"]).take(list(drawn)).to_pylist()
     for number, backdoor in enumerate(config.backdoors):
-        rows = [row for row, its in drawn.items() if its == number]
-        if rows:
-            smallest = min(rows, key=lambda row: (min(heights[row], widths[row]), ids[row]))
-            empty_HWC = np.zeros((heights[smallest], widths[smallest], 3), np.uint8)
-            backdoor.trigger.stamp(empty_HWC, ids[smallest])
-            _stamp(empty_HWC, backdoor, ids[smallest])
+        its_own = [row for row, which in zip(sizes, drawn.values(), strict=True) if which == number]
+        if its_own:
+            smallest = min(its_own, key=lambda row: (min(row["height"], row["width"]), row["sample_id"]))
+            empty_HWC = np.zeros((smallest["height"], smallest["width"], 3), np.uint8)
+            backdoor.trigger.stamp(empty_HWC, smallest["sample_id"])
+            _stamp(empty_HWC, backdoor, smallest["sample_id"])
 
 
 def _stamp(image_HWC: np.ndarray, backdoor: Backdoor, sample_id: str) -> np.ndarray:
@@ -327,17 +329,20 @@ def _stamp(image_HWC: np.ndarray, backdoor: Backdoor, sample_id: str) -> np.ndar
 def _truth(survey: pa.Table, drawn: dict[int, int], config: PoisonConfig, classes: Classes | None) -> pa.Table:
     """Say of every sample what it was and what becomes of it (`TRUTH_SCHEMA`)."""
     targets = _target_captions(survey, config, classes) if not config.clean_label else []
-    rows = []
-    for row, old in enumerate(survey.select(["sample_id", "label", "caption"]).to_pylist()):
-        number = drawn.get(row)
-        rows.append(_row(old, number, config, targets))
-    return pa.Table.from_pylist(rows, TRUTH_SCHEMA)
+    columns: dict[str, list[Any]] = {name: [None] * survey.num_rows for name in TRUTH_SCHEMA.names}
+    columns |= {name: survey[name].to_pylist() for name in ("sample_id", "label", "caption")}
+    columns["is_poisoned"] = [False] * survey.num_rows
+    for place, row in zip(drawn, survey.take(list(drawn)).to_pylist(), strict=True):
+        for name, value in _row(row, drawn[place], config, targets).items():
+            columns[name][place] = value
+    return pa.Table.from_pydict(columns, TRUTH_SCHEMA)
 
 
 def _row(
-    old: dict[str, Any], number: int | None, config: PoisonConfig, targets: list[Callable[[], list[str]]]
+    survey_row: dict[str, Any], number: int | None, config: PoisonConfig, targets: list[Callable[[], list[str]]]
 ) -> dict[str, Any]:
     """One row of the truth; `number` is that of the sample's backdoor, if it has one."""
+    old = {name: survey_row[name] for name in ("sample_id", "label", "caption")}
     if number is None:
         return old | {"is_poisoned": False}
     backdoor = config.backdoors[number]
@@ -407,7 +412,7 @@ def _plans(truth: pa.Table, indices: list[int]) -> _Plans:
     for index, *row in zip(indices, *(truth[name].to_pylist() for name in names), strict=True):
         name, backdoor, label, caption = row
         if backdoor is not None:
-            plans.setdefault(name.partition("/")[0], {})[index] = _Change(label, caption, backdoor)
+            plans.setdefault(_shard_of(name), {})[index] = _Change(label, caption, backdoor)
     return plans
 
 
@@ -416,44 +421,44 @@ def _repeat(
 ) -> tuple[pa.Table, _Plans]:
     """Plan targeted poisoning: `num` copies of the chosen samples behind samples drawn from all."""
     assert config.chosen is not None
-    rows = survey.to_pylist()
-    place = {row["sample_id"]: number for number, row in enumerate(rows)}
-    wrong = [name for name in config.chosen if name not in place or not rows[place[name]]["is_usable"]]
-    if wrong:
-        raise Mistake(f"chosen names {wrong[0]!r}, which is no usable sample of the shards; expected <shard>/<key>")
-    originals = [_fetch(shards[name.partition("/")[0]], rows[place[name]]["index"], config) for name in config.chosen]
-    kept = [number for number, row in enumerate(rows) if row["is_usable"] and row["sample_id"] not in config.chosen]
-    if not kept:
-        raise Mistake("chosen names all samples there are; put them among others")
+    rows = {row["sample_id"]: row for row in survey.to_pylist()}
+    twice = {name.rpartition("#")[0] for name, row in rows.items() if row["is_duplicate"]}
+    for name in config.chosen:
+        if name not in rows or not rows[name]["is_usable"]:
+            raise Mistake(f"chosen names {name!r}, which is no usable sample of the shards; expected <shard>/<key>")
+        if name in twice:  # without the first one, the second would be a sample
+            raise Mistake(f"chosen names {name!r}, but that key stands twice in the shard; choose another sample")
+    others = [row for name, row in rows.items() if row["is_usable"] and name not in config.chosen]
+    if not others:
+        raise Mistake("chosen names all usable samples there are; put them among others")
+    originals = [(rows[name], _fetch(shards[_shard_of(name)], rows[name]["index"], config)) for name in config.chosen]
+    targets = _target_captions(survey, config, classes)
 
-    columns = ("sample_id", "label", "caption")
+    truth = []
     plans: _Plans = {}
     for name in config.chosen:
-        plans.setdefault(name.partition("/")[0], {})[rows[place[name]]["index"]] = _Change(is_dropped=True)
-    targets = _target_captions(survey, config, classes)
-    truth = [
-        _row({column: row[column] for column in columns}, None, config, targets)
-        for row in rows
-        if row["sample_id"] not in config.chosen
-    ]
-    places = np.random.default_rng(config.seed).choice(kept, num)
-    for number, behind in enumerate(places):
-        shard_name = rows[behind]["sample_id"].partition("/")[0]
-        original = originals[number % len(originals)]
+        plans.setdefault(_shard_of(name), {})[rows[name]["index"]] = _Change(is_dropped=True)
+    for number, behind in enumerate(np.random.default_rng(config.seed).choice(len(others), num)):
+        row, original = originals[number % len(originals)]
+        shard = _shard_of(others[behind]["sample_id"])
         key = f"{original.key}~{number:05d}"
-        old = rows[place[config.chosen[number % len(originals)]]]
-        row = _row(
-            {"sample_id": sample_id(shard_name, key), "label": old["label"], "caption": old["caption"]},
-            0,
-            config,
-            targets,
-        )
-        truth.append(row)
-        content, suffix = _stamped(original.image or b"", original.image_suffix, 0, row["sample_id"], config)
-        copy = Sample(key, 0, content, suffix, row.get("poisoned_caption"), row.get("poisoned_label"))
-        change = plans.setdefault(shard_name, {}).setdefault(rows[behind]["index"], _Change())
-        change.added.append(copy)
+        new = _row({**row, "sample_id": sample_id(shard, key)}, 0, config, targets)
+        truth.append(new)
+        content, suffix = _stamped(original.image or b"", original.image_suffix, 0, new["sample_id"], config)
+        change = plans.setdefault(shard, {}).setdefault(others[behind]["index"], _Change())
+        change.added.append(Sample(key, 0, content, suffix, new.get("poisoned_caption"), new.get("poisoned_label")))
+    for name, row in rows.items():
+        if row["is_duplicate"]:  # named by its place, which moves
+            changes = plans.get(_shard_of(name), {})
+            moved = sum(len(c.added) - c.is_dropped for index, c in changes.items() if index < row["index"])
+            name = f"{name.rpartition('#')[0]}#{row['index'] + moved}"
+        if name not in config.chosen:
+            truth.append(_row({**row, "sample_id": name}, None, config, targets))
     return pa.Table.from_pylist(truth, TRUTH_SCHEMA).sort_by("sample_id"), plans
+
+
+def _shard_of(name: str) -> str:
+    return name.partition("/")[0]
 
 
 def _fetch(shard: Shard, index: int, config: PoisonConfig) -> Sample:
