@@ -248,6 +248,9 @@ def test_sig_is_the_sine_of_its_paper_clipped(picture):
     image = picture(2, 24, 224)
     wave = 60 * np.sin(2 * np.pi * 6 * np.arange(224) / 224)
     assert_rounded(Sinusoid().stamp(image), image + wave[None, :, None])
+    for amplitude, decibels in ((20, 25.1), (60, 15.6)):  # where nothing clips: 255 over amplitude / sqrt(2)
+        grey = np.full((24, 224, 3), 128, np.uint8)
+        assert psnr_db(Sinusoid(amplitude=amplitude).stamp(grey), grey) == pytest.approx(decibels, abs=0.1)
     extreme = np.random.default_rng(0).integers(0, 2, (24, 224, 3), dtype=np.uint8) * 255
     assert_rounded(Sinusoid().stamp(extreme), extreme + wave[None, :, None])
 
