@@ -316,11 +316,12 @@ def test_the_frequency_trigger_is_the_published_pattern_in_u_and_v():
 
 
 def test_the_frequency_trigger_is_what_ctrls_steps_give(originals):
+    differ = []
     for image in originals:
-        slow = ctrl_step_by_step(image, 100)
-        fast = Frequency().stamp(image)
+        slow, fast = ctrl_step_by_step(image, 100), Frequency().stamp(image)
         assert np.abs(fast - slow).max() < 0.5 + 0.35  # the rounded coefficients of their way back from YUV
-        assert (fast != np.rint(slow)).mean() < 0.03
+        differ.append((fast != np.rint(slow)).mean())
+    assert np.mean(differ) < 0.02
 
 
 @pytest.mark.parametrize(("magnitude", "decibels"), [(50, 38.0), (100, 32.0), (200, 26.1)])
