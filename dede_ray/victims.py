@@ -35,9 +35,9 @@ class OpenClipVictim(Config):
 
     def located(self) -> OpenClipVictim:
         """The same with absolute paths, for Ray's workers, whose working folder may be another."""
-        is_file = self.architecture is not None and Path(self.architecture).exists()
-        architecture = str(Path(self.architecture).absolute()) if self.architecture and is_file else self.architecture
-        return self.model_copy(update={"path": str(Path(self.path).absolute()), "architecture": architecture})
+        return self.model_copy(
+            update={"path": _absolute(self.path), "architecture": _absolute_if_file(self.architecture)}
+        )
 
 
 class EncoderVictim(Config):
@@ -51,7 +51,7 @@ class EncoderVictim(Config):
 
     def located(self) -> EncoderVictim:
         """The same with an absolute path, for Ray's workers."""
-        return self.model_copy(update={"path": str(Path(self.path).absolute())})
+        return self.model_copy(update={"path": _absolute(self.path)})
 
 
 class PublishedVictim(Config):
@@ -78,7 +78,15 @@ class PublishedVictim(Config):
 
     def located(self) -> PublishedVictim:
         """The same with an absolute path, for Ray's workers."""
-        return self.model_copy(update={"path": str(Path(self.path).absolute())})
+        return self.model_copy(update={"path": _absolute(self.path), "clip": _absolute_if_file(self.clip)})
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())
+
+
+def _absolute_if_file(name: str | None) -> str | None:
+    return _absolute(name) if name and Path(name).exists() else name
 
 
 def _with_kind(content: Any) -> Any:
