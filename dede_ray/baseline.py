@@ -136,7 +136,7 @@ def _write_shards(folder: Path, config: TrainerSpeed, size_px: int, num_samples:
         source = [s for shard in list_shards(config.shards) for s in iter_samples(open_shard(shard), Limits())]
         source = [sample for sample in source if sample.error is None]
     else:
-        source = list(_digits() if size_px <= 64 else _photographs())
+        source = list(_digits() if size_px <= 64 else photographs())
     samples = (
         Sample(f"{i:08d}", i, image=like.image, image_suffix=like.image_suffix, caption=like.caption or f"picture {i}")
         for i, like in ((i, source[i % len(source)]) for i in range(num_samples))
@@ -148,7 +148,7 @@ def _digits() -> Iterable[Sample]:
     return Digits(calibration=0, test=0).read(0, Limits())["train"]
 
 
-def _photographs(count: int = 64, height: int = 256, width: int = 341) -> Iterator[Sample]:
+def photographs(count: int = 64, height: int = 256, width: int = 341) -> Iterator[Sample]:
     """Noise whose amplitude falls as one over the frequency, as that of photographs does: JPEGs of natural size."""
     rng = np.random.default_rng(0)
     frequency_HW = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])

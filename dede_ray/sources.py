@@ -1,29 +1,33 @@
 """Sources: where clean images come from, and what is drawn from them by chance: splits, samples, captions.
 
-A source is one class with one method, `read`, which names its splits and yields their samples; a new source is
-such a class and its name in the union `Source` of ingest.py.
+A source is one class with two methods: `find` names its splits and lists where their samples lie, `load` reads some of
+them, in whatever process. A new source is such a class and its name in the union `Source` of ingest.py; those of the
+standard data sets are in datasets.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
-import io
-import json
 import logging
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import ClassVar, Literal, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
-from dede_ray.config import Config, Mistake, explain
+from dede_ray.archives import Piece
+from dede_ray.config import Config, Mistake, explain, parse_json
 from dede_ray.shards import (
     BadSample,
     Limits,
+    Reason,
     Sample,
     Shard,
     decode_image,
@@ -34,6 +38,106 @@ from dede_ray.shards import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+class Item(NamedTuple):
+    """Where one sample lies, and what is known of it before its image is read: what may be listed by the million."""
+
+    key: str
+    file: str = ""
+    place: int = 0
+    """Byte, row or position in the file: what `load` of its source makes of it."""
+    num_bytes: int = 0
+    label: int | None = None
+    caption: str | Piece | None = None
+    """The source's own caption, or the small file that holds it."""
+    error: Reason | None = None
+
+
+@dataclass
+class Listing:
+    """What a source has: the items of each split in their order, and the names of classes 0, 1, 2 ... if any."""
+
+    splits: dict[str, list[Item]]
+    class_names: list[str] | None = None
+
+
+class Each(Protocol):
+    """Calls a function with each tuple of arguments, perhaps several at once; yields (position, result) as done."""
+
+    def __call__(self, function: Callable[..., Any], arguments: Sequence[tuple]) -> Iterator[tuple[int, Any]]: ...
+
+
+def in_turn(function: Callable[..., Any], arguments: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
+    """The plainest `Each`: one after the other, here."""
+    for position, these in enumerate(arguments):
+        yield position, function(*these)
+
+
+class Dataset(Config):
+    """What all sources share: `find` lists the items of each split, `load` reads the samples of some of them.
+
+    Which images calibrate is a choice with a price: out of `train` they are lost for training and scoring, out of
+    `test` every training sample is still trained on and scored.
+    """
+
+    calibration: int = Field(0, ge=0)
+    """Samples that become the split `calibration`, drawn class by class; 0: none is drawn."""
+    calibration_from: str = "train"
+    """The split that gives them away."""
+    limit: int | None = Field(None, gt=0)
+    """Take only the first so many samples of each split, for a quick try; null: all."""
+
+    def find(self, seed: int, limits: Limits, scratch: Path, each: Each = in_turn) -> Listing:
+        """List the splits' items: the same ones, in the same order, each time.
+
+        Args:
+            seed: draws who calibrates, and shuffles where the source is sorted by class.
+            limits: bounds on one sample.
+            scratch: folder for what must be unpacked; it has to stay as long as the items are used.
+            each: spreads work on many files.
+
+        Raises:
+            Mistake: a file is missing or is not what it should be, or the splits cannot be drawn.
+        """
+        listing = self._find(seed, limits, scratch, each)
+        splits = {split: items[: self.limit] for split, items in listing.splits.items()}
+        if strange := [split for split in splits if not re.fullmatch(r"\w[\w.-]*", split)]:
+            raise Mistake(f"a split becomes the name of files, so {strange[0]!r} will not do; use letters and digits")
+        if self.calibration:
+            giver = self.calibration_from
+            if giver not in splits or "calibration" in splits:
+                raise Mistake(
+                    f"{self.calibration:,} calibration samples are to come from the split {giver!r}, but the splits "
+                    f"are {', '.join(splits)}; correct calibration_from, or set calibration to 0"
+                )
+            usable = sorted((item for item in splits[giver] if item.error is None), key=lambda item: item.key)
+            if self.calibration >= len(usable):
+                raise Mistake(
+                    f"calibration is to get {self.calibration:,} samples of `{giver}`, which has {len(usable):,} "
+                    "usable ones; ask for less"
+                )
+            labels = [-1 if item.label is None else item.label for item in usable]
+            drawn = {usable[i].key for i in draw_by_class(labels, self.calibration, seed)}
+            splits["calibration"] = [item for item in splits[giver] if item.key in drawn]
+            splits[giver] = [item for item in splits[giver] if item.key not in drawn]
+        return Listing(splits, None if listing.class_names is None else [*map(_writable, listing.class_names)])
+
+    def _find(self, seed: int, limits: Limits, scratch: Path, each: Each) -> Listing:
+        raise NotImplementedError
+
+    def load(self, items: Sequence[Item], limits: Limits) -> Iterator[Sample]:
+        """Yield the sample of each item, unusable ones with their error.
+
+        Args:
+            items: some of one split, in the order of the listing.
+        """
+        raise NotImplementedError
+
+
+def _writable(text: str) -> str:
+    """Names of files and folders may hold bytes that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Digits(Config):
@@ -51,12 +155,9 @@ class Digits(Config):
 
     class_names: ClassVar[list[str]] = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
-    def read(self, seed: int, limits: Limits) -> dict[str, Iterator[Sample]]:
-        """Yield the samples of `train`, `calibration` and `test`, in the order of the data set."""
-        from sklearn.datasets import load_digits  # a second of import that other sources need not pay
-
-        digits = load_digits()
-        labels = [int(label) for label in digits.target]
+    def find(self, seed: int, limits: Limits, scratch: Path, each: Each = in_turn) -> Listing:
+        """List `train`, `calibration` and `test`, each in the order of the data set."""
+        labels = [int(label) for label in _load_digits().target]
         if self.calibration + self.test >= len(labels):
             raise Mistake(
                 f"calibration {self.calibration} + test {self.test} leaves nothing to train on: there are "
@@ -65,16 +166,32 @@ class Digits(Config):
         calibration = draw_by_class(labels, self.calibration, seed)
         rest = [i for i in range(len(labels)) if i not in calibration]
         test = {rest[i] for i in draw_by_class([labels[i] for i in rest], self.test, seed)}
+        splits = {"train": set(rest) - test, "calibration": calibration, "test": test}
+        return Listing(
+            {
+                split: [Item(f"digit_{i:04d}", place=i, label=labels[i]) for i in sorted(chosen)]
+                for split, chosen in splits.items()
+            },
+            self.class_names,
+        )
 
-        def samples(chosen: Iterable[int]) -> Iterator[Sample]:
-            for i in sorted(chosen):
-                image_HWC = _enlarge(digits.images[i])
-                yield Sample(
-                    f"digit_{i:04d}", i, image=encode_image(image_HWC, "png"), image_suffix="png", label=labels[i]
-                )
+    def load(self, items: Sequence[Item], limits: Limits) -> Iterator[Sample]:
+        """Yield the digits as PNG."""
+        images = _load_digits().images
+        for item in items:
+            image = encode_image(_enlarge(images[item.place]), "png")
+            yield Sample(item.key, item.place, image=image, image_suffix="png", label=item.label)
 
-        train = set(rest) - test
-        return {"train": samples(train), "calibration": samples(calibration), "test": samples(test)}
+    def read(self, seed: int, limits: Limits) -> dict[str, Iterator[Sample]]:
+        """Yield the samples of each split, here and now."""
+        splits = self.find(seed, limits, Path()).splits
+        return {split: self.load(items, limits) for split, items in splits.items()}
+
+
+def _load_digits() -> Any:
+    from sklearn.datasets import load_digits  # a second of import that other sources need not pay
+
+    return load_digits()
 
 
 def _enlarge(levels_HW: np.ndarray) -> np.ndarray:
@@ -82,82 +199,68 @@ def _enlarge(levels_HW: np.ndarray) -> np.ndarray:
     return np.asarray(grey.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB"))
 
 
-class LabelledShards(Config):
-    """WebDataset shards whose samples carry a class label (`cls`), plain or gzipped; image bytes are kept as they are.
+class WebDataset(Dataset):
+    """WebDataset shards, plain or gzipped, with captions (`txt`), labels (`cls`), both or neither.
 
-    So are keys, unless two shards of a split use the same one: the later becomes `<key>@<shard>`.
-    Which images calibrate is a choice with a price: out of `train` they are lost for training and scoring, out of
-    `test` every training sample is still trained on and scored.
+    Image bytes, captions and labels stay as they are; other members are left behind. Keys stay, too, unless two shards
+    of a split use the same one: the later becomes `<key>@<shard>`. Each shard is read once to list its samples, and
+    from its start to each part that is wanted.
     """
 
-    kind: Literal["labelled_shards"] = "labelled_shards"
+    kind: Literal["webdataset"] = "webdataset"
     splits: dict[str, str | list[str]] = Field(min_length=1)
     """Split name -> its shards: a pattern, a folder or a list of them."""
-    class_names: list[str] = Field(min_length=1)
-    """Name of class 0, 1, 2 ..."""
-    calibration: int = Field(0, ge=0)
-    """Samples that become the split `calibration`, drawn class by class; 0: none is drawn."""
-    calibration_from: str = "train"
-    """The split that gives them away."""
-    limit: int | None = Field(None, gt=0)
-    """Take only the first so many samples of each split, for a quick try; null: all."""
+    class_names: list[str] | None = Field(None, min_length=1)
+    """Name of class 0, 1, 2 ...; null: the labels, if there are any, have no names."""
 
-    @model_validator(mode="after")
-    def _calibration_has_a_source(self) -> LabelledShards:
-        if self.calibration and self.calibration_from not in self.splits:
-            raise ValueError(f"calibration_from is {self.calibration_from!r}, but the splits are {[*self.splits]}")
-        if self.calibration and "calibration" in self.splits:
-            raise ValueError("there is a split named calibration already; set calibration to 0")
-        return self
+    def _find(self, seed: int, limits: Limits, scratch: Path, each: Each) -> Listing:
+        shards = [(split, shard) for split, pattern in self.splits.items() for shard in list_shards(pattern)]
+        # Who may calibrate is decoded here and once more when written: the split gets exactly what was asked for.
+        checked = {self.calibration_from} if self.calibration else set()
+        arguments = [(shard, limits, self.limit, split in checked) for split, shard in shards]
+        listed = dict(each(_list_shard, arguments))
+        splits: dict[str, list[Item]] = {split: [] for split in self.splits}
+        seen: dict[str, set[str]] = {split: set() for split in self.splits}
+        for i, (split, shard) in enumerate(shards):
+            for item in listed[i]:
+                if item.key in seen[split]:  # in another shard, where it was another sample; here they might share one
+                    item = item._replace(key=f"{item.key}@{shard.name.partition('.')[0]}")
+                seen[split].add(item.key)
+                splits[split].append(self._checked(item))
+        return Listing(splits, self.class_names)
 
-    def read(self, seed: int, limits: Limits) -> dict[str, Iterator[Sample]]:
-        """Yield the samples of each split in their order; a first pass over labels settles who calibrates."""
-        shards = {split: list_shards(pattern) for split, pattern in self.splits.items()}
-        samples = {split: self._pairs(shards[split], limits) for split in shards}
-        if self.calibration:
-            giver = self.calibration_from
-            usable = {  # decoded here and once more when written: the split gets exactly what was asked for
-                (shard.name, sample.key): sample.label or 0
-                for shard, sample in self._pairs(shards[giver], limits)
-                if why_unusable(sample, limits) is None
-            }
-            if self.calibration >= len(usable):
-                raise Mistake(
-                    f"calibration is to get {self.calibration:,} samples of `{giver}`, which has {len(usable):,} "
-                    "usable ones; ask for less"
-                )
-            names = sorted(usable)
-            drawn = {names[i] for i in draw_by_class([usable[name] for name in names], self.calibration, seed)}
-            samples["calibration"] = (s for s in self._pairs(shards[giver], limits) if (s[0].name, s[1].key) in drawn)
-            samples[giver] = (s for s in self._pairs(shards[giver], limits) if (s[0].name, s[1].key) not in drawn)
-        return {split: self._checked(pairs) for split, pairs in samples.items()}
+    def _checked(self, item: Item) -> Item:
+        if item.label is not None and self.class_names and not 0 <= item.label < len(self.class_names):
+            raise Mistake(
+                f"{item.file} holds label {item.label} (key {item.key}), but class_names names classes "
+                f"0 to {len(self.class_names) - 1}; complete class_names"
+            )
+        return item
 
-    def _pairs(self, shards: list[Shard], limits: Limits) -> Iterator[tuple[Shard, Sample]]:
-        return islice(_read_shards(shards, limits), self.limit)
-
-    def _checked(self, pairs: Iterable[tuple[Shard, Sample]]) -> Iterator[Sample]:
-        seen: set[str] = set()
-        for shard, sample in pairs:
-            if sample.key in seen:  # in another shard, where it was another sample; here they might share one
-                sample.key = f"{sample.key}@{shard.name.partition('.')[0]}"
-            seen.add(sample.key)
-            if sample.label is not None and not 0 <= sample.label < len(self.class_names):
-                raise Mistake(
-                    f"{shard.url} holds label {sample.label} (key {sample.key}), but class_names names classes "
-                    f"0 to {len(self.class_names) - 1}; complete class_names"
-                )
-            yield sample
+    def load(self, items: Sequence[Item], limits: Limits) -> Iterator[Sample]:
+        """Yield the samples under the keys of the listing."""
+        for url, group in groupby(items, key=lambda item: item.file):
+            wanted = {item.place: item.key for item in group}
+            with open_shard(Shard("", url, 0)) as stream:
+                for sample in islice(iter_samples(stream, limits), max(wanted) + 1):
+                    if sample.index in wanted:
+                        sample.key = wanted[sample.index]
+                        yield sample
 
 
-def _read_shards(shards: list[Shard], limits: Limits) -> Iterator[tuple[Shard, Sample]]:
-    for shard in shards:
-        with open_shard(shard) as stream:
-            for sample in iter_samples(stream, limits):
-                yield shard, sample
+def _list_shard(shard: Shard, limits: Limits, limit: int | None, is_decoded: bool) -> list[Item]:
+    with open_shard(shard) as stream:
+        return [
+            Item(
+                sample.key, shard.url, sample.index, label=sample.label,
+                error=why_unusable(sample, limits) if is_decoded else sample.error,
+            )
+            for sample in islice(iter_samples(stream, limits), limit)
+        ]  # fmt: skip
 
 
-def why_unusable(sample: Sample, limits: Limits) -> str | None:
-    """Say why a sample cannot become a labelled one: its error, its image's, or `no_label`; None where it can."""
+def why_unusable(sample: Sample, limits: Limits) -> Reason | None:
+    """Say why a sample's image cannot be used: its error, or what decoding meets; None where it can."""
     if sample.error is not None:
         return sample.error
     assert sample.image is not None, sample.key
@@ -165,7 +268,7 @@ def why_unusable(sample: Sample, limits: Limits) -> str | None:
         decode_image(sample.image, limits, size_px=32)
     except BadSample as bad:
         return bad.reason
-    return "no_label" if sample.label is None else None
+    return None
 
 
 # ---------------------------------------------------------------------------------- chance, classes, captions
@@ -226,10 +329,10 @@ def read_classes(shards: Sequence[Shard]) -> Classes | None:
     url = shards[0].url.rpartition("/")[0] + "/classes.json"
     try:
         with open_shard(Shard("classes.json", url, 0)) as stream:
-            content = json.load(io.TextIOWrapper(stream, encoding="utf-8"))
+            content = parse_json(stream)
     except FileNotFoundError:
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise Mistake(f"{url} should be JSON, but cannot be read: {error}") from None
     try:
         return Classes.model_validate(content)

@@ -1,6 +1,7 @@
-"""How fast our two passes are beside others that do the same work, in one run on one machine.
+"""How fast our passes are beside others that do the same work, in one run on one machine.
 
-`trainers` compares our CLIP trainer with open_clip's own (baseline.py), `loops` both passes with the plainest loops:
+`trainers` compares our CLIP trainer with open_clip's own (baseline.py), `ingest` the writing of shards with
+webdataset's ShardWriter, `loops` training and scoring with the plainest loops:
 the trainer is compared with a bare PyTorch loop over the same batches held in memory; the score pass with a bare loop
 that decodes and scores one chunk after the other, its arithmetic using all cores. Ours and theirs take turns, because
 machines drift; the figures that count are the ratios. The images are the bundled digits, repeated under distinct keys;
@@ -11,26 +12,47 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
+import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import torch
 from pydantic import Field
 
 from dede_ray import clip, feed, training
-from dede_ray.baseline import TrainerSpeed, compare_trainers
+from dede_ray.baseline import TrainerSpeed, compare_trainers, photographs
 from dede_ray.config import Config, Mistake
 from dede_ray.decoder import PRESETS, MaskedDecoder, Reconstruction, save_decoder
 from dede_ray.detectors import DeDe
-from dede_ray.ledger import Chunk, PassResources, run_pass
+from dede_ray.ingest import IngestConfig, ingest
+from dede_ray.ledger import BASE_SCHEMA, Chunk, PassResources, run_pass
+from dede_ray.manifest import DECISION_COLUMNS, write_manifest
 from dede_ray.scoring import ScoreWork
-from dede_ray.shards import Limits, Sample, Shard, decode_image, iter_chunks, list_shards, sample_id, write_shards
+from dede_ray.shards import (
+    Limits,
+    Sample,
+    Shard,
+    decode_image,
+    iter_chunks,
+    iter_samples,
+    list_shards,
+    open_shard,
+    sample_id,
+    write_shards,
+)
+from dede_ray.sift import SiftConfig, sift, sift_shard
 from dede_ray.sources import Digits
 from dede_ray.victims import OpenClipVictim, load_victim
 
@@ -50,6 +72,32 @@ class LoopSpeed(Config):
     chunk_size: int = 256
 
 
+class IngestSpeed(Config):
+    """Ingestion of image files beside webdataset's ShardWriter in as many processes."""
+
+    shards: str | None = None
+    """Shards whose images are laid out as files; null makes JPEGs with a photograph's spectrum."""
+    num_samples: int = Field(6000, ge=100)
+    """Files; what images there are is repeated."""
+    samples_per_shard: int = Field(250, ge=1)
+    repeats: int = Field(3, ge=1)
+
+
+class SiftSpeed(Config):
+    """Sifting beside the plain copying of the same shards, which are in the page cache."""
+
+    num_shards: int = Field(8, ge=1)
+    samples_per_shard: int = Field(2_000, ge=1)
+    sample_bytes: int = Field(50_000, ge=1)
+    """Size of one image, random bytes; each has a caption and a .json beside it."""
+    drop: float = Field(0.06, gt=0, lt=1)
+    """Share of the samples that go, scattered over the shards."""
+    reaches_disk: bool = False
+    """A turn ends when its bytes are on the disk, not in the page cache."""
+    repeats: int = Field(5, ge=1)
+    """Turns each; the median counts."""
+
+
 class SpeedConfig(Config):
     """Settings of jobs/speed.py."""
 
@@ -57,6 +105,8 @@ class SpeedConfig(Config):
     """Folder for shards, settings and logs of `trainers`; the commands that are printed can be run again there."""
     trainers: list[TrainerSpeed] = Field([])
     loops: LoopSpeed | None = None
+    ingest: IngestSpeed | None = None
+    sift: SiftSpeed | None = None
 
 
 def measure_speed(config: SpeedConfig) -> str:
@@ -65,11 +115,15 @@ def measure_speed(config: SpeedConfig) -> str:
     Returns:
         A few lines per comparison: ours, the other's, and their ratio.
     """
-    if not config.trainers and config.loops is None:
-        raise Mistake("nothing to measure: the config needs `trainers:`, `loops:`, or both")
+    if not config.trainers and config.loops is None and config.ingest is None and config.sift is None:
+        raise Mistake("nothing to measure: the config needs `trainers:`, `loops:`, `ingest:` or `sift:`")
     tables = [compare_trainers(trainers, Path(config.output)) for trainers in config.trainers]
     if config.loops is not None:
         tables.append(_compare_loops(config.loops))
+    if config.ingest is not None:
+        tables.append(_compare_ingest(config.ingest))
+    if config.sift is not None:
+        tables.append(_compare_sifting(config.sift, Path(config.output)))
     return "\n\n".join(tables)
 
 
@@ -218,3 +272,174 @@ def _bare_scoring(config: LoopSpeed, shards: list[Shard], arguments: dict) -> fl
         work(Chunk([sample_id(shard.name, s.key) for s in chunk], np.stack(images), [s.caption for s in chunk]))
         done += len(chunk) if number >= 2 else 0
     return done / (time.monotonic() - started)
+
+
+# ------------------------------------------------------------------------------------------------ ingestion
+
+
+def _compare_ingest(config: IngestSpeed) -> str:
+    """Both read files, check that they decode, and write captioned, labelled shards; their processes run already."""
+    num_cpus = len(os.sched_getaffinity(0))
+    ours, plain = [], []
+    with tempfile.TemporaryDirectory() as name, _plain_processes(num_cpus) as pool:
+        folder = Path(name)
+        files = _write_files(folder / "files", config)
+        for turn in range(-1, config.repeats):  # the first one only warms up
+            out = folder / f"{turn}"
+            started = time.monotonic()
+            source = {"kind": "folders", "splits": {"train": str(folder / "files")}}
+            settings = {"source": source, "output": str(out / "ours"), "samples_per_shard": config.samples_per_shard}
+            ingest(IngestConfig.model_validate(settings | {"workers": num_cpus}))
+            between = time.monotonic()
+            parts = [(str(out / f"plain-{i}"), files[i::num_cpus], config.samples_per_shard) for i in range(num_cpus)]
+            written = sum(pool.map(_plain_ingest, parts))
+            ended = time.monotonic()
+            assert written == len(files), (written, len(files))
+            if turn >= 0:
+                ours.append(len(files) / (between - started))
+                plain.append(len(files) / (ended - between))
+    num_bytes = sum(size for _, _, size in files) / len(files)
+    about = f"{num_cpus} CPUs, {len(files):,} files of {num_bytes / 1000:.0f} kB, median of {config.repeats} turns"
+    return f"{about}\n{_line('ingestion', ours, plain).replace('bare loop', 'webdataset.ShardWriter')}"
+
+
+def _plain_processes(num_cpus: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(num_cpus, multiprocessing.get_context("spawn"))
+
+
+def _write_files(folder: Path, config: IngestSpeed) -> list[tuple[str, int, int]]:
+    """Lay out images in ten class folders; returns path, label and size of each."""
+    if config.shards is not None:
+        images = [s for shard in list_shards(config.shards) for s in iter_samples(open_shard(shard), Limits())]
+    else:
+        images = list(photographs())
+    files = []
+    for i in range(config.num_samples):
+        like = images[i % len(images)]
+        path = folder / f"class {i % 10}" / f"{i:07d}.{like.image_suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(like.image or b"")
+        files.append((str(path), i % 10, len(like.image or b"")))
+    return files
+
+
+def _plain_ingest(part: tuple[str, list[tuple[str, int, int]], int]) -> int:
+    """What one would write by hand."""
+    import webdataset
+
+    folder, files, samples_per_shard = part
+    os.makedirs(folder)
+    with webdataset.ShardWriter(f"{folder}/train-%05d.tar", maxcount=samples_per_shard, maxsize=1e12, verbose=0) as out:
+        for path, label, _ in files:
+            image = Path(path).read_bytes()
+            decode_image(image, Limits(), size_px=32)
+            stem, _, suffix = os.path.basename(path).partition(".")
+            out.write({"__key__": stem, suffix: image, "txt": f"a photo of a class {label}", "cls": label})
+    return len(files)
+
+
+# ------------------------------------------------------------------------------------------------ sifting
+
+
+def _compare_sifting(config: SiftSpeed, output: Path) -> str:
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output) as name:
+        folder = Path(name)
+        shards = _write_scored_shards(folder, config)
+        num_bytes = sum(shard.num_bytes for shard in shards)
+        rates: dict[str, list[float]] = {"copy": []}
+        for turn in range(config.repeats):
+            rates["copy"].append(
+                num_bytes / _timed(config, folder / "copy", partial(_copy_shards, shards, folder / "copy"))
+            )
+            for what, work in (("one task after the other", _sift_here), ("the job", sift)):
+                for verify in (True, False):
+                    settings = SiftConfig(
+                        shards=str(folder / "shards"),
+                        manifest=str(folder / "scores"),
+                        output=str(folder / f"sifted-{turn}"),
+                        verify=verify,
+                    )
+                    lasted = _timed(config, Path(settings.output), partial(work, settings))
+                    kept = num_bytes * (1 - config.drop)  # samples are of one size
+                    rates.setdefault(f"{what}{'' if verify else ', verify: false'}", []).append(kept / lasted)
+    copy = rates.pop("copy")
+    lines = [
+        f"{num_bytes / 1e9:.1f} GB in {len(shards)} shards, {config.sample_bytes:,} bytes an image, {config.drop:.0%} "
+        f"dropped, {ray.cluster_resources()['CPU']:g} CPUs, "
+        f"{'onto the disk' if config.reaches_disk else 'within the page cache'}, median of {config.repeats} turns"
+    ]
+    for what, ours in rates.items():
+        ratios = [a / b for a, b in zip(ours, copy, strict=True)]
+        lines.append(
+            f"sift, {what}: {statistics.median(ours) / 1e6:,.0f} MB/s kept, copy {statistics.median(copy) / 1e6:,.0f}, "
+            f"ratio {statistics.median(ratios):.2f} (turns: {', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+        )
+    return "\n".join(lines)
+
+
+def _write_scored_shards(folder: Path, config: SiftSpeed) -> list[Shard]:
+    """Shards of noise, and a manifest that flags a part of them."""
+    rng = np.random.default_rng(0)
+    note = {"json": b'{"url": "http://localhost/x.jpg", "width": 256, "height": 256}'}
+    num = config.num_shards * config.samples_per_shard
+    samples = (
+        Sample(f"{i:08d}", i, rng.bytes(config.sample_bytes), "jpg", caption="a photo of noise", others=note)
+        for i in range(num)
+    )
+    write_shards(folder / "shards", "train", samples, config.samples_per_shard)
+    shards = list_shards(str(folder / "shards"))
+    flagged = np.zeros(num, bool)
+    flagged[rng.choice(num, round(config.drop * num), replace=False)] = True
+    schema = pa.schema([*BASE_SCHEMA, *(pa.field(*column) for column in DECISION_COLUMNS)])
+    tables = []
+    for number, shard in enumerate(shards):
+        rows = [
+            {
+                "sample_id": sample_id(shard.name, sample.key),
+                "content_hash": sample.content_hash(),
+                "shard": shard.name,
+                "index": sample.index,
+                "flagged": bool(flagged[number * config.samples_per_shard + sample.index]),
+            }
+            for chunk in iter_chunks(shard, config.samples_per_shard, Limits())
+            for sample in chunk
+        ]
+        tables.append((shard.name, pa.Table.from_pylist(rows, schema)))
+    info = {
+        "settings": {"limits": Limits().model_dump()},
+        "victim": {},
+        "score_columns": [],
+        "decision": {"certified": True, "message": ""},
+        "counts": {"flagged": int(flagged.sum())},
+    }
+    write_manifest(folder / "scores", tables, info)
+    return shards
+
+
+def _sift_here(settings: SiftConfig) -> None:
+    """Without Ray, in this process: what one core does."""
+    for shard in list_shards(settings.shards):
+        rows_path = Path(settings.manifest) / "manifest" / f"{shard.name}.parquet"
+        rows = pq.read_table(rows_path, columns=["index", "flagged"])
+        sift_shard(shard, rows_path, rows.filter(rows["flagged"])["index"].to_pylist(), Limits(), settings)
+
+
+def _copy_shards(shards: list[Shard], folder: Path) -> None:
+    for shard in shards:
+        shutil.copyfile(shard.url, folder / shard.name)
+
+
+def _timed(config: SiftSpeed, folder: Path, work: Callable[[], object]) -> float:
+    """Seconds that work takes which fills a folder; the folder is gone afterwards."""
+    os.sync()  # what was written before is not part of it
+    folder.mkdir()
+    started = time.monotonic()
+    work()
+    if config.reaches_disk:
+        for path in folder.glob("*.tar"):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    lasted = time.monotonic() - started
+    shutil.rmtree(folder)
+    return lasted

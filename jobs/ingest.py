@@ -5,6 +5,14 @@ python jobs/ingest.py configs/ingest_digits.yaml
 
 from dede_ray.config import main
 from dede_ray.ingest import IngestConfig, ingest
+from dede_ray.session import start_ray
+
+
+def job(config: IngestConfig) -> str:
+    if config.workers != 1:
+        start_ray()
+    return ingest(config)
+
 
 if __name__ == "__main__":
-    main(IngestConfig, ingest)
+    main(IngestConfig, job)

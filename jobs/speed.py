@@ -1,7 +1,8 @@
-"""Measure our CLIP trainer beside open_clip's, and our trainer and our score pass beside bare loops.
+"""Measure our CLIP trainer beside open_clip's, our other passes beside bare loops, ingestion beside ShardWriter.
 
 python jobs/speed.py configs/speed_clip.yaml
 python jobs/speed.py configs/speed.yaml
+python jobs/speed.py configs/speed_ingest.yaml
 """
 
 from dede_ray.config import main

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dede_ray import clip
-from dede_ray.baseline import TrainerSpeed, Variant, _flop_per_image, _photographs, compare_trainers
+from dede_ray.baseline import TrainerSpeed, Variant, _flop_per_image, compare_trainers, photographs
 from dede_ray.config import Mistake
 from dede_ray.loop import Workers
 
@@ -23,7 +23,7 @@ def test_the_arithmetic_of_a_pair_is_three_times_the_forward_pass_that_open_clip
 
 def test_made_photographs_cost_as_much_to_decode_as_real_ones():
     """Of a photograph's size in pixels and bytes: COCO's at 256 pixels have 10 to 40 kB."""
-    for sample in _photographs(count=3):
+    for sample in photographs(count=3):
         with Image.open(io.BytesIO(sample.image)) as image:
             assert (image.format, image.size) == ("JPEG", (341, 256))
         assert 10_000 < len(sample.image) < 60_000

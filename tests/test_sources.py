@@ -117,7 +117,7 @@ def labelled(write_tar, png, tmp_path):
     write_tar("in/test-0.tar", [*members("test", range(12)), ("nolabel.png", png(50)), ("noimage.cls", b"1")])
     return {
         "source": {
-            "kind": "labelled_shards",
+            "kind": "webdataset",
             "splits": {"train": str(tmp_path / "in" / "train-*"), "test": str(tmp_path / "in" / "test-*")},
             "class_names": ["cat", "dog"],
         },
@@ -131,9 +131,7 @@ def with_source(settings, **changes) -> IngestConfig:
 
 def test_labelled_shards_keep_keys_order_and_image_bytes_and_gain_captions(labelled, png):
     summary = ingest(with_source(labelled))
-    assert summary == (
-        f"train 20, test 12 samples in {labelled['output']}; left out: image_unreadable 1, no_label 1, no_image 1"
-    )
+    assert summary == f"train 20, test 13 samples in {labelled['output']}; left out: image_unreadable 1, no_image 1"
     train = read(labelled["output"])["train"]
     assert [(s.key, s.image) for s in train] == [(f"train_{i:02d}", png(i)) for i in range(20)]
     assert [s.caption for s in train] == ["a photo of a cat", "a photo of a dog"] * 10
@@ -143,14 +141,36 @@ def test_labelled_shards_keep_keys_order_and_image_bytes_and_gain_captions(label
 def test_calibration_is_taken_class_by_class_out_of_the_split_that_gives_it(labelled, giver):
     ingest(with_source(labelled, calibration=4, calibration_from=giver))
     splits = read(labelled["output"])
-    whole = {"train": 20, "test": 12}
+    whole = {"train": 20, "test": 13}
     assert {split: len(samples) for split, samples in splits.items()} == whole | {
         "calibration": 4,
         giver: whole[giver] - 4,
     }
     assert Counter(sample.label for sample in splits["calibration"]) == {0: 2, 1: 2}
     assert all(sample.key.startswith(giver) for sample in splits["calibration"])
-    assert len({sample.key for samples in splits.values() for sample in samples}) == 32
+    assert len({sample.key for samples in splits.values() for sample in samples}) == 33
+
+
+def test_a_samples_own_caption_stands_and_without_caption_and_class_it_stays_without(write_tar, png, tmp_path):
+    write_tar("in.tar", [
+        ("a.png", png(0)), ("a.txt", "Großer Hund".encode()), ("a.cls", b"1"),
+        ("b.png", png(1)), ("b.cls", b"1"),
+        ("c.png", png(2)), ("c.txt", b" \n"),
+        ("d.png", png(3)),
+        ("e.png", png(4)), ("e.pickle", b"cos\nsystem\n(S'touch /tmp/x'\ntR."),
+    ])  # fmt: skip
+    source = {"kind": "webdataset", "splits": {"train": str(tmp_path / "in.tar")}, "class_names": ["cat", "dog"]}
+    ingest(IngestConfig.model_validate({"source": source, "output": str(tmp_path / "named")}))
+    samples = read(tmp_path / "named")["train"]
+    assert [s.caption for s in samples] == ["Großer Hund", "a photo of a dog", None, None, None]
+    assert [s.label for s in samples] == [1, 1, None, None, None]
+
+    source.pop("class_names")  # labels without names stay labels
+    ingest(IngestConfig.model_validate({"source": source, "output": str(tmp_path / "plain")}))
+    samples = read(tmp_path / "plain")["train"]
+    assert [s.caption for s in samples] == ["Großer Hund", None, None, None, None]
+    assert [s.label for s in samples] == [1, 1, None, None, None]
+    assert not (tmp_path / "plain" / "classes.json").exists()
 
 
 def test_limit_takes_the_first_of_each_split(labelled):
@@ -172,6 +192,7 @@ def test_a_key_that_two_shards_share_stays_two_samples(write_tar, png, labelled,
         ({"class_names": ["cat"]}, "holds label 1 .* complete class_names"),
         ({"calibration": 20}, "calibration is to get 20 samples of `train`, which has 20 usable"),
         ({"splits": {"train": "nowhere/*.tar"}}, "no shards at nowhere"),
+        ({"calibration": 2, "calibration_from": "val"}, "from the split 'val', but the splits are train, test"),
     ],
 )
 def test_settings_that_do_not_fit_the_shards_are_a_mistake(labelled, changes, message):
@@ -193,7 +214,7 @@ def test_real_cifar10_shards_are_captioned_and_calibrated_out_of_test(shared_dat
     folder = shared_data / "cifar10"
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     source = {
-        "kind": "labelled_shards",
+        "kind": "webdataset",
         "splits": {"train": str(folder / "train-0000[01].tar.gz"), "test": str(folder / "test-*.tar.gz")},
         "class_names": names,
         "calibration": 100,
