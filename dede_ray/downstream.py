@@ -11,15 +11,17 @@ victim that does not pass the gate mean nothing. `victim.json` keeps all this be
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, ValidationError
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -28,11 +30,13 @@ from torch import nn
 
 from dede_ray.attacks.triggers import Stamp, square
 from dede_ray.clip import to_unit_range
-from dede_ray.config import Config, Mistake
+from dede_ray.config import Config, Mistake, explain, read_json, write_json
+from dede_ray.encoders import WEIGHTS_FILE as ENCODER_WEIGHTS_FILE
 from dede_ray.metrics import Interval, proportion
 from dede_ray.shards import BadSample, Limits, Shard, iter_chunks, sample_id
 from dede_ray.sources import Classes, class_captions, draw
-from dede_ray.victims import Victim
+from dede_ray.victims import EncoderVictim, Victim, VictimConfig
+from dede_ray.weights import WEIGHTS_FILE as CLIP_WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -398,3 +402,109 @@ def draw_labelled(shards: Sequence[Shard], num: int, seed: int, limits: Limits) 
         names = ", ".join(shard.name for shard in shards[:3])
         raise Mistake(f"no sample with an image and a label (a .cls member) in {names}; name labelled shards")
     return sorted(drawn, key=lambda image: image.sample_id)
+
+
+# ---------------------------------------------------------------------------------------------- victim.json
+
+
+class VictimRecord(Config):
+    """What `victim.json` says: how a victim was made, and what it does. Its folder holds a poisoned model, or its twin.
+
+    Architecture, image size and normaliser stand in the folder's own description, the JSON beside the weights.
+    """
+
+    attack: str
+    """Name of the attack; `honest` for a victim without a backdoor."""
+    is_backdoored: bool
+    """The mark for whoever finds the folder: not for use."""
+    settings: dict[str, Any]
+    """All settings that made it, poison rate included."""
+    trigger: dict[str, Any] | None
+    """The trigger it learnt, which is also the one to test it with."""
+    target_label: int | None
+    training_data: list[str]
+    seed: int
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    fingerprint: str
+    """Of the victim that was measured."""
+    checkpoint_sha256: str
+    """Of the file of weights."""
+    behaviour: dict[str, Behaviour]
+    honest_fingerprint: str | None
+    honest: dict[str, Behaviour] | None
+    """The honest twin under the same heads, with the same trigger; its ASR is the papers' ASR-B."""
+    passes: bool
+    reason: str
+    """Of the activation gate."""
+
+
+def write_record(
+    victim: Victim,
+    victim_config: VictimConfig,
+    verdict: Verdict,
+    honest: Victim | None,
+    *,
+    attack: str,
+    settings: dict[str, Any],
+    trigger: Config | None,
+    target_label: int | None,
+    training_data: Sequence[str],
+    seed: int,
+) -> VictimRecord:
+    """Write `victim.json` into a victim's folder (beside its file, where it is one) and return what it says."""
+    weights = _weights_file(victim_config)
+    digest = hashlib.sha256()
+    with weights.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    record = VictimRecord(
+        attack=attack,
+        is_backdoored=attack != "honest",
+        settings=settings,
+        trigger=trigger and trigger.model_dump(mode="json"),
+        target_label=target_label,
+        training_data=list(training_data),
+        seed=seed,
+        image_size=victim.image_size,
+        mean=victim.normalise.mean.flatten().tolist(),
+        std=victim.normalise.std.flatten().tolist(),
+        fingerprint=victim.fingerprint,
+        checkpoint_sha256=digest.hexdigest(),
+        behaviour=dict(verdict.victim),
+        honest_fingerprint=honest and honest.fingerprint,
+        honest=verdict.honest and dict(verdict.honest),
+        passes=verdict.passes,
+        reason=verdict.reason,
+    )
+    write_json(weights.parent / "victim.json", record.model_dump(mode="json"))
+    return record
+
+
+def read_record(victim: Victim, victim_config: VictimConfig) -> VictimRecord | None:
+    """Read the `victim.json` of a victim; None where it has none.
+
+    Raises:
+        Mistake: it is about other weights, or no such record.
+    """
+    path = _weights_file(victim_config).parent / "victim.json"
+    if not path.is_file():
+        return None
+    try:
+        record = VictimRecord.model_validate(read_json(path, "record of a victim"))
+    except ValidationError as error:
+        raise Mistake(f"{path} is no record of a victim:\n{explain(error, VictimRecord)}") from None
+    if record.fingerprint != victim.fingerprint:
+        raise Mistake(
+            f"{path} is about other weights ({record.fingerprint[:12]}) than the victim beside it "
+            f"({victim.fingerprint[:12]}); measure the victim again, or delete the record"
+        )
+    return record
+
+
+def _weights_file(config: VictimConfig) -> Path:
+    path = Path(config.path)
+    if not path.is_dir():
+        return path
+    return path / (ENCODER_WEIGHTS_FILE if isinstance(config, EncoderVictim) else CLIP_WEIGHTS_FILE)
