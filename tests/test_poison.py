@@ -1,4 +1,4 @@
-"""Triggers change what they own and nothing else; poisoning hits an exact number of samples, the same each time."""
+"""Poisoning hits an exact number of samples, the same each time, and says of every sample what became of it."""
 
 from __future__ import annotations
 
@@ -11,163 +11,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import scipy.fft
 from PIL import Image
-from pydantic import TypeAdapter, ValidationError
-from sklearn.datasets import load_sample_images
+from pydantic import ValidationError
 
-from dede_ray.attacks.poison import TRUTH_SCHEMA, PoisonConfig, poison
-from dede_ray.attacks.triggers import Blend, Frequency, Patch, Trigger
+from dede_ray.attacks.poison import TRUTH_SCHEMA, PoisonConfig, poison, read_attack
 from dede_ray.config import Mistake
 from dede_ray.shards import Limits, ShardEnd, decode_image, encode_image, iter_samples, list_shards
+from dede_ray.vision_libraries import open_clip
 
 LIMITS = Limits()
-TRIGGERS = [
-    *(Patch(size_px=6, position=p, margin_px=2) for p in ("bottom_right", "top_left", "center", "random")),
-    Patch(size_px=5, pattern="random"),
-    Patch(size_px=6, pattern="white"),
-    Blend(alpha=0.2),
-    Frequency(),
-    Frequency(window_px=16, positions=((7, 7), (15, 15))),
-]
-
-
-@pytest.fixture(scope="module")
-def photos() -> list[np.ndarray]:
-    """Two photographs that come with scikit-learn, at a tenth of their size: 64 x 96 pixels each."""
-    images = [Image.fromarray(image) for image in load_sample_images().images]
-    return [np.asarray(image.resize((96, 64), Image.Resampling.LANCZOS)) for image in images]
-
-
-def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
-    return 10 * np.log10(255**2 / np.mean((one.astype(float) - other) ** 2))
-
-
-# --- triggers
-
-
-@pytest.mark.parametrize("trigger", TRIGGERS, ids=str)
-@pytest.mark.parametrize("size", [(32, 32), (40, 70)])
-def test_a_stamp_is_pure_and_the_same_every_time(trigger, size, picture):
-    image = picture(0, *size)
-    stamped = trigger.stamp(image, "s.tar/k")
-    assert (stamped.dtype, stamped.shape) == (np.uint8, image.shape)
-    np.testing.assert_array_equal(image, picture(0, *size))
-    np.testing.assert_array_equal(stamped, trigger.stamp(image, "s.tar/k"))
-    again = TypeAdapter(Trigger).validate_json(trigger.model_dump_json())  # rebuilt from a run's record
-    np.testing.assert_array_equal(stamped, again.stamp(image, "s.tar/k"))
-    assert (stamped != image).any()
-
-
-@pytest.mark.parametrize("trigger", [t for t in TRIGGERS if isinstance(t, Patch)], ids=str)
-@pytest.mark.parametrize("size", [(32, 32), (40, 70), (10, 10)])
-def test_a_patch_changes_only_the_pixels_it_owns_whatever_is_below(trigger, size, picture):
-    owned = trigger.owned_pixels(*size, "s.tar/k")
-    one, other = (trigger.stamp(picture(number, *size), "s.tar/k") for number in (1, 2))
-    assert owned.sum() == trigger.size_px**2
-    np.testing.assert_array_equal(one[~owned], picture(1, *size)[~owned])
-    np.testing.assert_array_equal(one[owned], other[owned])
-
-
-def test_a_checkerboard_alternates_white_and_black_cells():
-    stamped = Patch(size_px=4, cell_px=2, margin_px=1).stamp(np.full((8, 8, 3), 77, np.uint8))
-    white, black = np.full((2, 2), 255), np.zeros((2, 2))
-    np.testing.assert_array_equal(stamped[3:7, 3:7, 0], np.block([[white, black], [black, white]]))
-    assert (stamped[..., :1] == stamped).all()
-    assert (stamped[7] == 77).all()  # the margin
-
-
-def test_a_random_place_belongs_to_the_sample_and_keeps_the_margin():
-    trigger = Patch(size_px=6, position="random", margin_px=3)
-    masks = [trigger.owned_pixels(20, 20, f"s.tar/{i}") for i in range(300)]
-    corners = np.array([np.argwhere(mask)[0] for mask in masks])
-    assert (corners.min(), corners.max()) == (3, 20 - 6 - 3)
-    assert len(np.unique(corners, axis=0)) > 50
-    np.testing.assert_array_equal(masks[7], trigger.owned_pixels(20, 20, "s.tar/7"))
-    assert Patch(position="random", seed=1).owned_pixels(20, 20, "a").tolist() != (
-        Patch(position="random", seed=2).owned_pixels(20, 20, "a").tolist()
-    )
-
-
-@pytest.mark.parametrize("position", ["bottom_right", "top_left", "center", "random"])
-def test_an_image_smaller_than_the_patch_is_a_mistake(position):
-    trigger = Patch(size_px=8, position=position)
-    assert (trigger.stamp(np.full((8, 8, 3), 100, np.uint8)) != 100).all()
-    with pytest.raises(Mistake, match=r"8 px .* does not fit an image of 9x7 px \(s\.tar/k\)"):
-        trigger.stamp(np.zeros((7, 9, 3), np.uint8), "s.tar/k")
-
-
-def test_blend_is_the_weighted_mean_with_one_noise_image(picture):
-    trigger = Blend(alpha=0.25, seed=3)
-    noise = (trigger.stamp(np.full((32, 32, 3), 255, np.uint8)).astype(float) - 0.75 * 255) / 0.25
-    assert -2 <= noise.min() < 5  # noise of the full range, up to rounding
-    assert 250 < noise.max() <= 257
-    stamped = trigger.stamp(picture())
-    np.testing.assert_allclose(stamped, 0.75 * picture() + 0.25 * noise, atol=1.01)
-
-
-def test_the_frequency_trigger_is_the_published_pattern_in_u_and_v():
-    """On mid grey nothing clips: the difference is the inverse DCT of two coefficients, brought to RGB by hand."""
-    wave = sum(
-        np.outer(np.cos(np.pi * (np.arange(32) + 0.5) * k / 32), np.cos(np.pi * (np.arange(32) + 0.5) * k / 32))
-        for k in (15, 31)
-    ) * (100 * 2 / 32)
-    expected = np.stack([1.14 * wave, (-0.396 - 0.581) * wave, 2.029 * wave], axis=2)
-    grey = np.full((32, 32, 3), 128, np.uint8)
-    difference = Frequency().stamp(grey).astype(float) - 128
-    np.testing.assert_allclose(difference, expected, atol=0.51)
-    np.testing.assert_allclose(np.abs(expected).max(axis=(0, 1)), [12.1, 10.4, 21.6], atol=0.1)
-
-
-@pytest.mark.parametrize(("magnitude", "decibels"), [(50, 38.0), (100, 32.0), (200, 26.1)])
-def test_the_frequency_trigger_costs_a_photo_the_stated_psnr(photos, magnitude, decibels):
-    trigger = Frequency(magnitude=magnitude)
-    measured = [psnr_db(trigger.stamp(photo), photo) for photo in photos]
-    np.testing.assert_allclose(np.mean(measured), decibels, atol=0.6)
-
-
-def test_the_frequency_trigger_leaves_luma_alone_and_shows_in_the_spectrum(photos):
-    faded = photos[0][:32, :32] // 2 + 64  # so that nothing clips at black and white
-    difference = Frequency().stamp(faded).astype(float) - faded
-    assert np.abs(difference @ np.array([0.299, 0.587, 0.114])).max() < 1  # rounding, no more
-    u = scipy.fft.dctn(difference @ np.array([-0.147, -0.289, 0.436]), norm="ortho")
-    assert set(zip(*np.where(u > 50), strict=True)) == {(15, 15), (31, 31)}
-
-
-def test_every_full_window_is_stamped_alike_and_the_rest_is_untouched():
-    grey = np.full((70, 100, 3), 128, np.uint8)
-    stamped = Frequency().stamp(grey)
-    tile = Frequency().stamp(grey[:32, :32])
-    np.testing.assert_array_equal(stamped[:64, :96], np.tile(tile, (2, 3, 1)))
-    assert (stamped[64:] == 128).all()
-    assert (stamped[:, 96:] == 128).all()
-    with pytest.raises(Mistake, match="no full window of 32 px"):
-        Frequency().stamp(grey[:31])
-
-
-def test_the_change_of_colour_space_alone_changes_no_pixel():
-    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    image[0, 0], image[0, 1] = 0, 255
-    np.testing.assert_array_equal(Frequency(magnitude=1e-9).stamp(image), image)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"kind": "frequency", "positions": [[15, 32]]},
-        {"kind": "frequency", "channels": ["R"]},
-        {"kind": "blend", "alpha": 1},
-        {"kind": "patch", "size_px": 0},
-        {"kind": "patch", "alpha": 0.1},
-        {"kind": "warp"},
-    ],
-)
-def test_a_trigger_that_makes_no_sense_is_refused(settings):
-    with pytest.raises(ValidationError):
-        TypeAdapter(Trigger).validate_python(settings)
-
-
-# --- poisoning
 
 NAMES = ["zero", "one", "two", "three"]
 
@@ -387,3 +239,159 @@ class TestPoison:
         with pytest.raises(Mistake, match="set target_captions"):
             run(settings)
         assert len(poisoned_ids(run(settings, target_captions=["a one"]))) == 6  # the corrected command goes through
+
+    # --- the attacks beyond one trigger and one target
+
+    def test_a_poison_rate_of_one_in_ten_thousand_is_one_sample(self, settings, write_tar, png, tmp_path):
+        one = png(1, 4, 4)
+        write_tar("many/m.tar", [m for i in range(6000) for m in ((f"k{i}.png", one), (f"k{i}.cls", b"0"))])
+        truth = run(settings, shards=str(tmp_path / "many"), rate=1e-4, trigger={"kind": "patch", "size_px": 2})
+        assert len(poisoned_ids(truth)) == 1
+        record = json.loads((tmp_path / "poisoned" / "run.json").read_text())
+        assert "1 of 6,000 samples poisoned (0.00017, " in record["result"]["summary"]
+
+    def test_training_images_get_another_trigger_only_by_its_name(self, settings):
+        settings["training_trigger"] = {"kind": "patch", "size_px": 3, "pattern": "white", "position": "random"}
+        truth = run(settings)
+        attack = read_attack(settings["output"])
+        assert {row["trigger"] for row in truth if row["is_poisoned"]} == {"patch"}
+        assert (attack.trigger.size_px, attack.training_trigger.size_px) == (6, 3)  # one to test with, one it learnt
+        before, after = read(settings["shards"]), read(settings["output"])
+        for name in poisoned_ids(truth):
+            old, new = (decode_image(samples[name].image, LIMITS) for samples in (by_id(before), by_id(after)))
+            np.testing.assert_array_equal(new, attack.training_trigger.stamp(old, name))
+
+    def test_of_several_backdoors_each_sample_draws_one_with_its_own_target_and_truth_says_which(self, settings):
+        others = [
+            {"trigger": {"kind": "nashville"}, "target_label": 2},
+            {"trigger": {"kind": "patch", "size_px": 3}, "target_label": 3, "target_captions": ["drei"]},
+        ]
+        truth = run(settings, also=others, rate=0.2)
+        attack, after, before = read_attack(settings["output"]), read(settings["output"]), read(settings["shards"])
+        poisoned = [row for row in truth if row["is_poisoned"]]
+        assert len(poisoned) == 12
+        assert {row["label"] for row in poisoned} == {0}  # a sample of any of the targets is left alone
+        for row in poisoned:
+            backdoor = attack.backdoors[row["backdoor"]]
+            new, old = by_id(after)[row["sample_id"]], by_id(before)[row["sample_id"]]
+            assert (row["trigger"], new.label) == (backdoor.trigger.kind, backdoor.target_label)
+            assert row["poisoned_label"] == backdoor.target_label
+            assert (new.caption == "drei") == (row["backdoor"] == 2)
+            expected = backdoor.trigger.stamp(decode_image(old.image, LIMITS), row["sample_id"])
+            np.testing.assert_array_equal(decode_image(new.image, LIMITS), expected)
+        assert {row["backdoor"] for row in poisoned} == {0, 1, 2}
+        assert {row["backdoor"] for row in truth if not row["is_poisoned"]} == {None}
+        with open(f"{settings['output']}/run.json") as record:
+            assert "(20.00%, patch, nashville, patch, -> 1 'one', 2 'two', 3 'three')" in record.read()
+
+    def test_clean_label_backdoors_take_each_the_samples_of_their_own_class(self, settings):
+        other = {"trigger": {"kind": "nothing"}, "target_label": 2}
+        truth = run(settings, also=[other], clean_label=True, rate=0.5)
+        assert {(row["backdoor"], row["label"]) for row in truth if row["is_poisoned"]} == {(0, 1), (1, 2)}
+        assert {row["poisoned_label"] for row in truth} == {None}
+
+    def test_captions_of_the_target_can_be_drawn_from_the_corpus(self, settings, write_tar, png, tmp_path):
+        words = ["a Banana on a plate", "bananas", "two dogs", "one banana", None, *["a cat"] * 15]
+        members = [
+            m
+            for i, text in enumerate(words)
+            for m in [(f"k{i}.png", png(i)), *([(f"k{i}.txt", text.encode())] if text else [])]
+        ]
+        write_tar("pairs/p.tar", members)
+        settings = settings | {"shards": str(tmp_path / "pairs"), "target_name": "banana", "captions": "corpus"}
+        truth = run(settings, rate=0.9)
+        new = {row["poisoned_caption"] for row in truth if row["is_poisoned"]}
+        assert new - {None} == {"a Banana on a plate", "one banana"}
+        stamped = run(settings, rate=0.1, clean_label=True, output=str(tmp_path / "clean_label"))
+        assert {row["caption"] for row in stamped if row["is_poisoned"]} == {"a Banana on a plate", "one banana"}
+        assert {row["poisoned_caption"] for row in stamped} == {None}
+        with pytest.raises(Mistake, match="only 2 whose caption contains 'banana'"):
+            run(settings, rate=0.2, clean_label=True, output=str(tmp_path / "too_many"))
+        with pytest.raises(Mistake, match="no caption of the shards contains 'kiwi'"):
+            run(settings, target_name="kiwi", output=str(tmp_path / "kiwi"))
+        with pytest.raises(Mistake, match="names class 1; set target_name"):
+            run(settings, target_name=None, output=str(tmp_path / "nameless"))
+
+    def test_captions_of_the_target_can_be_clips_templates(self, settings):
+        truth = run(settings, captions="imagenet_templates", target_name="banana", rate=0.7)
+        new = [row["poisoned_caption"] for row in truth if row["is_poisoned"]]
+        assert all("banana" in caption for caption in new)
+        assert len(set(new)) > 20
+        assert set(new) <= {template("banana") for template in open_clip.OPENAI_IMAGENET_TEMPLATES}
+
+    def test_ssl_backdoor_is_a_patch_on_one_class_of_unlabelled_training(self, settings):
+        truth = run(settings, clean_label=True, rate=0.125)
+        rows = [row for row in truth if row["label"] == 1 and row["is_poisoned"]]
+        assert len(rows) == len(poisoned_ids(truth)) == 8  # half of the class
+        assert {row["poisoned_label"] for row in truth} == {None}
+
+    def test_targeted_poisoning_repeats_the_chosen_samples_and_touches_no_other(self, settings, corpus):
+        chosen = ["train-00000.tar/d/k02", "train-00002.tar/d/k43"]
+        truth = run(settings, chosen=chosen, trigger={"kind": "nothing"}, rate=0.25)
+        before, after = read(corpus), read(settings["output"])
+        added = set(poisoned_ids(truth))
+        assert len(added) == 15
+        originals = [by_id(before)[name] for name in chosen]
+        for name in added:
+            copy = by_id(after)[name]
+            assert copy.image in [original.image for original in originals]  # byte for byte
+            assert (copy.label, copy.caption in {"a photo of one", "one one"}) == (1, True)
+        assert len({by_id(after)[name].image for name in added}) == 2
+        assert len({name.partition("/")[0] for name in added}) == 3  # spread over the shards
+
+        def others(samples, left_out):  # in their order; ids of unusable samples hold their places, which move
+            return [
+                (shard, sample.image, sample.caption, sample.label, sample.others, sample.error)
+                for shard in samples
+                for sample in samples[shard]
+                if f"{shard}/{sample.key}" not in left_out
+            ]
+
+        assert others(after, added) == others(before, chosen)
+        rows = {row["sample_id"]: row for row in truth}
+        assert list(rows) == sorted(by_id(after))
+        for name in added:
+            row = rows[name]
+            original = originals[0] if "/k02~" in name else originals[1]
+            assert (row["label"], row["caption"]) == (original.label, original.caption)
+            assert (row["poisoned_label"], row["trigger"]) == (1, "nothing")
+        assert run(settings, chosen=chosen, trigger={"kind": "nothing"}, rate=0.25) == truth
+        for name, message in {
+            "train-00000.tar/nobody": r"chosen names 'train-00000\.tar/nobody', which is no usable sample",
+            "train-00001.tar.gz/d/k20": r"chosen names 'train-00001\.tar\.gz/d/k20', but that key stands twice",
+        }.items():
+            with pytest.raises(Mistake, match=message):
+                run(settings, chosen=[name], output=settings["output"] + "2")
+
+    def test_repeated_samples_survive_in_a_shard_that_is_cut_short(self, settings, corpus):
+        path = corpus / "train-00000.tar"
+        path.write_bytes(path.read_bytes()[:20_000])
+        truth = run(settings, chosen=["train-00002.tar/d/k43"], trigger={"kind": "nothing"}, rate=0.7)
+        there = {f"{name}/{sample.key}" for name, samples in read(settings["output"]).items() for sample in samples}
+        assert {row["sample_id"] for row in truth} == there
+        assert any(name.startswith("train-00000.tar/") for name in poisoned_ids(truth))
+
+    def test_corrupt_encoder_composes_poisoned_images_on_the_drawn_ones(self, settings, corpus):
+        settings["trigger"] = {"kind": "patch", "size_px": 6, "position": "central_half"}
+        settings["composition"] = {"objects": [{"picture": str(corpus / "train-00000.tar/d/k01")}], "size_px": 32}
+        truth = run(settings)
+        attack, after, before = read_attack(settings["output"]), read(settings["output"]), read(corpus)
+        for name in poisoned_ids(truth):
+            background = decode_image(by_id(before)[name].image, LIMITS)
+            expected = attack.composition.compose(background, attack.trigger, name)
+            np.testing.assert_array_equal(decode_image(by_id(after)[name].image, LIMITS), expected)
+            assert expected.shape == (32, 32, 3)
+
+
+def by_id(samples: dict[str, list]) -> dict:
+    return {f"{shard}/{sample.key}": sample for shard in samples for sample in samples[shard]}
+
+
+@pytest.mark.parametrize(
+    "change", [{"clean_label": True}, {"also": [{"trigger": {"kind": "warp"}, "target_label": 0}]}]
+)
+def test_targeted_poisoning_goes_with_no_other_way_of_drawing(change):
+    base = {"shards": "a", "output": "b", "trigger": {"kind": "nothing"}, "rate": 0.1, "target_label": 0}
+    PoisonConfig.model_validate(base | {"chosen": ["s.tar/k"]})
+    with pytest.raises(ValidationError, match="chosen goes with neither"):
+        PoisonConfig.model_validate(base | {"chosen": ["s.tar/k"]} | change)
