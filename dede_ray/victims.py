@@ -95,7 +95,7 @@ def load_victim(config: VictimConfig) -> Victim:
     if config.mean is not None or config.std is not None:
         mean, std = clip.pixel_statistics(described)
         described["preprocess_cfg"] = {"mean": config.mean or mean, "std": config.std or std}
-    model = clip.build_clip(described)
+    model = clip.build_clip(described, weights=clip.resolve_weights(weights))
     clip.load_clip_weights(model, weights)
     return Victim(
         model, described, name=path.name if not path.is_dir() else "/".join(path.parts[-2:]), precision=config.precision
