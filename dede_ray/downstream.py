@@ -150,8 +150,9 @@ def measure(
         Mistake: nothing to measure on, or to fit the probe on.
     """
     heads: dict[str, Head] = {}
-    if classes is not None and classes.templates and hasattr(victim, "encode_text"):
-        heads["zero_shot"] = zero_shot_head(victim, classes)
+    encode_text: Any = getattr(victim, "encode_text", None)
+    if encode_text and classes is not None and classes.templates:
+        heads["zero_shot"] = zero_shot_head(encode_text, classes)
     heads["probe"] = probe_head(*embed(victim, probe, limits))
     clean_NE, label_N = embed(victim, test, limits)
     triggered_NE, _ = embed(victim, [image for image in test if image.label != target_label], limits, trigger)
@@ -169,7 +170,7 @@ def measure(
     }
 
 
-def zero_shot_head(victim: Victim, classes: Classes) -> Head:
+def zero_shot_head(encode_text: Callable[[list[str]], torch.Tensor], classes: Classes) -> Head:
     """Take each image for the class whose captions it is closest to.
 
     A class is the normalised mean of the normalised embeddings of its captions, one per template.
@@ -177,7 +178,7 @@ def zero_shot_head(victim: Victim, classes: Classes) -> Head:
     Source: Radford et al., arXiv:2103.00020, section 3.1.4.
     """
     captions = [caption for name in classes.names for caption in class_captions(classes.templates, name)]
-    text_CE = class_embeddings(victim.encode_text(captions).cpu().numpy(), len(classes.templates))
+    text_CE = class_embeddings(encode_text(captions).cpu().numpy(), len(classes.templates))
     return lambda embedding_NE: (embedding_NE @ text_CE.T).argmax(axis=1)
 
 

@@ -45,7 +45,7 @@ from dede_ray.optimisation import Optimisation
 from dede_ray.shards import BadSample, Limits, Reason, Sample, decode_image, list_shards, sample_id
 from dede_ray.tracking import Tracking
 from dede_ray.validation import ValidationConfig, Validator
-from dede_ray.victims import OpenClipVictim, Victim, VictimConfig, load_victim
+from dede_ray.victims import OpenClipVictim, OptionalVictimConfig, Victim, VictimConfig, load_victim
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class DecoderTrain(Config):
     """The suspected data itself (in distribution), or any public set (out of distribution)."""
     holdout: str | list[str] | None = None
     """Clean shards on which the decoder's use of the embedding is checked; None checks on training samples."""
-    victim: VictimConfig | None = None
+    victim: OptionalVictimConfig = None
     """Whose embeddings to invert; None takes the CLIP that this run's `clip:` section trained."""
     preset: Literal["tiny", "paper", "fast", "vit_b16"] = "tiny"
     """Network and optimisation: see PRESETS in decoder.py."""
