@@ -7,6 +7,7 @@ repository of the Hugging Face hub. The export is open_clip's own folder layout 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import json
@@ -21,12 +22,24 @@ import torch
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dede_ray.config import Config, Mistake, read_json, write_json
 from dede_ray.vision_libraries import open_clip
-from dede_ray.weights import CONFIG_FILE, HUB, WEIGHTS_FILE, download, read_tensors, resolve_weights
+from dede_ray.weights import (
+    CONFIG_FILE,
+    HUB,
+    WEIGHTS_FILE,
+    download,
+    read_tensors,
+    refuse_not_finite,
+    resolve_weights,
+    unlike,
+)
 
 logger = logging.getLogger(__name__)
+
+TOKENIZER_OPTIONS = {"additional_special_tokens", "clean", "language", "reduction_mask", "strip_sep_token"}
 
 # ---------------------------------------------------------------------------------------------- building
 
@@ -61,6 +74,21 @@ def model_description(architecture: str) -> dict[str, Any]:
     model = described.get("model_cfg")
     if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
         raise Mistake(f"{architecture} is no open_clip model config: embed_dim, vision_cfg and text_cfg are needed")
+    sections = {"vision_cfg": model["vision_cfg"], "text_cfg": model["text_cfg"]}
+    sections["preprocess_cfg"] = described.setdefault("preprocess_cfg", {})
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise Mistake(f"{architecture} is no open_clip model config: its {name} is no JSON object")
+    if ":" in str(
+        model["vision_cfg"].get("timm_model_name")
+    ):  # hf-hub: or local-dir:, which a config could point anywhere
+        raise Mistake(f"{architecture} names an image tower elsewhere, {model['vision_cfg']['timm_model_name']!r}")
+    options = model["text_cfg"].get("tokenizer_kwargs") or {}
+    if not isinstance(options, dict) or not options.keys() <= TOKENIZER_OPTIONS:
+        raise Mistake(
+            f"{architecture}: tokenizer_kwargs {options!r} may set {', '.join(sorted(TOKENIZER_OPTIONS))} only; others "
+            "could load code or files of its author's choice"
+        )
     return described
 
 
@@ -70,7 +98,7 @@ def _nearest(architecture: str) -> str:
     return f"; did you mean {' or '.join(by_lower[name] for name in near)}?" if near else ""
 
 
-def build_clip(described: dict[str, Any], patch_dropout: float | None = None) -> nn.Module:
+def build_clip(described: dict[str, Any], patch_dropout: float | None = None, weights: Path | None = None) -> nn.Module:
     """Build the model with random weights from torch's generator; no weights are downloaded.
 
     A text tower of Hugging Face's needs the package `transformers`, and its config from the hub or its cache.
@@ -79,6 +107,10 @@ def build_clip(described: dict[str, Any], patch_dropout: float | None = None) ->
         described: what `model_description` gave; it is not changed.
         patch_dropout: share of an image's patches that a ViT image tower leaves out of each training step (FLIP, Li et
             al., arXiv:2212.00794), in [0, 1); None does as the config says. The export knows nothing of it.
+        weights: the file it will be filled from; a description of a far larger model is refused before it takes memory.
+
+    Raises:
+        Mistake: open_clip cannot build that.
     """
     described = copy.deepcopy(described)
     model_cfg = described["model_cfg"]
@@ -87,8 +119,14 @@ def build_clip(described: dict[str, Any], patch_dropout: float | None = None) ->
     if patch_dropout is not None:
         model_cfg["vision_cfg"]["patch_dropout"] = patch_dropout
     try:
-        model = _create(described)
-    except (TypeError, RuntimeError, AssertionError, KeyError, ValueError, OSError, ImportError) as error:
+        budget = _Budget(4 * weights.stat().st_size + 2**28) if weights is not None else contextlib.nullcontext()
+        with budget:
+            model = _create(described)
+    # open_clip checks nothing: whatever a config of the wrong kinds of values makes it meet
+    except (
+        TypeError, RuntimeError, AssertionError, LookupError, ValueError, OSError, ImportError, ArithmeticError,
+        AttributeError,
+    ) as error:  # fmt: skip
         if patch_dropout and "patch_drop_rate" in str(error):  # timm's name for it
             raise _no_patches(model_cfg) from None
         raise Mistake(f"open_clip cannot build a model from this config: {error}") from None
@@ -108,6 +146,22 @@ def _create(described: dict[str, Any]) -> nn.Module:
             )
         finally:
             logging.disable(logging.NOTSET)
+
+
+class _Budget(TorchDispatchMode):
+    """Lets tensors be made of so many bytes together, and each is charged for at least 64 KiB."""
+
+    def __init__(self, num_bytes: int):
+        super().__init__()
+        self._left = num_bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and not any(isinstance(value, Tensor) for value in args):  # it makes a tensor out of numbers
+            sides = args[0] if isinstance(args[0], list | tuple) else [value for value in args if type(value) is int]
+            self._left -= max(4 * math.prod(sides), 2**16)
+            if self._left < 0:
+                raise ValueError("it describes a far larger model than the weights beside it")
+        return func(*args, **(kwargs or {}))
 
 
 def _no_patches(model_cfg: dict[str, Any]) -> Mistake:
@@ -230,14 +284,16 @@ def load_clip_weights(model: nn.Module, init: str | Path) -> None:
         sorted(name for name in names if not name.endswith(".num_batches_tracked"))
         for names in (own.keys() - state.keys(), state.keys() - own.keys())
     )
-    wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+    shared = own.keys() & state.keys()
+    wrong = unlike({name: state[name] for name in shared}, {name: own[name] for name in shared})
     if missing or unexpected or wrong:
         raise Mistake(
             f"{path} does not fit the model: {_unlike(state, own)}{len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}; "
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape or kind {wrong[:3]}; "
             f"name the architecture that the checkpoint was trained with{_architectures_like(state)}"
         )
     model.load_state_dict(state)
+    refuse_not_finite(model, path)
 
 
 def _adapted(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -260,8 +316,10 @@ def _adapted(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
         ("text.positional_embedding", open_clip.model.resize_text_pos_embed),
     ):
         there, here = state.get(name), own.get(name)
-        if there is None or here is None or len(there) == len(here) or there.shape[1:] != here.shape[1:]:
-            continue  # nothing to do, or another architecture
+        if there is None or here is None or there.shape == here.shape:
+            continue
+        if there.ndim != here.ndim or there.shape[1:] != here.shape[1:] or len(there) < 2:
+            continue  # another architecture
         if name.startswith("visual.") and math.isqrt(len(there) - 1) ** 2 + 1 != len(there):
             continue  # not a class token and a square grid
         logger.info("%s: interpolated from %d to %d positions", name, len(there), len(here))
@@ -332,6 +390,11 @@ def pixel_statistics(described: dict[str, Any]) -> tuple[list[float], list[float
     preprocess = described.get("preprocess_cfg") or {}
     mean = preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN
     std = preprocess.get("std") or open_clip.OPENAI_DATASET_STD
+    for name, values in (("mean", mean), ("std", std)):
+        numbers = values if isinstance(values, list | tuple) else []
+        numbers = [value for value in numbers if isinstance(value, int | float) and abs(value) < 1e6]
+        if len(numbers) != 3 or len(values) != 3 or (name == "std" and min(numbers) <= 0):
+            raise Mistake(f"preprocess_cfg: {name} {values!r} should be three numbers, those of std above 0")
     return list(mean), list(std)
 
 

@@ -12,10 +12,11 @@ import difflib
 import json
 import logging
 import os
+import reprlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import tyro
 import yaml
@@ -24,6 +25,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound="Config")
+
+MAX_JSON_BYTES = 64_000_000  # as objects in memory JSON may take 25 times its bytes
+
+_short = reprlib.Repr()  # of what was found: enough to recognise it, however large or deep it is
+_short.maxlevel = 3
+_short.maxstring = _short.maxlong = _short.maxother = 200
 
 
 class Mistake(ValueError):
@@ -64,8 +71,11 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise Mistake(f"no config file at {path} (looked from {Path.cwd()}){hint}")
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Mistake(f"{path} is not valid YAML: {error}") from None
+    except RecursionError:
+        raise Mistake(f"{path} is not valid YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # PyYAML's own errors, and what its constructors meet in `2024-13-45` or `!!bool maybe`
+        raise Mistake(f"{path} is not valid YAML: {error or type(error).__name__}") from None
     if not isinstance(content, dict):
         raise Mistake(f"{path} must hold `key: value` settings, found {type(content).__name__}")
     return content
@@ -84,7 +94,7 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> str:
         elif problem["type"] == "missing":
             lines.append(f"  {field}: required, but not given")
         else:
-            lines.append(f"  {field}: {problem['msg']}, found {problem['input']!r}")
+            lines.append(f"  {field}: {problem['msg']}, found {_short.repr(problem['input'])}")
     return "\n".join(lines)
 
 
@@ -121,13 +131,37 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def parse_json(stream: IO[bytes]) -> Any:
+    """Read strict JSON, as strangers may have written it, from a file.
+
+    Raises:
+        ValueError: it is damaged, nested too deeply, longer than `MAX_JSON_BYTES`, or holds NaN, Infinity or half a
+            character (a lone surrogate).
+    """
+    content = stream.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"longer than {MAX_JSON_BYTES:,} bytes")
+    try:
+        value = json.loads(content, parse_constant=_no_number)
+        if b"\\ud" in content.lower():  # half a character could be read, and never written
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number in JSON")
+
+
 def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
     """Read a JSON object that one of our jobs wrote; `what` names it in the error message."""
     try:
-        content = json.loads(Path(path).read_text())
+        with open(path, "rb") as stream:
+            content = parse_json(stream)
     except FileNotFoundError:
         raise Mistake(f"no {what} at {path}; run the job that writes it, or correct the path") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise Mistake(f"{path} should be a {what} in JSON, but cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise Mistake(f"{path} should be a {what}, a JSON object; found {type(content).__name__}")
@@ -161,7 +195,10 @@ def claim(folder: str | os.PathLike[str], config: Config) -> dict[str, Any] | No
             f"{folder} was made with other settings:\n  {listing}\n"
             "choose another output folder, or delete this one to start afresh"
         )
-    return run.get("result")
+    result = run.get("result")
+    if result is not None and not isinstance(result, dict):
+        raise Mistake(f"{path} is damaged: its result is no JSON object; delete {folder} to start afresh")
+    return result
 
 
 def _has_output(folder: str | os.PathLike[str]) -> bool:

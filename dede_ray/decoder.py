@@ -20,10 +20,11 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dede_ray.clip import read_tensors, to_unit_range
+from dede_ray.clip import to_unit_range
 from dede_ray.config import Config, Mistake, read_json, write_json
 from dede_ray.optimisation import Optimisation
 from dede_ray.vision_libraries import timm
+from dede_ray.weights import read_tensors, refuse_not_finite, unlike
 
 
 class DecoderShape(Config):
@@ -349,15 +350,24 @@ def load_decoder(folder: str | Path) -> MaskedDecoder:
     """
     folder = Path(folder)
     description = read_json(folder / "decoder.json", "exported decoder (decoder.json)")
-    try:
-        shape = DecoderShape.model_validate(description["shape"])
-        decoder = MaskedDecoder(shape, int(description["image_size"]), int(description["embedding_dim"]))
-        decoder.victim, decoder.has_null = str(description["victim"]), bool(description["has_null"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise Mistake(f"{folder / 'decoder.json'} does not describe a decoder: {error!r}") from None
     state = read_tensors(folder / "decoder.safetensors")
     try:
-        decoder.load_state_dict(state)
-    except RuntimeError as error:
-        raise Mistake(f"{folder / 'decoder.safetensors'} does not fit its decoder.json: {error}") from None
+        shape = DecoderShape.model_validate(description["shape"])
+        sizes = int(description["image_size"]), int(description["embedding_dim"])
+        victim, has_null = str(description["victim"]), bool(description["has_null"])
+        if min(sizes) < 1 or shape.encoder_depth + shape.decoder_depth > len(state):
+            raise ValueError(f"sizes {sizes}, {shape!r} for {len(state)} tensors")
+        with torch.device("meta"):  # no memory yet: numbers in a JSON file may ask for any amount
+            wanted = MaskedDecoder(shape, *sizes).state_dict()
+    except (KeyError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise Mistake(f"{folder / 'decoder.json'} does not describe a decoder: {error!r}") from None
+    if wrong := unlike(state, wanted):
+        raise Mistake(
+            f"{folder / 'decoder.safetensors'} does not fit its decoder.json: {len(wrong)} tensors are missing, "
+            f"unexpected, or of another shape or kind, such as {wrong[:3]}"
+        )
+    decoder = MaskedDecoder(shape, *sizes)
+    decoder.victim, decoder.has_null = victim, has_null
+    decoder.load_state_dict(state)
+    refuse_not_finite(decoder, folder / "decoder.safetensors")
     return decoder.requires_grad_(False).eval()

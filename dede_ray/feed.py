@@ -32,7 +32,7 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from dede_ray.config import Mistake
-from dede_ray.shards import Limits, Reason, Sample, Shard, iter_samples, open_shard, split_name
+from dede_ray.shards import Limits, Reason, Sample, Shard, iter_samples, open_shard, open_tar, split_name
 
 Columns = dict[str, np.ndarray]
 
@@ -77,12 +77,10 @@ def _index_one(shard: Shard, chunk_size: int) -> list[ChunkRef]:
     key, count, offset = None, 0, 0
     with open_shard(shard) as stream:
         try:
-            tar = tarfile.open(fileobj=stream, mode="r:")
-        except tarfile.ReadError:  # `list_shards` found a tar in it, but none that begins with a header
-            raise _compressed(shard) from None
-        try:
+            tar = open_tar(stream)
+            if tar.is_gzipped:
+                raise _compressed(shard)
             for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would remember every member
                 if not member.isfile() or split_name(member.name)[0] == key:
                     continue
                 key = split_name(member.name)[0]
@@ -93,7 +91,7 @@ def _index_one(shard: Shard, chunk_size: int) -> list[ChunkRef]:
                     offset = member.offset
                 count += 1
         except tarfile.ReadError:
-            pass  # a truncated shard: what stands before the cut is trained on, the score pass reports the rest
+            pass  # a damaged shard: what stands before the cut is trained on, the score pass reports the rest
     return [*refs, ChunkRef(shard, len(refs), offset, count)] if count else refs
 
 

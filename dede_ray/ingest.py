@@ -50,10 +50,11 @@ from dede_ray.sources import (
     pick_caption,
     why_unusable,
 )
+from dede_ray.urls import UrlList, ingest_urls
 
 logger = logging.getLogger(__name__)
 
-Source = Annotated[
+Local = (
     Digits
     | WebDataset
     | Folders
@@ -65,9 +66,9 @@ Source = Annotated[
     | STL10
     | GTSRB
     | SVHN
-    | Caltech101,
-    Field(discriminator="kind"),
-]
+    | Caltech101
+)
+Source = Annotated[Local | UrlList, Field(discriminator="kind")]
 
 
 class IngestConfig(Config):
@@ -80,7 +81,7 @@ class IngestConfig(Config):
     templates: list[str] = Field(["a photo of a {}"], min_length=1)
     """Captions for samples that have a class but no caption, `{}` standing for the class name; each draws one."""
     samples_per_shard: int = Field(1000, gt=0)
-    """Samples in one tar: the unit in which later jobs share out their work."""
+    """Samples in one tar: the unit in which later jobs share out their work. Of a list of links: links for each tar."""
     seed: int = Field(0, ge=0)
     """Draws the splits and the captions."""
     limits: Limits = Limits()
@@ -109,15 +110,20 @@ def ingest(config: IngestConfig) -> str:
         Mistake: the output folder belongs to another run, the source is not where the settings say, or the splits
             they ask for cannot be drawn from it.
     """
-    output = Path(config.output).absolute()
+    output, source = Path(config.output).absolute(), config.source
     state = output / ".ingest"
     run = config.model_copy(update={"workers": None})  # how many work is no part of what comes out
-    if done := claim(output, run):
+    done = claim(output, run)
+    if isinstance(source, UrlList):
+        if done is None or source.retry_failed:
+            result = ingest_urls(source, output, config.limits, config.samples_per_shard)
+            done = finish(output, run, result)
+        return done["summary"]
+    if done:
         shutil.rmtree(state, ignore_errors=True)
         return done["summary"]
-    # A source that is no list of local items, such as links to be fetched, would go its own way from here.
     each = partial(_each, workers=config.workers)
-    listing = config.source.find(config.seed, config.limits, state / "unpacked", each)
+    listing = source.find(config.seed, config.limits, state / "unpacked", each)
     _plan(state, run, listing)
 
     slices = [
@@ -128,7 +134,7 @@ def ingest(config: IngestConfig) -> str:
     todo = [these for these in slices if not _receipt(output, these[1]).is_file()]
     if len(todo) < len(slices):
         logger.info("continuing: %d of %d shards stand", len(slices) - len(todo), len(slices))
-    _report(each(partial(_make_shard, run, listing.class_names), todo), len(todo))
+    _report(each(partial(_make_shard, run, source, listing.class_names), todo), len(todo))
 
     counts: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
@@ -173,12 +179,14 @@ def _receipt(output: Path, name: str) -> Path:
     return output / ".ingest" / f"{name}.json"
 
 
-def _make_shard(config: IngestConfig, names: list[str] | None, output: Path, name: str, items: Sequence[Item]) -> int:
+def _make_shard(
+    config: IngestConfig, source: Local, names: list[str] | None, output: Path, name: str, items: Sequence[Item]
+) -> int:
     """Make one shard and its receipt; returns the number of samples. No tar is written where none can be used."""
     left_out: Counter[str] = Counter()
 
     def usable() -> Iterator[Sample]:
-        for sample in config.source.load(items, config.limits):
+        for sample in source.load(items, config.limits):
             if reason := why_unusable(sample, config.limits):
                 left_out[reason] += 1
                 continue

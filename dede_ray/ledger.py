@@ -18,7 +18,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +32,17 @@ from ray.data import ActorPoolStrategy, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from dede_ray.config import Config, Mistake, read_json, write_json
-from dede_ray.shards import BadSample, Limits, Shard, ShardEnd, decode_image, iter_chunks, sample_id
+from dede_ray.shards import (
+    BadSample,
+    Limits,
+    Sample,
+    Shard,
+    ShardEnd,
+    decode_image,
+    iter_samples,
+    open_shard,
+    sample_id,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -159,10 +169,20 @@ def run_pass(
 
 def read_parts(folder: str | Path, shard_name: str, columns: list[str] | None = None) -> pa.Table:
     """All rows of one shard of a finished pass, in the shard's order."""
-    parts = Path(folder) / "parts" / shard_name
-    num_chunks = read_json(parts / "end.json", "end marker of a shard")["num_chunks"]
-    paths = [part_path(folder, shard_name, number) for number in range(num_chunks)]
-    return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
+    tables = []
+    for number in range(_read_end(folder, shard_name).num_chunks):
+        path = part_path(folder, shard_name, number)
+        try:
+            tables.append(pq.read_table(path, columns=columns))
+            if columns is not None and tables[-1].column_names != columns:
+                raise ValueError(f"it lacks some of the columns {', '.join(columns)}")
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise Mistake(f"{path} is damaged: {error}; delete it and run the same command again") from None
+    try:
+        return pa.concat_tables(tables)
+    except (ValueError, pa.ArrowException) as error:
+        where = Path(folder) / "parts" / shard_name
+        raise Mistake(f"the parts in {where} do not fit together: {error}; delete them and run again") from None
 
 
 def part_path(folder: str | Path, shard_name: str, number: int) -> Path:
@@ -177,6 +197,8 @@ def _claim_parts(folder: Path, made_with: dict[str, Any], shards: list[Shard]) -
     path = folder / "pass.json"
     standing = read_json(path, "record of a pass") if path.is_file() else made_with
     made_of = standing.pop("shards", {})
+    if not isinstance(made_of, dict):
+        raise Mistake(f"{path} is damaged: its shards are no JSON object; delete {folder}")
     changed = [(k, standing.get(k), made_with.get(k)) for k in sorted(standing.keys() | made_with.keys())]
     for shard in shards:
         now = f"{shard.url}, {shard.num_bytes:,} bytes"
@@ -191,16 +213,34 @@ def _claim_parts(folder: Path, made_with: dict[str, Any], shards: list[Shard]) -
     write_json(path, {**made_with, "shards": made_of})
 
 
+@dataclass(frozen=True)
+class _End:
+    """A shard's end marker."""
+
+    num_samples: int
+    num_chunks: int
+    is_complete: bool
+
+
+def _read_end(folder: str | Path, shard_name: str) -> _End:
+    path = Path(folder) / "parts" / shard_name / "end.json"
+    content = read_json(path, "end marker of a shard")
+    kinds = {"num_samples": int, "num_chunks": int, "is_complete": bool}
+    if {name: type(value) for name, value in content.items()} != kinds or content["num_chunks"] < 1:
+        raise Mistake(f"{path} is damaged; delete it and run the same command again")
+    return _End(**content)
+
+
 def _standing_chunks(folder: Path, shard: Shard) -> set[int]:
     parts = folder / "parts" / shard.name
     return {int(path.stem) for path in parts.glob("[0-9]*.parquet")} if parts.is_dir() else set()
 
 
 def _is_done(folder: Path, shard: Shard) -> bool:
-    end = folder / "parts" / shard.name / "end.json"
-    if not end.is_file():
+    if not (folder / "parts" / shard.name / "end.json").is_file():
         return False
-    return _standing_chunks(folder, shard) >= set(range(read_json(end, "end marker of a shard")["num_chunks"]))
+    num_chunks, standing = _read_end(folder, shard.name).num_chunks, _standing_chunks(folder, shard)
+    return len(standing) >= num_chunks and standing >= set(range(num_chunks))
 
 
 def _summarise(shards: list[Shard], folder: Path) -> PassSummary:
@@ -210,7 +250,7 @@ def _summarise(shards: list[Shard], folder: Path) -> PassSummary:
         column = read_parts(folder, shard.name, ["error"])["error"]
         num_samples += len(column)
         errors.update(column.drop_null().to_pylist())
-        if not read_json(folder / "parts" / shard.name / "end.json", "end marker of a shard")["is_complete"]:
+        if not _read_end(folder, shard.name).is_complete:
             truncated.append(shard.name)
     return PassSummary(num_samples, dict(sorted(errors.items())), truncated)
 
@@ -255,34 +295,45 @@ class _ChunkSource(Datasource):
 def _read_and_decode(
     shard: Shard, standing: set[int], folder: Path, image_size: int, chunk_size: int, limits: Limits
 ) -> Iterator[pa.Table]:
-    end = ShardEnd()
-    chunks = iter_chunks(shard, chunk_size, limits, end)
-    first = next(chunks, [])  # a shard without samples still has one part, without rows
-    for number, samples in enumerate(itertools.chain([first], chunks)):
-        if number in standing:
-            continue  # its bytes passed by; nothing was decoded
-        images = []
-        for sample in samples:
-            if sample.error is None:
-                try:
-                    images.append(decode_image(sample.image or b"", limits, image_size))
-                except BadSample as bad:
-                    sample.error = bad.reason
-        yield pa.table(
-            {
-                "shard": [shard.name],
-                "number": [number],
-                "first_index": [number * chunk_size],
-                "key": _strings(sample.key for sample in samples),
-                "caption": _strings(sample.caption for sample in samples),
-                "error": _strings(sample.error for sample in samples),
-                "content_hash": _strings(sample.content_hash() for sample in samples),
-                # The readable samples' pixels, uint8, one block: Ray Data then moves them without looking inside.
-                "pixels": pa.array([b"".join(image.tobytes() for image in images)], pa.large_binary()),
-            }
-        )
-    marker = {"num_samples": end.num_samples, "num_chunks": number + 1, "is_complete": end.is_complete}
-    write_json(folder / "parts" / shard.name / "end.json", marker)
+    end, number = ShardEnd(), 0
+    with open_shard(shard) as stream:
+        samples = iter_samples(stream, limits, end=end)
+        for number, chunk in itertools.groupby(samples, lambda sample: sample.index // chunk_size):
+            if number not in standing:  # else its bytes pass by; nothing is decoded
+                yield _decode(shard, number, chunk, image_size, chunk_size, limits)
+    if end.num_samples == 0 and 0 not in standing:  # a shard without samples still has one part, without rows
+        yield _decode(shard, 0, [], image_size, chunk_size, limits)
+    marker = _End(end.num_samples, number + 1, end.is_complete)
+    write_json(folder / "parts" / shard.name / "end.json", asdict(marker))
+
+
+def _decode(
+    shard: Shard, number: int, samples: Iterable[Sample], image_size: int, chunk_size: int, limits: Limits
+) -> pa.Table:
+    """One chunk as a row; holds one encoded image at a time, as 256 of them may be 16 GB."""
+    images, hashes = [], []
+    rows: list[tuple[str, str | None, str | None]] = []
+    for sample in samples:
+        if sample.error is None:
+            try:
+                images.append(decode_image(sample.image or b"", limits, image_size).tobytes())
+            except BadSample as bad:
+                sample.error = bad.reason
+        hashes.append(sample.content_hash())
+        rows.append((sample.key, sample.caption, sample.error))
+    return pa.table(
+        {
+            "shard": [shard.name],
+            "number": [number],
+            "first_index": [number * chunk_size],
+            "key": _strings(key for key, _, _ in rows),
+            "caption": _strings(caption for _, caption, _ in rows),
+            "error": _strings(error for _, _, error in rows),
+            "content_hash": _strings(hashes),
+            # The readable samples' pixels, uint8, one block: Ray Data then moves them without looking inside.
+            "pixels": pa.array([b"".join(images)], pa.large_binary()),
+        }
+    )
 
 
 def _strings(values: Iterable[str | None]) -> pa.Array:
@@ -307,10 +358,17 @@ class _Worker:
         good = [i for i, error in enumerate(errors) if error is None]
         ids = [sample_id(row["shard"], key) for key in row["key"]]
         size = self.work.image_size
-        columns: dict[str, np.ndarray] = {}
+        columns: dict[str, Any] = {}
         if good:
             image_BHWC = np.frombuffer(row["pixels"], np.uint8).reshape(len(good), size, size, 3)
             columns = self.work(Chunk([ids[i] for i in good], image_BHWC, [row["caption"][i] for i in good]))
+            is_finite = _are_finite(columns, len(good))
+            if not is_finite.all():
+                errors = [*errors]
+                for i in np.flatnonzero(~is_finite).tolist():
+                    errors[good[i]] = "not_finite"
+                columns = {name: [*itertools.compress(column, is_finite)] for name, column in columns.items()}
+                good = [*itertools.compress(good, is_finite)]
         table = pa.table(
             {
                 "sample_id": ids,
@@ -328,6 +386,14 @@ class _Worker:
             table = table.append_column(pa.field(name, kind), pa.array(values, kind))
         write_parquet(table, part_path(self.folder, row["shard"], row["number"]))
         return {"shard": row["shard"], "num_samples": len(ids), "errors": [e for e in errors if e is not None]}
+
+
+def _are_finite(columns: dict[str, Any], num: int) -> np.ndarray:
+    """Which of the samples got numbers only; a score that is none would never be flagged."""
+    is_finite = np.ones(num, bool)
+    for column in columns.values():
+        is_finite &= np.isfinite(np.asarray(column)).reshape(num, -1).all(axis=1)
+    return is_finite
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:

@@ -14,13 +14,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import BaseModel, Field, ValidationError
 
-from dede_ray.config import Mistake, read_json, write_atomically, write_json
+from dede_ray.config import Mistake, explain, read_json, write_atomically, write_json
 from dede_ray.ledger import write_parquet
 
 DECISION_COLUMNS = (
@@ -50,18 +51,25 @@ class Manifest:
     def table(self) -> pa.Table:
         """All rows, sorted by sample id."""
         paths = [self.folder / "manifest" / f"{name}.parquet" for name in self.info["shards"]]
+        kinds = {name: pa.float32() for name in self.score_columns}
+        kinds |= {"sample_id": pa.string(), "flagged": pa.bool_(), "error": pa.string()}
         try:
-            return pa.concat_tables([pq.read_table(path) for path in paths])
-        except (OSError, pa.ArrowInvalid) as error:
+            table = pa.concat_tables([pq.read_table(path) for path in paths])
+            for name, kind in kinds.items():
+                if table.column(name).type != kind:
+                    raise ValueError(f"column {name} is of type {table.column(name).type}, not {kind}")
+        except (OSError, ValueError, LookupError, pa.ArrowException) as error:
             raise Mistake(f"the manifest at {self.folder} is damaged: {error}; run the scoring job again") from None
+        return table
 
     def summary(self) -> str:
         """The one line that a person came for."""
         counts, decision = self.info["counts"], self.info["decision"]
         unreadable = sum(counts["unreadable"].values())
+        cut = f", {len(counts['truncated_shards']):,} shards end early" if counts["truncated_shards"] else ""
         return (
             f"{counts['flagged']:,} of {counts['scored']:,} samples flagged by {decision['score']} "
-            f"({decision['rule']}); {unreadable:,} unreadable -> {self.folder}\n{decision['message']}"
+            f"({decision['rule']}); {unreadable:,} unreadable{cut} -> {self.folder}\n{decision['message']}"
         )
 
 
@@ -89,4 +97,18 @@ def read_manifest(folder: str | Path) -> Manifest:
     info = read_json(folder / "manifest.json", "manifest (manifest.json)")
     if info.get("manifest") != 1:
         raise Mistake(f"{folder / 'manifest.json'} is no manifest that this version reads")
+    try:
+        _Info.model_validate(info)
+    except ValidationError as error:
+        raise Mistake(f"{folder / 'manifest.json'} is damaged:\n{explain(error, _Info)}") from None
     return Manifest(folder, info)
+
+
+class _Info(BaseModel):
+    """What every reader of a manifest.json relies on."""
+
+    shards: list[Annotated[str, Field(pattern="^[^/]+$")]] = Field(min_length=1)
+    settings: dict[str, Any]
+    victim: dict[str, str]
+    decision: dict[str, Any]
+    score_columns: list[str]

@@ -22,6 +22,7 @@ from dede_ray.ingest import IngestConfig, ingest
 from dede_ray.report import EvaluateConfig, evaluate
 from dede_ray.scoring import ScoreConfig, score
 from dede_ray.session import start_ray
+from dede_ray.sift import SiftConfig, sift
 from dede_ray.training import TrainConfig, train
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ STEPS: dict[str, tuple[type[Config], Callable[[Any], str]]] = {
     "poison": (PoisonConfig, poison),
     "train_clip": (TrainConfig, train),
     "score": (ScoreConfig, lambda config: score(config).summary()),
+    "sift": (SiftConfig, sift),
     "evaluate": (EvaluateConfig, evaluate),
 }
 

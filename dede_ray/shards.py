@@ -7,6 +7,9 @@ travel, are scored and are recovered is the *chunk*: `chunk_size` consecutive sa
 Nothing from a shard is ever unpickled or executed: members are decoded by the explicit decoders below, by
 suffix, and every other member is ignored. What cannot be used becomes an error with a reason from `REASONS`;
 it keeps its place, so that every sample of a shard appears exactly once in whatever is written about it.
+
+A shard costs no more than it weighs: time and memory are bounded by the bytes on disk (a gzipped one may unfold to
+`MAX_UNFOLDING` times its own), an image by `max_pixels`, a tar header by `MAX_EXTENSION_BYTES`.
 """
 
 from __future__ import annotations
@@ -17,15 +20,18 @@ import io
 import itertools
 import os
 import re
+import struct
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, get_args
+from typing import IO, Any, get_args
 from typing import Literal as L
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from pyarrow import fs
 from pydantic import Field
 
@@ -36,18 +42,30 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # what Pillow may try, whatever 
 CAPTION_SUFFIXES = ("txt", "caption")
 LABEL_SUFFIXES = ("cls", "label")
 
+MAX_MEMBER_SPAN = 2**40  # a member that claims more bytes is rubbish; no file system would let us step over it
+MAX_UNFOLDING = 50  # where a gzipped shard exceeds 64 MB and this many times its own bytes, it ends, as rubbish
+MAX_EXTENSION_BYTES = 16_384  # a member's long name or pax header: tarfile needs the square of it, in time and memory
+MAX_EXTENSIONS = 8  # such headers before one member
+MAX_EXIF_BYTES = 65_536  # what a JPEG segment holds; Pillow may unfold EXIF data to some thousand times its size
+MAX_SCANS = 32  # passes over all pixels that a JPEG of `max_pixels` may ask for
+
+# Pillow warns about damaged metadata with numbers from the file: a hostile corpus would fill memory and log with them.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 Reason = L[
     "no_image",  # no member with an image suffix
     "image_unreadable",  # not one of IMAGE_FORMATS, or damaged
     "image_truncated",  # the image data ends early
-    "image_too_large",  # more pixels than `max_pixels`
-    "member_too_large",  # a member longer than `max_member_bytes`
+    "image_too_large",  # more pixels than `max_pixels`, or a JPEG that paints them `MAX_SCANS` times
+    "member_too_large",  # a member longer than `max_member_bytes`, or copied members that are so together
+    "member_sparse",  # a member stored with holes (tar -S), which might unfold to terabytes
     "caption_missing",  # no caption where training needs one
     "caption_unreadable",  # not UTF-8
     "caption_too_long",  # longer than `max_caption_chars`
-    "label_unreadable",  # not an integer
-    "duplicate_key",  # the key already stood in this shard
+    "label_unreadable",  # not an integer of at most 31 bits in plain digits
+    "duplicate_key",  # the key already stood in this shard, or one of its members comes twice
     "shard_truncated",  # the shard ends inside this sample
+    "not_finite",  # what was computed of it, a score or an embedding, is not a number
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
@@ -92,6 +110,7 @@ class Sample:
     label: int | None = None
     error: Reason | None = None
     others: dict[str, bytes] = field(default_factory=dict)
+    others_bytes: int = field(default=0, repr=False, compare=False)
 
     def content_hash(self) -> str:
         """SHA-256 of the encoded image bytes, hexadecimal; empty without an image."""
@@ -175,9 +194,9 @@ def _list_one(pattern: str) -> list[Shard]:
 def _why_unreadable(shard: Shard) -> str | None:
     """Look at the first header only; what is wrong further in is for the reader to count."""
     try:
-        with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
-            return None if tar.next() is not None else "holds no members"
-    except (tarfile.TarError, OSError, EOFError) as error:
+        with open_shard(shard) as stream:
+            return None if open_tar(stream).next() is not None else "holds no members"
+    except (tarfile.TarError, OSError) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -186,25 +205,176 @@ def open_shard(shard: Shard) -> IO[bytes]:
     if "://" not in shard.url:
         return open(shard.url, "rb")
     filesystem, path = fs.FileSystem.from_uri(shard.url)
-    return filesystem.open_input_file(path)
+    return io.BufferedReader(filesystem.open_input_file(path), 1 << 20)  # headers alone would be one request each
 
 
 # ---------------------------------------------------------------------------------------------- reading
 
 
-class _Member(tarfile.TarInfo):
-    """A tar header that notes whether the archive's end was a real end.
+class Tar(tarfile.TarFile):
+    """A tar of a stranger's, read front to back: forgets the members behind it, and fails in one way, by ReadError.
 
-    `tarfile` treats a file that stops without the closing zero block like a complete one.
+    `is_closed`: whether its end was a real one; `tarfile` takes a file that stops without the closing zero block for
+    a complete one.
+    """
+
+    is_closed = False
+    num_extensions = 0
+
+    def next(self) -> tarfile.TarInfo | None:
+        try:
+            member = super().next()
+        except OSError as error:
+            raise _of_shard(error) from None
+        except (ValueError, LookupError, ArithmeticError, struct.error) as error:  # whatever a damaged header gives
+            raise tarfile.ReadError(f"bad header: {error!r}") from None
+        self.members.clear()  # type: ignore[attr-defined]
+        return member
+
+    def read(self, member: tarfile.TarInfo) -> bytes:
+        """The content of a member that is not sparse; ReadError where the data end inside."""
+        stream: Any = self.fileobj
+        try:
+            stream.seek(member.offset_data)
+            content: bytes = stream.read(member.size)
+        except OSError as error:
+            raise _of_shard(error) from None
+        if len(content) < member.size:
+            raise tarfile.ReadError("unexpected end of data")
+        return content
+
+    @property
+    def is_gzipped(self) -> bool:
+        return isinstance(self.fileobj, _Unfolding)
+
+
+def _of_shard(error: OSError) -> Exception:
+    """What to raise: the error itself where it is the disk's or the network's, not the shard's."""
+    return error if error.errno is not None else tarfile.ReadError(str(error))
+
+
+def open_tar(stream: IO[bytes], tap: Callable[[Any], Any] = lambda source: source) -> Tar:
+    """Open a tar, plain or gzipped, at the stream's place.
+
+    Args:
+        stream: can seek back what was read of it first.
+        tap: gives what stands between the tar and its unfolded bytes.
+
+    Raises:
+        tarfile.ReadError: something else begins there.
+    """
+    start = stream.read(tarfile.BLOCKSIZE)
+    stream.seek(-len(start), os.SEEK_CUR)
+    is_gzipped = False
+    if start.startswith(b"\x1f\x8b"):  # as a name may, too
+        try:
+            tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:  # type: ignore[attr-defined]
+            is_gzipped = True
+    source: Any = _Unfolding(stream) if is_gzipped else stream
+    return Tar(fileobj=tap(source), tarinfo=_Member, encoding="utf-8", errors="surrogateescape")
+
+
+class _Member(tarfile.TarInfo):
+    """A tar header that asks for no more than a bounded number of bytes, and never to go back.
+
+    Global pax headers are stepped over: what a member is must not depend on where reading began.
     """
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> _Member:
+    def fromtarfile(cls, tar: Any) -> _Member:
         try:
-            return super().fromtarfile(tar)  # type: ignore[return-value]
+            member = super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            tar.closed_properly = True  # type: ignore[attr-defined]
+            tar.is_closed = True
             raise
+        if not 0 <= member.size <= MAX_MEMBER_SPAN:
+            raise tarfile.ReadError(f"bad header: a member of {member.size} bytes")
+        return member  # type: ignore[return-value]
+
+    def _proc_member(self, tar: Any) -> Any:
+        if self.type not in _EXTENSIONS:
+            tar.num_extensions = 0
+            return super()._proc_member(tar)  # type: ignore[misc]
+        tar.num_extensions += 1
+        if not 0 <= self.size <= MAX_EXTENSION_BYTES or tar.num_extensions > MAX_EXTENSIONS:
+            raise tarfile.ReadError(f"bad header: {tar.num_extensions}. extension, {self.size:,} bytes")
+        if self.type != tarfile.XGLTYPE:
+            return super()._proc_member(tar)  # type: ignore[misc]
+        tar.fileobj.read(self._block(self.size))  # type: ignore[attr-defined]
+        try:
+            return self.fromtarfile(tar)
+        except tarfile.HeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(str(error)) from None
+
+    def _proc_sparse(self, tar: Any) -> _Member:
+        """Step over the map of a file with holes."""
+        _, is_extended, _ = self._sparse_structs  # type: ignore[attr-defined]
+        while is_extended:
+            block = tar.fileobj.read(tarfile.BLOCKSIZE)
+            if len(block) < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("unexpected end of data")
+            is_extended = block[504]
+        self.offset_data = tar.fileobj.tell()
+        tar.offset = self.offset_data + self._block(self.size)  # type: ignore[attr-defined]
+        self._mark_sparse(self)
+        return self
+
+    def _mark_sparse(self, member: Any, *_: Any) -> None:
+        member.sparse = []
+
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _mark_sparse
+
+
+_EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
+class _Unfolding:
+    """The content of a gzipped stream, front to back; a cut simply ends it, rubbish and bombs raise ReadError."""
+
+    def __init__(self, stream: IO[bytes]):
+        self._stream, self._start = stream, stream.tell()
+        self._inflate, self._pending = zlib.decompressobj(31), b""
+        self._position = 0
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> None:
+        if position < self._position:
+            raise tarfile.ReadError("bad header: points backwards")
+        while position > self._position and self.read(min(position - self._position, 1 << 20)):
+            pass
+
+    def read(self, size: int) -> bytes:
+        parts: list[bytes] = []
+        missing = size
+        while missing > 0:
+            if self._inflate.eof:  # gzip files may stand one after the other
+                self._inflate, self._pending = zlib.decompressobj(31), self._inflate.unused_data
+            folded = self._pending or self._stream.read(1 << 14)
+            if not folded:
+                break
+            try:
+                parts.append(self._inflate.decompress(folded, missing))
+            except zlib.error as error:
+                if not any(parts):
+                    raise tarfile.ReadError(f"bad gzip data: {error}") from None
+                self._pending = folded  # for the next call to fail on
+                break
+            self._pending = self._inflate.unconsumed_tail
+            missing -= len(parts[-1])
+        content = b"".join(parts)
+        self._position += len(content)
+        if self._position > max(64_000_000, MAX_UNFOLDING * (self._stream.tell() - self._start)):
+            raise tarfile.ReadError(f"gzip data unfold to more than {MAX_UNFOLDING} times their size")
+        return content
 
 
 @dataclass
@@ -231,11 +401,12 @@ def iter_samples(
         keep_others: keep the bytes of members we do not decode, for jobs that copy samples.
     """
     end = end if end is not None else ShardEnd()
-    seen: set[str] = set()
+    seen: set[bytes] = set()
     current: Sample | None = None
+    suffixes: set[str] = set()
     index = 0
-    tar = tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member)
     try:
+        tar = open_tar(stream)
         for member in tar:
             if not member.isfile():
                 continue
@@ -243,13 +414,16 @@ def iter_samples(
             if current is None or key != current.key:
                 if current is not None:
                     yield _finish(current, seen)
-                current = Sample(key, index)
+                current, suffixes = Sample(key, index), set()
                 index += 1
-            _read_member(tar, member, suffix, current, limits, keep_others)
-        end.is_complete = getattr(tar, "closed_properly", False)
-    except (tarfile.ReadError, EOFError, OSError) as error:  # the data stops, or turns into rubbish
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk or the network, not the shard
+            if suffix in _DECODED or keep_others:
+                if suffix in suffixes:  # readers would differ on which of the two they take
+                    current.error = current.error or "duplicate_key"
+                suffixes.add(suffix)
+                _read_member(tar, member, suffix, current, limits)
+        end.is_complete = tar.is_closed
+    except tarfile.ReadError:
+        pass  # the data stops, or turns into rubbish
     if current is not None:
         if not end.is_complete and current.error is None and current.image is None:
             current.error = "shard_truncated"
@@ -269,32 +443,24 @@ def split_name(name: str) -> tuple[str, str]:
     return (f"{folder}/{stem}" if folder else stem), suffix.lower()
 
 
-def _read_member(
-    tar: tarfile.TarFile,
-    member: tarfile.TarInfo,
-    suffix: str,
-    sample: Sample,
-    limits: Limits,
-    keep_others: bool,
-) -> None:
-    """Read one member into its sample, if it is one that we decode."""
-    is_image = suffix in IMAGE_SUFFIXES
-    if not (is_image or suffix in CAPTION_SUFFIXES or suffix in LABEL_SUFFIXES or keep_others):
+_DECODED = frozenset((*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, *LABEL_SUFFIXES))
+
+
+def _read_member(tar: Tar, member: tarfile.TarInfo, suffix: str, sample: Sample, limits: Limits) -> None:
+    """Read one member into its sample."""
+    if member.issparse():
+        sample.error = sample.error or "member_sparse"
         return
-    if member.size > limits.max_member_bytes:
+    is_other = suffix not in _DECODED
+    if member.size + sample.others_bytes * is_other > limits.max_member_bytes:
         sample.error = sample.error or "member_too_large"
         return
-    reader = tar.extractfile(member)
-    assert reader is not None, member.name
     try:
-        content = reader.read()
-    except (tarfile.ReadError, EOFError):
+        content = tar.read(member)
+    except tarfile.ReadError:
         sample.error = "shard_truncated"
         raise
-    if len(content) < member.size:
-        sample.error = "shard_truncated"
-        raise tarfile.ReadError("unexpected end of data")
-    if is_image:
+    if suffix in IMAGE_SUFFIXES:
         if sample.image is None:
             sample.image, sample.image_suffix = content, suffix
     elif suffix in CAPTION_SUFFIXES:
@@ -306,25 +472,32 @@ def _read_member(
             if len(sample.caption) > limits.max_caption_chars:
                 sample.caption, sample.error = None, sample.error or "caption_too_long"
     elif suffix in LABEL_SUFFIXES:
-        try:
-            sample.label = int(content[:32])
-        except ValueError:
-            sample.error = sample.error or "label_unreadable"
-        else:
-            if abs(sample.label) >= 2**31:
-                sample.label, sample.error = None, sample.error or "label_unreadable"
+        digits = _LABEL.fullmatch(content) if len(content) <= 32 else None
+        sample.label = int(digits[1]) if digits else None
+        if sample.label is None or abs(sample.label) >= 2**31:
+            sample.label, sample.error = None, sample.error or "label_unreadable"
     else:
         sample.others[suffix] = content
+        sample.others_bytes += len(content) + 128  # and what a dictionary needs for it
 
 
-def _finish(sample: Sample, seen: set[str]) -> Sample:
-    if sample.key in seen:
+_LABEL = re.compile(rb"\s*([+-]?\d+)\s*")  # without what int() takes besides: 1_000
+
+
+def _finish(sample: Sample, seen: set[bytes]) -> Sample:
+    if _digest(sample.key) in seen:
         sample.error = "duplicate_key"
-        sample.key = f"{sample.key}#{sample.index}"  # ids stay unique: one row per sample
-    seen.add(sample.key)
+        while _digest(sample.key) in seen:  # ids stay unique, one row per sample, also where `k#3` is somebody's key
+            sample.key = f"{sample.key}#{sample.index}"
+    seen.add(_digest(sample.key))
     if sample.error is None and sample.image is None:
         sample.error = "no_image"
     return sample
+
+
+def _digest(key: str) -> bytes:
+    """Stands for a key in memory, where a shard's worth of long ones would not fit."""
+    return hashlib.blake2b(key.encode(), digest_size=16).digest()
 
 
 def iter_chunks(shard: Shard, chunk_size: int, limits: Limits, end: ShardEnd | None = None) -> Iterator[list[Sample]]:
@@ -350,7 +523,8 @@ def decode_image(
 
     To a square: the shorter side is resized to `size_px` (bicubic, antialiased), then the centre is cropped;
     an image of that size already passes untouched. CMYK, palette, 16-bit and grey images become RGB, an alpha
-    channel is dropped, of an animation the first frame is taken, EXIF rotation is applied.
+    channel is dropped, of an animation the first frame is taken, EXIF rotation is applied where it can be read.
+    Needs at most 16 bytes per pixel and half a GB, whatever the file says.
 
     Args:
         content: the encoded image.
@@ -363,21 +537,22 @@ def decode_image(
         BadSample: `image_unreadable`, `image_truncated` or `image_too_large`.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+        with Image.open(io.BytesIO(_with_one_exif(content)), formats=IMAGE_FORMATS) as image:
             width, height = image.size
-            if width * height > limits.max_pixels:
+            if width * height > limits.max_pixels or _is_painted_over(content, width * height, limits):
                 raise BadSample("image_too_large")
-            if min(width, height) < 1:
+            if min(width, height) < 1 or image.info.get("compression") in _BMP_RLE:
                 raise BadSample("image_unreadable")
             enough_px = enough_px or size_px
             if enough_px is not None:
                 image.draft("RGB", (2 * enough_px, 2 * enough_px))
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to 255, not scale it
-                grey = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                upright = Image.fromarray(grey)
-            rgb = upright.convert("RGB")
+            turn = _TURNS.get(_orientation(image))
+            rgb: Image.Image = image if turn is None else image.transpose(turn)
+            if rgb.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to 255, not scale it
+                rgb = Image.fromarray((np.asarray(rgb) >> 8).clip(0, 255).astype(np.uint8))
+            if rgb.mode != "RGB":
+                rgb = rgb.convert("RGB")
             return np.asarray(rgb if size_px is None else _square(rgb, size_px))
     except BadSample:
         raise
@@ -385,6 +560,51 @@ def decode_image(
         raise BadSample("image_too_large") from None
     except Exception as error:  # Pillow raises whatever its decoders meet: OSError, SyntaxError, struct.error ...
         raise BadSample("image_truncated" if "truncated" in str(error).lower() else "image_unreadable") from None
+
+
+_BMP_RLE = (1, 2)  # compressed bitmaps, which nobody writes any more, and which Pillow decodes byte by byte in Python
+_EXIF = b"Exif\0\0"
+_TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _with_one_exif(content: bytes) -> bytes:
+    """Hide all EXIF data of a JPEG but the first.
+
+    Pillow joins the EXIF segments of a JPEG as it opens it, and copies from the whole for each of their entries: 64 MB
+    would become terabytes. More than one is rare, and belongs to further images in the file.
+    """
+    if not content.startswith(b"\xff\xd8") or (first := content.find(_EXIF)) < 0:
+        return content
+    rest = first + len(_EXIF)
+    if content.find(_EXIF, rest) < 0:
+        return content
+    return content[:rest] + content[rest:].replace(_EXIF, b"Exif\0_")
+
+
+def _orientation(image: Image.Image) -> Any:
+    """EXIF's orientation; damaged EXIF data say nothing."""
+    if any(len(image.info.get(name) or "") > MAX_EXIF_BYTES for name in ("exif", "Raw profile type exif")):
+        return None
+    try:
+        return image.getexif().get(0x0112)
+    except Exception:  # Pillow raises whatever damage makes it meet: SyntaxError, struct.error, TypeError ...
+        return None
+
+
+def _is_painted_over(content: bytes, num_pixels: int, limits: Limits) -> bool:
+    """Whether a JPEG has so many scans that decoding it takes minutes: each of 10 bytes may go over all its pixels."""
+    allowed = MAX_SCANS * limits.max_pixels
+    if not content.startswith(b"\xff\xd8") or num_pixels * len(content) // 10 <= allowed:
+        return False
+    return num_pixels * content.count(b"\xff\xda") > allowed
 
 
 def _square(image: Image.Image, size_px: int) -> Image.Image:

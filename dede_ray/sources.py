@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import io
-import json
 import logging
 import re
 from collections import Counter
@@ -25,7 +23,7 @@ from PIL import Image
 from pydantic import Field, ValidationError
 
 from dede_ray.archives import Piece
-from dede_ray.config import Config, Mistake, explain
+from dede_ray.config import Config, Mistake, explain, parse_json
 from dede_ray.shards import (
     BadSample,
     Limits,
@@ -331,10 +329,10 @@ def read_classes(shards: Sequence[Shard]) -> Classes | None:
     url = shards[0].url.rpartition("/")[0] + "/classes.json"
     try:
         with open_shard(Shard("classes.json", url, 0)) as stream:
-            content = json.load(io.TextIOWrapper(stream, encoding="utf-8"))
+            content = parse_json(stream)
     except FileNotFoundError:
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise Mistake(f"{url} should be JSON, but cannot be read: {error}") from None
     try:
         return Classes.model_validate(content)

@@ -14,14 +14,19 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import torch
 from pydantic import Field
@@ -32,7 +37,8 @@ from dede_ray.config import Config, Mistake
 from dede_ray.decoder import PRESETS, MaskedDecoder, Reconstruction, save_decoder
 from dede_ray.detectors import DeDe
 from dede_ray.ingest import IngestConfig, ingest
-from dede_ray.ledger import Chunk, PassResources, run_pass
+from dede_ray.ledger import BASE_SCHEMA, Chunk, PassResources, run_pass
+from dede_ray.manifest import DECISION_COLUMNS, write_manifest
 from dede_ray.scoring import ScoreWork
 from dede_ray.shards import (
     Limits,
@@ -46,6 +52,7 @@ from dede_ray.shards import (
     sample_id,
     write_shards,
 )
+from dede_ray.sift import SiftConfig, sift, sift_shard
 from dede_ray.sources import Digits
 from dede_ray.victims import OpenClipVictim, load_victim
 
@@ -74,6 +81,20 @@ class IngestSpeed(Config):
     """Files; what images there are is repeated."""
     samples_per_shard: int = Field(250, ge=1)
     repeats: int = Field(3, ge=1)
+
+
+class SiftSpeed(Config):
+    """Sifting beside the plain copying of the same shards, which are in the page cache."""
+
+    num_shards: int = Field(8, ge=1)
+    samples_per_shard: int = Field(2_000, ge=1)
+    sample_bytes: int = Field(50_000, ge=1)
+    """Size of one image, random bytes; each has a caption and a .json beside it."""
+    drop: float = Field(0.06, gt=0, lt=1)
+    """Share of the samples that go, scattered over the shards."""
+    reaches_disk: bool = False
+    """A turn ends when its bytes are on the disk, not in the page cache."""
+    repeats: int = Field(5, ge=1)
     """Turns each; the median counts."""
 
 
@@ -85,6 +106,7 @@ class SpeedConfig(Config):
     trainers: list[TrainerSpeed] = Field([])
     loops: LoopSpeed | None = None
     ingest: IngestSpeed | None = None
+    sift: SiftSpeed | None = None
 
 
 def measure_speed(config: SpeedConfig) -> str:
@@ -93,13 +115,15 @@ def measure_speed(config: SpeedConfig) -> str:
     Returns:
         A few lines per comparison: ours, the other's, and their ratio.
     """
-    if not config.trainers and config.loops is None and config.ingest is None:
-        raise Mistake("nothing to measure: the config needs `trainers:`, `loops:` or `ingest:`")
+    if not config.trainers and config.loops is None and config.ingest is None and config.sift is None:
+        raise Mistake("nothing to measure: the config needs `trainers:`, `loops:`, `ingest:` or `sift:`")
     tables = [compare_trainers(trainers, Path(config.output)) for trainers in config.trainers]
     if config.loops is not None:
         tables.append(_compare_loops(config.loops))
     if config.ingest is not None:
         tables.append(_compare_ingest(config.ingest))
+    if config.sift is not None:
+        tables.append(_compare_sifting(config.sift, Path(config.output)))
     return "\n\n".join(tables)
 
 
@@ -312,3 +336,110 @@ def _plain_ingest(part: tuple[str, list[tuple[str, int, int]], int]) -> int:
             stem, _, suffix = os.path.basename(path).partition(".")
             out.write({"__key__": stem, suffix: image, "txt": f"a photo of a class {label}", "cls": label})
     return len(files)
+
+
+# ------------------------------------------------------------------------------------------------ sifting
+
+
+def _compare_sifting(config: SiftSpeed, output: Path) -> str:
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output) as name:
+        folder = Path(name)
+        shards = _write_scored_shards(folder, config)
+        num_bytes = sum(shard.num_bytes for shard in shards)
+        rates: dict[str, list[float]] = {"copy": []}
+        for turn in range(config.repeats):
+            rates["copy"].append(
+                num_bytes / _timed(config, folder / "copy", partial(_copy_shards, shards, folder / "copy"))
+            )
+            for what, work in (("one task after the other", _sift_here), ("the job", sift)):
+                for verify in (True, False):
+                    settings = SiftConfig(
+                        shards=str(folder / "shards"),
+                        manifest=str(folder / "scores"),
+                        output=str(folder / f"sifted-{turn}"),
+                        verify=verify,
+                    )
+                    lasted = _timed(config, Path(settings.output), partial(work, settings))
+                    kept = num_bytes * (1 - config.drop)  # samples are of one size
+                    rates.setdefault(f"{what}{'' if verify else ', verify: false'}", []).append(kept / lasted)
+    copy = rates.pop("copy")
+    lines = [
+        f"{num_bytes / 1e9:.1f} GB in {len(shards)} shards, {config.sample_bytes:,} bytes an image, {config.drop:.0%} "
+        f"dropped, {ray.cluster_resources()['CPU']:g} CPUs, "
+        f"{'onto the disk' if config.reaches_disk else 'within the page cache'}, median of {config.repeats} turns"
+    ]
+    for what, ours in rates.items():
+        ratios = [a / b for a, b in zip(ours, copy, strict=True)]
+        lines.append(
+            f"sift, {what}: {statistics.median(ours) / 1e6:,.0f} MB/s kept, copy {statistics.median(copy) / 1e6:,.0f}, "
+            f"ratio {statistics.median(ratios):.2f} (turns: {', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+        )
+    return "\n".join(lines)
+
+
+def _write_scored_shards(folder: Path, config: SiftSpeed) -> list[Shard]:
+    """Shards of noise, and a manifest that flags a part of them."""
+    rng = np.random.default_rng(0)
+    note = {"json": b'{"url": "http://localhost/x.jpg", "width": 256, "height": 256}'}
+    num = config.num_shards * config.samples_per_shard
+    samples = (
+        Sample(f"{i:08d}", i, rng.bytes(config.sample_bytes), "jpg", caption="a photo of noise", others=note)
+        for i in range(num)
+    )
+    write_shards(folder / "shards", "train", samples, config.samples_per_shard)
+    shards = list_shards(str(folder / "shards"))
+    flagged = np.zeros(num, bool)
+    flagged[rng.choice(num, round(config.drop * num), replace=False)] = True
+    schema = pa.schema([*BASE_SCHEMA, *(pa.field(*column) for column in DECISION_COLUMNS)])
+    tables = []
+    for number, shard in enumerate(shards):
+        rows = [
+            {
+                "sample_id": sample_id(shard.name, sample.key),
+                "content_hash": sample.content_hash(),
+                "shard": shard.name,
+                "index": sample.index,
+                "flagged": bool(flagged[number * config.samples_per_shard + sample.index]),
+            }
+            for chunk in iter_chunks(shard, config.samples_per_shard, Limits())
+            for sample in chunk
+        ]
+        tables.append((shard.name, pa.Table.from_pylist(rows, schema)))
+    info = {
+        "settings": {"limits": Limits().model_dump()},
+        "victim": {},
+        "score_columns": [],
+        "decision": {"certified": True, "message": ""},
+        "counts": {"flagged": int(flagged.sum())},
+    }
+    write_manifest(folder / "scores", tables, info)
+    return shards
+
+
+def _sift_here(settings: SiftConfig) -> None:
+    """Without Ray, in this process: what one core does."""
+    for shard in list_shards(settings.shards):
+        rows_path = Path(settings.manifest) / "manifest" / f"{shard.name}.parquet"
+        rows = pq.read_table(rows_path, columns=["index", "flagged"])
+        sift_shard(shard, rows_path, rows.filter(rows["flagged"])["index"].to_pylist(), Limits(), settings)
+
+
+def _copy_shards(shards: list[Shard], folder: Path) -> None:
+    for shard in shards:
+        shutil.copyfile(shard.url, folder / shard.name)
+
+
+def _timed(config: SiftSpeed, folder: Path, work: Callable[[], object]) -> float:
+    """Seconds that work takes which fills a folder; the folder is gone afterwards."""
+    os.sync()  # what was written before is not part of it
+    folder.mkdir()
+    started = time.monotonic()
+    work()
+    if config.reaches_disk:
+        for path in folder.glob("*.tar"):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    lasted = time.monotonic() - started
+    shutil.rmtree(folder)
+    return lasted

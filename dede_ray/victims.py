@@ -210,7 +210,7 @@ def _load_clip(config: OpenClipVictim) -> Victim:
     if config.mean is not None or config.std is not None:
         mean, std = clip.pixel_statistics(described)
         described["preprocess_cfg"] = {"mean": config.mean or mean, "std": config.std or std}
-    model = clip.build_clip(described)
+    model = clip.build_clip(described, weights=clip.resolve_weights(weights))
     clip.load_clip_weights(model, weights)
     return ClipVictim(model, described, _name(config.path), config.precision)
 

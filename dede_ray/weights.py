@@ -6,15 +6,17 @@ Only tensors are read: safetensors, and those .pt files that torch's restricted 
 from __future__ import annotations
 
 import pickle
+import struct
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import huggingface_hub
 import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dede_ray.config import Mistake
 from dede_ray.vision_libraries import open_clip
@@ -99,7 +101,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise Mistake(f"no checkpoint at {path}")
-    if _is_torchscript(path):
+    members = _members(path)
+    names = [member.filename.split("/", 1)[-1] for member in members]
+    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
         raise Mistake(
             f"{path} is a TorchScript archive, code and weights in one, as OpenAI published CLIP; loading it would "
             "execute that code, so we do not. Convert it once, where you trust it: "
@@ -107,12 +111,16 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             "torch.save(model.state_dict(), 'clip.pt'); and name the architecture with OpenAI's activation, such as "
             "ViT-B-32-quickgelu. Or take the safetensors of hf-hub:timm/vit_base_patch32_clip_224.openai and its like"
         )
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise Mistake(f"{path} is compressed, which torch.save never does; unpacked it may be of any size")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, just before it refuses them
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, a tensor is a piece of the file. Unmapped, torch would inflate zip bombs, and read as many bytes
+            # behind a record as the pickle says.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=bool(members))
     except pickle.UnpicklingError:
         raise Mistake(
             f"{path} holds more than tensors: opening it would execute code from whoever made it, so we do not. "
@@ -124,16 +132,45 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise Mistake(f"{path} is no state dict of tensors; found {type(state).__name__}")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not _is_plain(tensor):
+            raise Mistake(f"{path} holds {name!r}, which is no plain tensor; save a state dict of dense CPU tensors")
     return state
 
 
-def _is_torchscript(path: Path) -> bool:
-    """Look at the archive's table of contents only."""
-    if not zipfile.is_zipfile(path):
-        return False
+def _is_plain(tensor: Tensor) -> bool:
+    """Dense numbers that stand in the file, each in its own place: an expanded tensor may stand for terabytes."""
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
+
+
+def unlike(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that are missing, unexpected, of another shape, or no floats where floats are wanted."""
+    return sorted(
+        name
+        for name in wanted.keys() | state.keys()
+        if name not in state
+        or name not in wanted
+        or state[name].shape != wanted[name].shape
+        or (wanted[name].is_floating_point() and not state[name].is_floating_point())
+    )
+
+
+def refuse_not_finite(model: nn.Module, path: str | Path) -> None:
+    """Raise a Mistake where a loaded model's weights are not all numbers: all it computes would be none."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise Mistake(f"{path} holds NaN or infinity in {name}; nothing can be computed with it")
+
+
+def _members(path: Path) -> list[zipfile.ZipInfo]:
+    """The table of contents of an archive, as torch.save writes it; empty where the file is none, or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [name.split("/", 1)[-1] for name in archive.namelist()]
-    except (zipfile.BadZipFile, OSError, ValueError):
-        return False  # damaged; whoever reads it will say so
-    return "constants.pkl" in members or any(name.startswith("code/") for name in members)
+            return archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
+        return []  # whoever reads it will say so
