@@ -13,6 +13,7 @@ references, E embedding width.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,12 +28,13 @@ from dede_ray import clip, feed
 from dede_ray.attacks.references import Target
 from dede_ray.augmentation import Augmentation
 from dede_ray.config import Config, Mistake
-from dede_ray.encoders import load_encoder, save_encoder
+from dede_ray.encoders import Described, load_encoder, save_encoder
 from dede_ray.loop import Precision, Recipe, Run, Workers, check_workers
 from dede_ray.optimisation import Optimisation
+from dede_ray.published import read_published
 from dede_ray.shards import BadSample, Limits, Reason, Sample, decode_image, list_shards, sample_id
 from dede_ray.tracking import Tracking
-from dede_ray.victims import VictimConfig
+from dede_ray.victims import EncoderVictim, OpenClipVictim, PublishedVictim, VictimConfig
 
 REFERENCE_VIEW = Augmentation(min_scale=1, flip=True, jitter_probability=0.8, grey_probability=0.2)
 """What BadEncoder does to reference inputs in its consistency term: mirror and colours, no crop."""
@@ -65,9 +67,7 @@ class Tampering(Optimisation):
         if self.optimiser != "sgd":
             return super().build(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return torch.optim.SGD(
-            trained, self.learning_rate, self.momentum, weight_decay=self.weight_decay, fused=True
-        )
+        return torch.optim.SGD(trained, self.learning_rate, self.momentum, weight_decay=self.weight_decay, fused=True)
 
 
 class TamperConfig(Config):
@@ -112,6 +112,11 @@ def index_of(shards: str | list[str]) -> list[feed.ChunkRef]:
     return feed.index_shards(list_shards(shards), CHUNK_SIZE)
 
 
+def last_metrics(folder: Path) -> dict[str, Any]:
+    """The last line of a run's metrics."""
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
 # ------------------------------------------------------------------------------------------------ the encoder
 
 
@@ -127,27 +132,23 @@ class Subject(nn.Module):
 
     def __init__(self, config: VictimConfig):
         super().__init__()
+        self.is_clip = config.kind == "open_clip"
         if config.kind == "open_clip":
             path = Path(config.path)
             if path.is_dir() == (config.architecture is not None):
-                raise Mistake(
-                    f"{path}: name an exported folder, or a checkpoint file together with victim.architecture"
-                )
+                raise Mistake(f"{path}: name an exported folder, or a checkpoint together with victim.architecture")
             self.described: Any = clip.model_description(config.architecture or config.path)
             mean, std = clip.pixel_statistics(self.described)
-            statistics = {"mean": config.mean or mean, "std": config.std or std}
-            self.described["preprocess_cfg"] = {**self.described.get("preprocess_cfg", {}), **statistics}
+            mean, std = config.mean or mean, config.std or std
+            self.described["preprocess_cfg"] = {**self.described.get("preprocess_cfg", {}), "mean": mean, "std": std}
             self.model: Any = clip.build_clip(self.described)
             clip.load_clip_weights(self.model, path)
-            self.image_size = clip.image_size_px(self.described)
-            self.tower = self.model.visual
+            self.image_size, self.tower = clip.image_size_px(self.described), self.model.visual
         else:
-            self.model, self.described = load_encoder(config.path)
-            self.image_size = self.described.image_size
-            self.tower = self.model
-            statistics = {"mean": list(self.described.mean), "std": list(self.described.std)}
-        self.is_clip = config.kind == "open_clip"
-        self.normalise = clip.Normalise(statistics["mean"], statistics["std"])
+            self.model, self.described = _load_image_only(config)
+            mean, std = list(self.described.mean), list(self.described.std)
+            self.image_size, self.tower = self.described.image_size, self.model
+        self.normalise = clip.Normalise(mean, std)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Subject:
@@ -177,6 +178,24 @@ class Subject(nn.Module):
             clip.save_clip(folder, self.model, self.described)
         else:
             save_encoder(folder, self.model, self.described)
+
+
+def _load_image_only(config: EncoderVictim | PublishedVictim) -> tuple[nn.Module, Described]:
+    if isinstance(config, EncoderVictim):
+        return load_encoder(config.path)
+    if config.clip is not None:
+        raise Mistake("for a published CLIP, set victim.kind to open_clip and victim.architecture to its name")
+    published = read_published(
+        config.path, config.architecture, config.image_size, config.normaliser, config.mean, config.std
+    )
+    return published.model, published.described
+
+
+def tampered_victim(config: VictimConfig, folder: Path) -> VictimConfig:
+    """How the encoder that `Subject.save` wrote is named."""
+    if isinstance(config, OpenClipVictim):
+        return OpenClipVictim(path=str(folder), precision=config.precision)
+    return EncoderVictim(path=str(folder), precision=config.precision)
 
 
 # ------------------------------------------------------------------------------------------------ towards references

@@ -137,7 +137,7 @@ class PairRecipe(Recipe):
             except BadSample as bad:
                 error = bad.reason
             errors.append(error)
-        tokens_BT, is_truncated_B = clip.tokenise(_tokenizer(json.dumps(self.described["model_cfg"])), captions)
+        tokens_BT, is_truncated_B = clip.tokenise(tokenizer_of(self.described), captions)
         columns = {
             "image": np.stack(images) if images else np.empty((0, size, size, 3), np.uint8),
             "tokens": tokens_BT,
@@ -177,7 +177,11 @@ class _Pairs(Contrastive):
         """The logit scale stays as it came."""
 
 
+def tokenizer_of(described: dict[str, Any]) -> Any:
+    """One tokenizer per process and model; it keeps what it has learnt about words."""
+    return _tokenizer(json.dumps(described["model_cfg"]))
+
+
 @functools.lru_cache(maxsize=4)
 def _tokenizer(model_cfg: str) -> Any:
-    """One tokenizer per process and model; it keeps what it has learnt about words."""
     return clip.tokenizer({"model_cfg": json.loads(model_cfg)})
