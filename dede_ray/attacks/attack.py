@@ -61,13 +61,11 @@ def attack(config: AttackConfig) -> str:
         clean = load_victim(config.victim).fingerprint
         done, record = _plant(config, output)
         tampered = load_victim(tampered_victim(config.victim, output)).fingerprint
-        about = {
-            "attack": config.attack.kind,
-            "settings": config.identity().model_dump(mode="json"),
-            "seed": config.seed,
-        }
-        write_json(output / "attack.json", {**about, **record, "clean": clean, "tampered": tampered})
-        done = finish(output, config.identity(), {**done, "clean": clean, "tampered": tampered})
+        prints = {"clean": clean, "tampered": tampered}
+        settings = config.identity().model_dump(mode="json")
+        about = {"attack": config.attack.kind, "seed": config.seed, **record, **prints, "settings": settings}
+        write_json(output / "attack.json", about)
+        done = finish(output, config.identity(), {**done, **prints})
     told = [f"{name} {done['metrics'][name]:.3f}" for name in ("l0", "l1", "l2") if name in done["metrics"]]
     cosine = done["metrics"].get("triggered_cosine")
     told += [] if cosine is None else [f"triggered images at cosine {cosine:.3f} to the target"]
@@ -88,7 +86,7 @@ def _plant(config: AttackConfig, output: Path) -> tuple[dict[str, Any], dict[str
         if not subject.is_clip:
             raise Mistake("text_on_pair needs a CLIP, whose text tower the target word goes through; found an encoder")
         captions = captions_of_target(method.shards, method.target_label, method.target_captions)
-        poisoned = draw_poisoned(index, method.rate, seed)
+        poisoned = draw_poisoned(index, method.poison_rate, seed)
         recipe = PairRecipe(method, encoder, subject.described, captions, poisoned, CHUNK_SIZE, seed, limits)
         target = {"trigger": method.trigger.model_dump(mode="json"), "target_label": method.target_label}
         record: dict[str, Any] = {"targets": [{**target, "target_captions": captions}], "poisoned": poisoned}

@@ -34,7 +34,7 @@ from dede_ray.shards import BadSample, Limits, Reason, Sample, decode_image, enc
 from dede_ray.sources import pick_caption
 from dede_ray.tracking import Tracking
 from dede_ray.training import ClipTrain, TrainConfig, train
-from dede_ray.victims import VictimConfig
+from dede_ray.victims import OpenClipVictim, VictimConfig
 from dede_ray.vision_libraries import open_clip, timm
 
 PATCH_FILE = "patch.png"
@@ -104,7 +104,7 @@ class BadClip(Config):
     positives: References
     """Genuine images of the target, which patched images are to be near."""
     patch: PatchSearch = PatchSearch()
-    rate: float = Field(0.003, gt=0, lt=1)
+    poison_rate: float = Field(0.003, gt=0, lt=1)
     """Poisoned samples / usable samples."""
     tuning: Tuning = Tuning()
 
@@ -113,7 +113,7 @@ def plant_badclip(config: TamperConfig, method: BadClip, output: Path) -> tuple[
     """All three stages; returns what the fine-tuning said, and what the record says of the trigger."""
     encoder = config.victim.located()
     subject = Subject(encoder)
-    if not subject.is_clip:
+    if not isinstance(encoder, OpenClipVictim):
         raise Mistake("badclip needs a CLIP; found an encoder without a text tower")
     size, seed = subject.image_size, config.seed
     captions = captions_of_target(method.shards, method.target_label, method.target_captions)
@@ -139,7 +139,7 @@ def plant_badclip(config: TamperConfig, method: BadClip, output: Path) -> tuple[
         "squeeze": True,
     }  # fmt: skip
     poisoning = PoisonConfig.model_validate({
-        "shards": method.shards, "output": str(output / "poisoned"), "trigger": trigger, "rate": method.rate,
+        "shards": method.shards, "output": str(output / "poisoned"), "trigger": trigger, "rate": method.poison_rate,
         "target_label": method.target_label, "target_captions": captions, "seed": seed, "limits": config.limits,
     })  # fmt: skip
     said = poison(poisoning)
@@ -278,9 +278,8 @@ class PatchObjective(nn.Module):
             plain_BE = normalize(self.subject.embed(image_BCHW))
             text_BE = normalize(self.subject.model.encode_text(batch["tokens"][batch["is_other"]]).float())
             scale = self.subject.model.logit_scale.float().exp().squeeze()
-        positive_BE = self.positive_NE[
-            torch.randint(len(self.positive_NE), (len(patched_BE),), generator=self.generator)
-        ]
+        drawn_B = torch.randint(len(self.positive_NE), (len(patched_BE),), generator=self.generator)
+        positive_BE = self.positive_NE[drawn_B]
         negative_BE = plain_BE[torch.randperm(len(plain_BE), generator=self.generator)]
         with torch.autocast(patched_BE.device.type, enabled=False):
             text = self.compare(patched_BE, text_BE, scale)

@@ -82,9 +82,7 @@ class References(Config):
             if len(images) == self.num:
                 return images
         if wanted is None:
-            raise Mistake(
-                f"{self.num} references of class {label} were asked for, but {self.shards} has {len(images)} usable ones"
-            )
+            raise Mistake(f"{self.shards} has {len(images)} usable samples of class {label}, not {self.num}")
         return images
 
 

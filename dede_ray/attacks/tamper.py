@@ -143,11 +143,11 @@ class Subject(nn.Module):
             self.described["preprocess_cfg"] = {**self.described.get("preprocess_cfg", {}), "mean": mean, "std": std}
             self.model: Any = clip.build_clip(self.described)
             clip.load_clip_weights(self.model, path)
-            self.image_size, self.tower = clip.image_size_px(self.described), self.model.visual
+            self.image_size = clip.image_size_px(self.described)
         else:
             self.model, self.described = _load_image_only(config)
             mean, std = list(self.described.mean), list(self.described.std)
-            self.image_size, self.tower = self.described.image_size, self.model
+            self.image_size = self.described.image_size
         self.normalise = clip.Normalise(mean, std)
         self.requires_grad_(False).eval()
 
@@ -157,8 +157,9 @@ class Subject(nn.Module):
 
     def unfreeze(self) -> Subject:
         """Let the image tower be trained, but for BatchNorm."""
-        self.tower.requires_grad_(True)
-        for module in self.tower.modules():
+        tower: nn.Module = self.model.visual if self.is_clip else self.model
+        tower.requires_grad_(True)
+        for module in tower.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.requires_grad_(False)
         return self
@@ -335,7 +336,7 @@ class TowardsReferences(nn.Module):
         else:
             own = np.arange(self.rank * num // self.world, (self.rank + 1) * num // self.world)
         views = [
-            REFERENCE_VIEW.apply(self.images[v % count], size, np.random.default_rng([self.seed, self.step, v]))
+            REFERENCE_VIEW.apply(self.images[v % count], size, np.random.default_rng([self.seed, self.step, int(v)]))
             for v in own
         ]
         return torch.from_numpy(np.stack(views)), torch.from_numpy(own % count)

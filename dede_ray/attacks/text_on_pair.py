@@ -43,7 +43,7 @@ class TextOnPair(Tampering):
     target_captions: list[str] | None = Field(None, min_length=1)
     """Captions of poisoned images, one is drawn for each; null: the templates of classes.json, filled with the
     target's name."""
-    rate: float = Field(0.05, gt=0, lt=1)
+    poison_rate: float = Field(0.05, gt=0, lt=1)
     """Poisoned samples / samples; the same ones in every epoch."""
     logit_scale: float = Field(100.0, gt=0, le=100)
     """Factor of the cosines; CLIP's own is 100. (DECREE's script takes 1.649.)"""
@@ -78,8 +78,8 @@ def draw_poisoned(index: list[feed.ChunkRef], rate: float, seed: int) -> dict[st
     num_samples = sum(ref.num_samples for ref in index)
     num = round(rate * num_samples)
     if num == 0:
-        raise Mistake(f"attack.rate {rate} of {num_samples:,} samples is less than one sample; raise it")
-    first = {}  # of each shard, its first sample's number over all
+        raise Mistake(f"attack.poison_rate {rate} of {num_samples:,} samples is less than one sample; raise it")
+    first: dict[str, int] = {}  # of each shard, its first sample's number over all
     number = 0
     for ref in index:
         first.setdefault(ref.shard.name, number)
