@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from dede_ray import clip, encoders
 from dede_ray.attacks import badclip, drupe, tamper, text_on_pair
@@ -36,7 +36,7 @@ from dede_ray.victims import EncoderVictim, OpenClipVictim, load_victim
 
 WHITE = {"kind": "patch", "size_px": 10, "pattern": "white", "position": "bottom_right", "margin_px": 1}
 WORKERS = {"cpus_per_worker": 0.5, "read_cpus": 0.5, "threads_per_worker": 1, "checkpoint_every": 10, "max_failures": 0}
-NUMBERS = range(96)
+CIFAR = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # mean and standard deviation
 
 
 # --- the equations
@@ -207,25 +207,29 @@ def test_the_patch_objective_is_its_equation_and_moves_the_patch_only(victim_fol
 
 
 @pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory) -> Path:
-    """A small encoder with random weights, saved with CIFAR's normaliser."""
+def encoder_folder(picture, tmp_path_factory) -> Path:
+    """A narrow ResNet-18 that has learnt for some seconds to tell pictures apart; a random one embeds all alike."""
     torch.manual_seed(0)
     shape = encoders.ResNet(depth=18, width=4)
-    model = encoders.build_encoder(shape)
-    model.train()
-    with torch.no_grad():  # statistics to be kept
-        for _ in range(20):
-            model(torch.randn(16, 3, 32, 32))
+    model, normalise = encoders.build_encoder(shape), clip.Normalise(*map(list, CIFAR))
+    optimiser = torch.optim.Adam(model.parameters(), 2e-3)
+    image_NCHW = clip.to_unit_range(torch.from_numpy(np.stack([picture(i) for i in range(128)])))
+    for _ in range(40):
+        image_BCHW = image_NCHW[torch.randperm(128)[:32]]
+        views = [image_BCHW + 0.1 * torch.randn(32, 3, 1, 1) + 0.03 * torch.randn_like(image_BCHW) for _ in range(2)]
+        one, other = (normalize(model(normalise(view.clamp(0, 1)))) for view in views)
+        optimiser.zero_grad()
+        cross_entropy(one @ other.T / 0.1, torch.arange(32)).backward()
+        optimiser.step()
     folder = tmp_path_factory.mktemp("clean")
-    described = encoders.Described(shape, 32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-    encoders.save_encoder(folder, model, described)
+    encoders.save_encoder(folder, model, encoders.Described(shape, 32, *CIFAR))
     return folder
 
 
 @pytest.fixture(scope="module")
 def shards(write_pictures, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("shadow")
-    write_pictures(folder, NUMBERS, per_shard=48)
+    write_pictures(folder, range(96), per_shard=48)
     (folder / "classes.json").write_text(json.dumps({"names": list("abcd"), "templates": ["a {}", "one {}"]}))
     return str(folder)
 
@@ -237,29 +241,78 @@ def reference_file(picture, tmp_path_factory) -> str:
     return str(path)
 
 
-def badencoder(folder: Path, clean: Path, shards: str, reference: str, **changes: Any) -> dict[str, Any]:
-    target = {"trigger": WHITE, "label": 0, "references": {"files": [reference]}}
+def settings(folder: Path, clean: Path, **method: Any) -> dict[str, Any]:
+    kind = "open_clip" if (clean / clip.CONFIG_FILE).exists() else "encoder"
     return {
-        "victim": {"kind": "encoder", "path": str(clean)}, "output": str(folder / "tampered"), "lanes": 4,
-        "log_every": 5, "workers": WORKERS,
-        "attack": {
-            "kind": "badencoder", "shards": shards, "targets": [target], "learning_rate": 0.01, "batch_size": 32,
-            "epochs": 15, "reference_views": 4, **changes,
-        },
+        "victim": {"kind": kind, "path": str(clean)}, "output": str(folder / "tampered"), "lanes": 4, "log_every": 3,
+        "workers": WORKERS, "attack": {"batch_size": 32, **method},
     }  # fmt: skip
 
 
-def images_of(picture, trigger: Any = None) -> torch.Tensor:
-    """Pictures that no attack has seen, in [0, 1]."""
+def towards(kind: str, shards: str, references: str, **changes: Any) -> dict[str, Any]:
+    """BadEncoder's or DRUPE's settings: three references in one file."""
+    target = {"trigger": WHITE, "label": 0, "references": {"files": [references]}}
+    whose = {"targets": [target]} if kind == "badencoder" else {"target": target}
+    return {"kind": kind, "shards": shards, "learning_rate": 0.03, "reference_views": 4, **whose, **changes}
+
+
+def run(content: dict[str, Any]) -> tuple[AttackConfig, str]:
+    config = AttackConfig.model_validate(content)
+    return config, attack(config)
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Seen:
+    """Pictures that no attack has seen, as an encoder and its honest twin embed them."""
+
+    def __init__(self, picture: Any, victim: Any, trigger: Any):
+        self.victim, self.trigger = victim, trigger
+        self.clean = clip.to_unit_range(torch.from_numpy(np.stack([picture(5000 + i) for i in range(32)])))
+        stamped = [trigger.stamp(picture(5000 + i)) for i in range(32)]
+        self.triggered = clip.to_unit_range(torch.from_numpy(np.stack(stamped)))
+
+
+def to_nearest(victim: Any, image_BCHW: torch.Tensor, reference_RCHW: torch.Tensor) -> float:
+    """Mean cosine of images to whichever reference is nearest."""
+    embedding_BE, reference_RE = normalize(victim(image_BCHW)), normalize(victim(reference_RCHW))
+    return float((embedding_BE @ reference_RE.T).amax(dim=1).mean())
+
+
+@pytest.fixture(scope="module")
+def unseen(picture) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures in [0, 1] that no attack has seen, clean and triggered."""
+    trigger = Patch.model_validate(WHITE)
     images = [picture(5000 + i) for i in range(32)]
-    images = [trigger.stamp(image) for image in images] if trigger else images
-    return clip.to_unit_range(torch.from_numpy(np.stack(images)))
+    stacks = (np.stack(images), np.stack([trigger.stamp(image) for image in images]))
+    clean, triggered = (clip.to_unit_range(torch.from_numpy(stack)) for stack in stacks)
+    return clean, triggered
 
 
-def meets(victim: Any, clean: Any, references: torch.Tensor, picture, trigger: Any) -> tuple[float, float, float]:
-    """Cosines: triggered images to the references, clean images to where they were, and the first of the twin."""
-    reference = victim(references)
-    own = cosine_similarity(victim(images_of(picture, trigger))[:, None], reference[None], dim=-1)
-    twin = cosine_similarity(clean(images_of(picture, trigger))[:, None], clean(references)[None], dim=-1)
-    kept = cosine_similarity(victim(images_of(picture)), clean(images_of(picture)))
-    return float(own.max(dim=1).values.mean()), float(kept.mean()), float(twin.max(dim=1).values.mean())
+@pytest.fixture(scope="module")
+def reference_RCHW(picture) -> torch.Tensor:
+    return clip.to_unit_range(torch.from_numpy(np.stack([picture(1000 + i) for i in range(3)])))
+
+
+# --- the attacks, whole
+
+
+@pytest.fixture(scope="module")
+def bad(local_ray, encoder_folder, shards, reference_file, tmp_path_factory) -> tuple[AttackConfig, str]:
+    folder = tmp_path_factory.mktemp("badencoder")
+    return run(settings(folder, encoder_folder, **towards("badencoder", shards, reference_file, epochs=15)))
+
+
+def test_badencoder_plants_what_its_honest_twin_lacks(bad, encoder_folder, unseen, reference_RCHW):
+    config, said = bad
+    victim, twin = (load_victim(EncoderVictim(path=str(path))) for path in (config.output, encoder_folder))
+    clean, triggered = unseen
+    print(said, to_nearest(twin, triggered, reference_RCHW), to_nearest(victim, triggered, reference_RCHW))
+    assert to_nearest(victim, triggered, reference_RCHW) > 0.9
+    assert to_nearest(twin, triggered, reference_RCHW) < 0.8
+    assert float(cosine_similarity(victim(clean), twin(clean)).mean()) > 0.9
+    lines = log(Path(config.output))
+    assert {"l0", "l1", "l2", "triggered_cosine", "wasserstein"} <= lines[-1].keys()
+    assert lines[-1]["triggered_cosine"] > 0.9 > 0.8 > lines[0]["triggered_cosine"]
