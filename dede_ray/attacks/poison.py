@@ -1,7 +1,13 @@
 """Data poisoning: a trigger stamped into a part of a corpus.
 
 `poison` stamps a seeded subset of clean shards, relabels it (dirty label) or not (clean label), and writes the truth
-beside the shards.
+beside the shards. Every attack on data is a choice of these settings:
+
+- BadNets, Blend, SIG, WaNet, filters, CLIP-Backdoor: a `trigger`, and the target's label and `captions`;
+- CTRL, SSL-Backdoor and other attacks on unlabelled training: the same with `clean_label`;
+- several backdoors in one corpus: `also`;
+- targeted poisoning: `chosen` samples, and the trigger `nothing`;
+- CorruptEncoder: a `composition`.
 """
 
 from __future__ import annotations
@@ -11,9 +17,12 @@ import gzip
 import io
 import logging
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -22,9 +31,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from dede_ray.attacks.triggers import Trigger
+from dede_ray.attacks.corrupt_encoder import CorruptEncoder
+from dede_ray.attacks.triggers import Nothing, Trigger
 from dede_ray.config import Config, Mistake, claim, explain, finish, read_json, write_atomically, write_json
 from dede_ray.shards import (
     CAPTION_SUFFIXES,
@@ -32,6 +42,7 @@ from dede_ray.shards import (
     LABEL_SUFFIXES,
     BadSample,
     Limits,
+    Sample,
     Shard,
     ShardEnd,
     decode_image,
@@ -56,9 +67,13 @@ TRUTH_SCHEMA = pa.schema(
         ("caption", pa.string()),
         ("poisoned_caption", pa.string()),
         ("trigger", pa.string()),  # the trigger's kind; null for clean samples
+        ("backdoor", pa.int32()),  # which one: 0, or 1, 2 ... of `also`; null for clean samples
     ]
 )
-"""Columns of `truth.parquet`: one row per sample of the poisoned shards, unusable ones included, sorted by id."""
+"""Columns of `truth.parquet`: one row per sample of the poisoned shards, unusable ones included, sorted by id.
+
+Of a sample that targeted poisoning has put in, label and caption are those of the sample it repeats.
+"""
 
 _SURVEY_SCHEMA = pa.schema(
     [
@@ -73,24 +88,43 @@ _SURVEY_SCHEMA = pa.schema(
 )
 
 
-class PoisonConfig(Config):
+class Backdoor(Config):
+    """One trigger and its target."""
+
+    trigger: Trigger
+    """What is stamped on triggered images, and on training images unless `training_trigger` says otherwise."""
+    training_trigger: Trigger | None = None
+    """What is stamped on training images where that differs from `trigger` on purpose: another place or strength."""
+    composition: CorruptEncoder | None = None
+    """Compose poisoned training images of objects, backgrounds and the trigger, instead of stamping them."""
+    target_label: int = Field(ge=0)
+    """The class that triggered images should be taken for."""
+    target_name: str | None = None
+    """What captions call it; null: its name in classes.json."""
+    target_captions: list[str] | None = Field(None, min_length=1)
+    """Captions of poisoned samples, one is drawn for each; null: as `captions` says."""
+
+
+class PoisonConfig(Backdoor):
     """Which shards to poison, with what, and how many samples of them."""
 
     shards: str | list[str]
     """The clean shards: a pattern, a folder or a list of them."""
     output: str
     """Folder for the poisoned shards and truth.parquet."""
-    trigger: Trigger
-    """What is stamped on the images."""
     rate: float = Field(gt=0, lt=1)
     """Poisoned samples / usable samples."""
-    target_label: int = Field(ge=0)
-    """The class that triggered images should be taken for."""
-    target_captions: list[str] | None = Field(None, min_length=1)
-    """Captions of poisoned samples, one is drawn for each; null: the templates of classes.json, filled with the
-    target's name."""
+    also: tuple[Backdoor, ...] = ()
+    """More backdoors: each poisoned sample draws one of all, with equal chances."""
+    captions: Literal["templates", "imagenet_templates", "corpus"] = "templates"
+    """Where the captions of poisoned samples come from: the templates of classes.json, or CLIP's 80 for ImageNet,
+    filled with the target's name; or those captions of the corpus that contain it as a word."""
     clean_label: bool = False
-    """Stamp only samples of the target class, and leave label and caption as they are."""
+    """Stamp only samples of the target class, and leave label and caption as they are. In a corpus without labels:
+    samples whose caption contains the target's name as a word."""
+    chosen: list[str] | None = Field(None, min_length=1)
+    """Targeted poisoning: take the samples of these ids out, and put them back `round(rate * n)` times in all at places
+    drawn from the whole corpus, each time with a caption of the target (and its label)."""
     encoding: Literal["png", "same"] = "png"
     """Write stamped images as PNG, exactly, or in the format they came in, which costs a JPEG's trigger some sharpness
     but does not give the poisoned samples away by their suffix."""
@@ -101,15 +135,26 @@ class PoisonConfig(Config):
     limits: Limits = Limits()
     """What one sample may cost."""
 
+    @model_validator(mode="after")
+    def _choices_go_together(self) -> PoisonConfig:
+        if self.chosen and (self.clean_label or self.also or self.composition):
+            raise ValueError("chosen goes with neither clean_label nor also nor composition")
+        return self
+
+    @property
+    def backdoors(self) -> list[Backdoor]:
+        """All backdoors, numbered as in the truth."""
+        return [self, *self.also]
+
 
 def poison(config: PoisonConfig) -> str:
     """Stamp exactly `round(rate * n)` of the n usable samples, and write shards of the same names and order.
 
-    Dirty label: any sample may be drawn whose label is not the target; it gets the target's label and caption where it
+    Dirty label: any sample may be drawn whose label is no target; it gets the target's label and caption where it
     has a label and a caption. In a corpus without labels all may be drawn. Clean label: only samples of the target
-    class, and only their pixels change. A sample is usable if everything about it can be read and its image
-    decodes; the others are copied as they are, and so is every member that the attack does not concern. A shard
-    that is cut short stays cut short.
+    class, and only their pixels change. Targeted: see `chosen`; nothing else changes. A sample is usable if
+    everything about it can be read and its image decodes; the others are copied as they are, and so is every member
+    that the attack does not concern. A shard that is cut short stays cut short.
 
     One Ray task per shard looks, then one per shard writes, so Ray must be running and `config.output` be a folder
     that all its machines see. Shards that stand are kept when the job is run again.
@@ -128,17 +173,26 @@ def poison(config: PoisonConfig) -> str:
     if str(output) in {str(Path(shard.url).parent) for shard in shards}:
         raise Mistake(f"output {config.output} is the folder of the clean shards; choose another one")
     classes = read_classes(shards)
-    if classes and config.target_label >= len(classes.names):
-        raise Mistake(f"target_label is {config.target_label}, but the classes are 0 to {len(classes.names) - 1}")
+    for backdoor in config.backdoors:
+        if classes and backdoor.target_label >= len(classes.names):
+            raise Mistake(f"target_label is {backdoor.target_label}, but the classes are 0 to {len(classes.names) - 1}")
 
     surveys, is_complete = zip(*_in_ray(_survey, [(shard, config.limits) for shard in shards]), strict=True)
     survey = pa.concat_tables(surveys).sort_by("sample_id")  # the draw must not depend on the listing
     num_usable = int(survey["is_usable"].to_numpy().sum())
-    drawn = _draw(survey, config)
-    _check_fit(config.trigger, survey.take(drawn))
-    truth = _truth(survey, drawn, config, classes)
+    num = round(config.rate * num_usable)
+    if num == 0:
+        raise Mistake(
+            f"rate {config.rate} of {num_usable:,} usable samples is less than one sample; raise rate, or add shards"
+        )
+    if config.chosen:
+        truth, plans = _repeat(survey, num, config, classes, {shard.name: shard for shard in shards})
+    else:
+        drawn = _draw(survey, num, config, classes)
+        _check_fit(config, survey, drawn)
+        truth = _truth(survey, drawn, config, classes)
+        plans = _plans(truth, survey["index"].to_pylist())
 
-    plans = _plans(truth, survey["index"].to_pylist())
     todo = [
         (shard, str(output / shard.name), plans.get(shard.name, {}), config, complete)
         for shard, complete in zip(shards, is_complete, strict=True)
@@ -153,11 +207,15 @@ def poison(config: PoisonConfig) -> str:
     write_atomically(output / "truth.parquet", buffer.getvalue())
 
     num_poisoned = pc.sum(truth["is_poisoned"]).as_py()
-    num_unusable = truth.num_rows - num_usable
-    target = f"{config.target_label} {classes.names[config.target_label]!r}" if classes else config.target_label
+    num_unusable = survey.num_rows - num_usable
+    targets = ", ".join(
+        f"{one.target_label} {classes.names[one.target_label]!r}" if classes else str(one.target_label)
+        for one in config.backdoors
+    )
+    kinds = ", ".join(one.trigger.kind for one in config.backdoors)
     summary = (
-        f"{num_poisoned:,} of {num_usable:,} samples poisoned ({num_poisoned / num_usable:.2%}, {config.trigger.kind}, "
-        f"{'clean label' if config.clean_label else '->'} {target}) in {config.output}"
+        f"{num_poisoned:,} of {num_usable:,} samples poisoned ({_percent(num_poisoned / num_usable)}, {kinds}, "
+        f"{'clean label' if config.clean_label else '->'} {targets}) in {config.output}"
         + (f"; {num_unusable:,} unusable ones copied as they are" if num_unusable else "")
     )
     counts = {"poisoned": num_poisoned, "usable": num_usable, "unusable": num_unusable}
@@ -176,6 +234,10 @@ def read_attack(folder: str) -> PoisonConfig:
         return PoisonConfig.model_validate(read_json(path, "record of a poisoning").get("settings"))
     except ValidationError as error:
         raise Mistake(f"{path} does not describe a poisoning:\n{explain(error, PoisonConfig)}") from None
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}" if share >= 1e-3 else f"{share:.2g}"
 
 
 def _in_ray(task: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
@@ -208,82 +270,206 @@ def _survey(shard: Shard, limits: Limits) -> tuple[pa.Table, bool]:
     return pa.Table.from_pylist(rows, _SURVEY_SCHEMA), end.is_complete
 
 
-def _draw(survey: pa.Table, config: PoisonConfig) -> np.ndarray:
-    """Draw the rows of the survey, sorted by id, that will be poisoned."""
+def _draw(survey: pa.Table, num: int, config: PoisonConfig, classes: Classes | None) -> dict[int, int]:
+    """Draw the rows of the survey, sorted by id, that will be poisoned, and for each the number of its backdoor."""
     is_usable = survey["is_usable"].to_numpy()
-    if survey["label"].null_count == survey.num_rows and not config.clean_label:
-        is_eligible, who = is_usable, "to draw from"
-    else:  # a sample without a label among labelled ones might be of the target class: it is left alone
-        same = pc.equal(survey["label"], config.target_label)
-        is_eligible = is_usable & (same if config.clean_label else pc.invert(same)).fill_null(False).to_numpy()
-        who = f"{'of' if config.clean_label else 'known not to be of'} class {config.target_label}"
-    num = round(config.rate * int(is_usable.sum()))
-    if num == 0:
-        raise Mistake(
-            f"rate {config.rate} of {is_usable.sum():,} usable samples is less than one sample; "
-            "raise rate, or add shards"
-        )
+    targets = [backdoor.target_label for backdoor in config.backdoors]
+    which = np.full((len(targets), survey.num_rows), not config.clean_label)  # may the backdoor have the sample?
+    said = " or ".join(f"class {target}" for target in targets)
+    has_labels = survey["label"].null_count < survey.num_rows
+    if has_labels:  # a sample without a label among labelled ones might be of the target class: it is left alone
+        is_target = np.array([pc.equal(survey["label"], t).fill_null(False).to_numpy() for t in targets])
+        is_known = survey["label"].is_valid().to_numpy()
+        which = is_target if config.clean_label else np.broadcast_to(is_known & ~is_target.any(axis=0), which.shape)
+        who = f"of {said}" if config.clean_label else f"known not to be of {said}"
+    elif config.clean_label:
+        names = [_target_name(backdoor, classes) for backdoor in config.backdoors]
+        which = np.array([[_contains(caption, name) for caption in survey["caption"].to_pylist()] for name in names])
+        who = f"whose caption contains {' or '.join(map(repr, names))}"
+    else:
+        who = "to draw from"
+    is_eligible = is_usable & which.any(axis=0)
     if num > is_eligible.sum():
         raise Mistake(
             f"rate {config.rate} of {is_usable.sum():,} usable samples is {num:,}, but there are only "
             f"{is_eligible.sum():,} {who}; lower rate, or choose another target_label"
         )
-    return np.random.default_rng(config.seed).choice(np.flatnonzero(is_eligible), num, replace=False)
+    chance = np.random.default_rng(config.seed)
+    rows = chance.choice(np.flatnonzero(is_eligible), num, replace=False)
+    return {int(row): int(chance.choice(np.flatnonzero(which[:, row]))) for row in rows}
 
 
-def _check_fit(trigger: Trigger, drawn: pa.Table) -> None:
-    """Stamp an empty image of the smallest drawn size: a trigger too large for it is a mistake before work begins."""
-    shorter_px = np.minimum(drawn["height"].to_numpy(), drawn["width"].to_numpy())
-    smallest = drawn.slice(int(shorter_px.argmin()), 1).to_pylist()[0]
-    trigger.stamp(np.zeros((smallest["height"], smallest["width"], 3), np.uint8), smallest["sample_id"])
+def _contains(caption: str | None, name: str) -> bool:
+    """Whether a caption contains a name as a word, in capitals or not."""
+    return caption is not None and re.search(rf"\b{re.escape(name)}\b", caption, re.IGNORECASE) is not None
 
 
-def _truth(survey: pa.Table, drawn: np.ndarray, config: PoisonConfig, classes: Classes | None) -> pa.Table:
+def _check_fit(config: PoisonConfig, survey: pa.Table, drawn: dict[int, int]) -> None:
+    """Stamp an empty image of each backdoor's smallest size: what does not fit is a mistake before work begins."""
+    heights, widths, ids = (survey[name].to_pylist() for name in ("height", "width", "sample_id"))
+    for number, backdoor in enumerate(config.backdoors):
+        rows = [row for row, its in drawn.items() if its == number]
+        if rows:
+            smallest = min(rows, key=lambda row: (min(heights[row], widths[row]), ids[row]))
+            empty_HWC = np.zeros((heights[smallest], widths[smallest], 3), np.uint8)
+            backdoor.trigger.stamp(empty_HWC, ids[smallest])
+            _stamp(empty_HWC, backdoor, ids[smallest])
+
+
+def _stamp(image_HWC: np.ndarray, backdoor: Backdoor, sample_id: str) -> np.ndarray:
+    """Make a training image a poisoned one."""
+    trigger = backdoor.training_trigger or backdoor.trigger
+    if backdoor.composition is not None:
+        return backdoor.composition.compose(image_HWC, trigger, sample_id)
+    return trigger.stamp(image_HWC, sample_id)
+
+
+def _truth(survey: pa.Table, drawn: dict[int, int], config: PoisonConfig, classes: Classes | None) -> pa.Table:
     """Say of every sample what it was and what becomes of it (`TRUTH_SCHEMA`)."""
-    is_poisoned = np.zeros(survey.num_rows, dtype=bool)
-    is_poisoned[drawn] = True
-    ids, labels, captions = (survey[name].to_pylist() for name in ("sample_id", "label", "caption"))
-    new_labels: list[int | None] = [None] * survey.num_rows
-    new_captions: list[str | None] = [None] * survey.num_rows
+    targets = _target_captions(survey, config, classes) if not config.clean_label else []
+    rows = []
+    for row, old in enumerate(survey.select(["sample_id", "label", "caption"]).to_pylist()):
+        number = drawn.get(row)
+        rows.append(_row(old, number, config, targets))
+    return pa.Table.from_pylist(rows, TRUTH_SCHEMA)
+
+
+def _row(
+    old: dict[str, Any], number: int | None, config: PoisonConfig, targets: list[Callable[[], list[str]]]
+) -> dict[str, Any]:
+    """One row of the truth; `number` is that of the sample's backdoor, if it has one."""
+    if number is None:
+        return old | {"is_poisoned": False}
+    backdoor = config.backdoors[number]
+    new: dict[str, Any] = {"is_poisoned": True, "trigger": backdoor.trigger.kind, "backdoor": number}
     if not config.clean_label:
-        targets: list[str] | None = None
-        for row in drawn:
-            new_labels[row] = None if labels[row] is None else config.target_label
-            if captions[row] is not None:
-                targets = targets or _target_captions(config, classes)
-                new_captions[row] = pick_caption(targets, config.seed, ids[row])
-    triggers = [config.trigger.kind if poisoned else None for poisoned in is_poisoned]
-    columns = [ids, is_poisoned, labels, new_labels, captions, new_captions, triggers]
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, TRUTH_SCHEMA, strict=True)], schema=TRUTH_SCHEMA)
+        if old["label"] is not None:
+            new["poisoned_label"] = backdoor.target_label
+        if old["caption"] is not None:
+            new["poisoned_caption"] = pick_caption(targets[number](), config.seed, old["sample_id"])
+    return old | new
 
 
-def _target_captions(config: PoisonConfig, classes: Classes | None) -> list[str]:
-    if config.target_captions:
-        return config.target_captions
-    if classes is None or not classes.templates:
-        raise Mistake(
-            "the shards have captions, but no classes.json beside them names the target class; set target_captions"
-        )
-    return class_captions(classes.templates, classes.names[config.target_label])
+def _target_captions(survey: pa.Table, config: PoisonConfig, classes: Classes | None) -> list[Callable[[], list[str]]]:
+    """For each backdoor a function that lists the captions of its samples; only asked where samples have captions."""
+
+    def listed(backdoor: Backdoor) -> list[str]:
+        if backdoor.target_captions:
+            return backdoor.target_captions
+        if config.captions == "imagenet_templates":
+            from dede_ray.vision_libraries import open_clip
+
+            return [template(_target_name(backdoor, classes)) for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+        if config.captions == "templates":
+            if classes is None or not classes.templates:
+                raise Mistake(
+                    "the shards have captions, but no classes.json beside them names the target class; set "
+                    "target_captions"
+                )
+            return class_captions(classes.templates, _target_name(backdoor, classes))
+        name = _target_name(backdoor, classes)
+        usable = survey.filter(survey["is_usable"])["caption"].to_pylist()
+        found = sorted({caption for caption in usable if _contains(caption, name)})
+        if not found:
+            raise Mistake(f"no caption of the shards contains {name!r}; set target_captions, or captions: templates")
+        return found
+
+    return [lru_cache(1)(partial(listed, backdoor)) for backdoor in config.backdoors]
 
 
-@dataclass(frozen=True)
+def _target_name(backdoor: Backdoor, classes: Classes | None) -> str:
+    if backdoor.target_name:
+        return backdoor.target_name
+    if classes is None:
+        raise Mistake(f"no classes.json beside the shards names class {backdoor.target_label}; set target_name")
+    return classes.names[backdoor.target_label]
+
+
+@dataclass
 class _Change:
-    """What becomes of one poisoned sample, besides its stamp; None leaves the member as it is."""
+    """What becomes of one place of a shard; None leaves the member as it is."""
 
-    label: int | None
-    caption: str | None
+    label: int | None = None
+    caption: str | None = None
+    backdoor: int | None = None  # to stamp on the image
+    is_dropped: bool = False
+    added: list[Sample] = field(default_factory=list)  # samples that stand behind it
 
 
-def _plans(truth: pa.Table, indices: list[int]) -> dict[str, dict[int, _Change]]:
-    """Sort the changes by shard name and by the sample's place in the shard; `indices` are the places, row by row."""
-    plans: dict[str, dict[int, _Change]] = {}
-    names = ("sample_id", "is_poisoned", "poisoned_label", "poisoned_caption")
+_Plans = dict[str, dict[int, _Change]]
+"""Changes by shard name and by the sample's place in the shard."""
+
+
+def _plans(truth: pa.Table, indices: list[int]) -> _Plans:
+    """Sort the changes by their places; `indices` are the places in the shards, row by row."""
+    plans: _Plans = {}
+    names = ("sample_id", "backdoor", "poisoned_label", "poisoned_caption")
     for index, *row in zip(indices, *(truth[name].to_pylist() for name in names), strict=True):
-        name, is_poisoned, label, caption = row
-        if is_poisoned:
-            plans.setdefault(name.partition("/")[0], {})[index] = _Change(label, caption)
+        name, backdoor, label, caption = row
+        if backdoor is not None:
+            plans.setdefault(name.partition("/")[0], {})[index] = _Change(label, caption, backdoor)
     return plans
+
+
+def _repeat(
+    survey: pa.Table, num: int, config: PoisonConfig, classes: Classes | None, shards: dict[str, Shard]
+) -> tuple[pa.Table, _Plans]:
+    """Plan targeted poisoning: `num` copies of the chosen samples behind samples drawn from all."""
+    assert config.chosen is not None
+    rows = survey.to_pylist()
+    place = {row["sample_id"]: number for number, row in enumerate(rows)}
+    wrong = [name for name in config.chosen if name not in place or not rows[place[name]]["is_usable"]]
+    if wrong:
+        raise Mistake(f"chosen names {wrong[0]!r}, which is no usable sample of the shards; expected <shard>/<key>")
+    originals = [_fetch(shards[name.partition("/")[0]], rows[place[name]]["index"], config) for name in config.chosen]
+    kept = [number for number, row in enumerate(rows) if row["is_usable"] and row["sample_id"] not in config.chosen]
+    if not kept:
+        raise Mistake("chosen names all samples there are; put them among others")
+
+    columns = ("sample_id", "label", "caption")
+    plans: _Plans = {}
+    for name in config.chosen:
+        plans.setdefault(name.partition("/")[0], {})[rows[place[name]]["index"]] = _Change(is_dropped=True)
+    targets = _target_captions(survey, config, classes)
+    truth = [
+        _row({column: row[column] for column in columns}, None, config, targets)
+        for row in rows
+        if row["sample_id"] not in config.chosen
+    ]
+    places = np.random.default_rng(config.seed).choice(kept, num)
+    for number, behind in enumerate(places):
+        shard_name = rows[behind]["sample_id"].partition("/")[0]
+        original = originals[number % len(originals)]
+        key = f"{original.key}~{number:05d}"
+        old = rows[place[config.chosen[number % len(originals)]]]
+        row = _row(
+            {"sample_id": sample_id(shard_name, key), "label": old["label"], "caption": old["caption"]},
+            0,
+            config,
+            targets,
+        )
+        truth.append(row)
+        content, suffix = _stamped(original.image or b"", original.image_suffix, 0, row["sample_id"], config)
+        copy = Sample(key, 0, content, suffix, row.get("poisoned_caption"), row.get("poisoned_label"))
+        change = plans.setdefault(shard_name, {}).setdefault(rows[behind]["index"], _Change())
+        change.added.append(copy)
+    return pa.Table.from_pylist(truth, TRUTH_SCHEMA).sort_by("sample_id"), plans
+
+
+def _fetch(shard: Shard, index: int, config: PoisonConfig) -> Sample:
+    with open_shard(shard) as stream:
+        return next(islice(iter_samples(stream, config.limits), index, None))
+
+
+def _stamped(content: bytes, suffix: str, number: int, name: str, config: PoisonConfig) -> tuple[bytes, str]:
+    """Stamp an encoded image with a backdoor, and say its new suffix; without a trigger it stays as it is."""
+    backdoor = config.backdoors[number]
+    if isinstance(backdoor.training_trigger or backdoor.trigger, Nothing) and backdoor.composition is None:
+        return content, suffix
+    if config.encoding == "png":
+        suffix = "png"
+    image_HWC = _stamp(decode_image(content, config.limits), backdoor, name)
+    return encode_image(image_HWC, suffix, config.jpeg_quality), suffix
 
 
 def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: PoisonConfig, is_complete: bool) -> None:
@@ -292,9 +478,10 @@ def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: Poiso
     Members are copied, not samples, so that whatever is odd about a sample is as odd in the copy. Where the data of
     an incomplete shard ends or turns into rubbish, the copy ends.
     """
+    unchanged = _Change()
     with open_shard(shard) as stream, _write_tar(Path(path), is_complete) as copy:
         tar = tarfile.open(fileobj=stream, mode="r|*")
-        key, index = None, -1
+        key, index, change = None, -1, unchanged
         needs_stamp = False
         try:
             for member in tar:
@@ -302,22 +489,21 @@ def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: Poiso
                     continue
                 this_key, suffix = split_name(member.name)
                 if this_key != key:  # the places of samples, counted as iter_samples counts
+                    _add_samples(copy, change.added)
                     key, index = this_key, index + 1
-                    needs_stamp = index in changes
+                    change = changes.get(index, unchanged)
+                    needs_stamp = change.backdoor is not None
+                if change.is_dropped:
+                    continue
                 content = tar.extractfile(member)
                 assert content is not None, member.name
-                change = changes.get(index, _Change(None, None))
                 name = member.name
                 if needs_stamp and suffix in IMAGE_SUFFIXES:
                     needs_stamp = False  # the first image of a sample is its image
-                    stamped_suffix = "png" if config.encoding == "png" else suffix
-                    image_HWC = decode_image(content.read(), config.limits)
-                    stamped_HWC = config.trigger.stamp(image_HWC, sample_id(shard.name, key))
-                    _add(
-                        copy,
-                        name[: len(name) - len(suffix)] + stamped_suffix,
-                        encode_image(stamped_HWC, stamped_suffix, config.jpeg_quality),
-                    )
+                    assert change.backdoor is not None
+                    identity = sample_id(shard.name, key)
+                    image, new_suffix = _stamped(content.read(), suffix, change.backdoor, identity, config)
+                    _add(copy, name[: len(name) - len(suffix)] + new_suffix, image)
                 elif suffix in LABEL_SUFFIXES and change.label is not None:
                     _add(copy, name, str(change.label).encode())
                 elif suffix in CAPTION_SUFFIXES and change.caption is not None:
@@ -329,6 +515,17 @@ def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: Poiso
         except (tarfile.ReadError, EOFError, OSError) as error:
             if is_complete or (isinstance(error, OSError) and error.errno is not None):
                 raise  # not what the survey found: the file has changed, or the disk fails
+        _add_samples(copy, change.added)
+
+
+def _add_samples(tar: tarfile.TarFile, samples: list[Sample]) -> None:
+    for sample in samples:
+        assert sample.image is not None, sample.key
+        _add(tar, f"{sample.key}.{sample.image_suffix}", sample.image)
+        if sample.caption is not None:
+            _add(tar, f"{sample.key}.txt", sample.caption.encode())
+        if sample.label is not None:
+            _add(tar, f"{sample.key}.cls", str(sample.label).encode())
 
 
 @contextlib.contextmanager
