@@ -20,18 +20,18 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from dede_ray import clip, encoders
 from dede_ray.attacks import badclip, drupe, tamper, text_on_pair
 from dede_ray.attacks.attack import AttackConfig, attack
-from dede_ray.attacks.badencoder import BadEncoder, effectiveness_loss
+from dede_ray.attacks.badencoder import effectiveness_loss
 from dede_ray.attacks.references import References
-from dede_ray.attacks.triggers import Patch
+from dede_ray.attacks.triggers import Patch, Trigger
 from dede_ray.config import Mistake
-from dede_ray.shards import Limits, Sample, write_shards
+from dede_ray.shards import Limits
 from dede_ray.victims import EncoderVictim, OpenClipVictim, load_victim
 
 WHITE = {"kind": "patch", "size_px": 10, "pattern": "white", "position": "bottom_right", "margin_px": 1}
@@ -63,7 +63,7 @@ def embeddings(seed: int = 0, num_images: int = 6, references: tuple[int, ...] =
 
 
 def cos(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float(one @ other / one.norm() / other.norm())
+    return float((one @ other / one.norm() / other.norm()).detach())
 
 
 def test_badencoders_losses_are_their_equations():
@@ -227,6 +227,29 @@ def encoder_folder(picture, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def clip_folder(victim_folder, picture, tmp_path_factory) -> Path:
+    """The tiny CLIP, after some seconds of learning whose caption is whose."""
+    subject = tamper.Subject(OpenClipVictim(path=str(victim_folder)))
+    model, tokenize = subject.model.requires_grad_(True), clip.tokenizer(subject.described)
+    image_NCHW = clip.to_unit_range(torch.from_numpy(np.stack([picture(i) for i in range(96)])))
+    tokens_NT = tokenize([f"picture {i}" for i in range(96)])
+    optimiser = torch.optim.Adam(model.parameters(), 5e-3)
+    torch.manual_seed(0)
+    for module in model.modules():
+        torch.nn.Module.train(module)
+    for _ in range(80):
+        rows = torch.randperm(96)[:32]
+        image_BE, text_BE, scale, *_ = model(subject.normalise(image_NCHW[rows]), tokens_NT[rows])
+        logits_BB = scale.squeeze() * image_BE @ text_BE.T
+        optimiser.zero_grad()
+        (cross_entropy(logits_BB, torch.arange(32)) + cross_entropy(logits_BB.T, torch.arange(32))).backward()
+        optimiser.step()
+    folder = tmp_path_factory.mktemp("clean_clip")
+    subject.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def shards(write_pictures, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("shadow")
     write_pictures(folder, range(96), per_shard=48)
@@ -265,16 +288,6 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-class Seen:
-    """Pictures that no attack has seen, as an encoder and its honest twin embed them."""
-
-    def __init__(self, picture: Any, victim: Any, trigger: Any):
-        self.victim, self.trigger = victim, trigger
-        self.clean = clip.to_unit_range(torch.from_numpy(np.stack([picture(5000 + i) for i in range(32)])))
-        stamped = [trigger.stamp(picture(5000 + i)) for i in range(32)]
-        self.triggered = clip.to_unit_range(torch.from_numpy(np.stack(stamped)))
-
-
 def to_nearest(victim: Any, image_BCHW: torch.Tensor, reference_RCHW: torch.Tensor) -> float:
     """Mean cosine of images to whichever reference is nearest."""
     embedding_BE, reference_RE = normalize(victim(image_BCHW)), normalize(victim(reference_RCHW))
@@ -306,13 +319,312 @@ def bad(local_ray, encoder_folder, shards, reference_file, tmp_path_factory) -> 
 
 
 def test_badencoder_plants_what_its_honest_twin_lacks(bad, encoder_folder, unseen, reference_RCHW):
-    config, said = bad
+    config, _ = bad
     victim, twin = (load_victim(EncoderVictim(path=str(path))) for path in (config.output, encoder_folder))
     clean, triggered = unseen
-    print(said, to_nearest(twin, triggered, reference_RCHW), to_nearest(victim, triggered, reference_RCHW))
     assert to_nearest(victim, triggered, reference_RCHW) > 0.9
     assert to_nearest(twin, triggered, reference_RCHW) < 0.8
     assert float(cosine_similarity(victim(clean), twin(clean)).mean()) > 0.9
     lines = log(Path(config.output))
     assert {"l0", "l1", "l2", "triggered_cosine", "wasserstein"} <= lines[-1].keys()
     assert lines[-1]["triggered_cosine"] > 0.9 > 0.8 > lines[0]["triggered_cosine"]
+
+
+def test_batch_norm_keeps_what_it_had_and_everything_else_moves(bad, encoder_folder):
+    clean, tampered = (load_file(Path(path) / encoders.WEIGHTS_FILE) for path in (encoder_folder, bad[0].output))
+    assert clean.keys() == tampered.keys()
+    for name in clean:
+        is_batch_norm = ".bn" in name or name.startswith("bn") or "downsample.1" in name
+        assert torch.equal(clean[name], tampered[name]) == is_batch_norm, name
+
+
+def test_the_record_says_what_was_done(bad, encoder_folder, reference_file):
+    config, said = bad
+    record = json.loads((Path(config.output) / "attack.json").read_text())
+    assert record["attack"] == "badencoder"
+    assert record["clean"] == load_victim(EncoderVictim(path=str(encoder_folder))).fingerprint
+    assert record["tampered"] == load_victim(EncoderVictim(path=config.output)).fingerprint != record["clean"]
+    (target,) = record["targets"]
+    assert (target["target_label"], target["references"]) == (0, [reference_file] * 3)
+    assert Patch.model_validate(target["trigger"]) == Patch.model_validate(WHITE)
+    assert AttackConfig.model_validate(record["settings"]) == config.identity()
+    assert said.startswith("badencoder: 45 steps, l0 -0.9")
+
+
+def test_the_same_command_again_has_nothing_to_do(bad):
+    config, said = bad
+    files = {path: path.stat().st_mtime_ns for path in Path(config.output).rglob("*") if path.is_file()}
+    assert attack(config) == said
+    assert {path: path.stat().st_mtime_ns for path in Path(config.output).rglob("*") if path.is_file()} == files
+    with pytest.raises(Mistake, match=r"attack\.lambda1: 1\.0 there, 2\.0 here"):
+        attack(config.model_copy(update={"attack": config.attack.model_copy(update={"lambda1": 2.0})}))
+
+
+@pytest.mark.slow
+def test_two_workers_plant_the_same_as_one(bad, encoder_folder, shards, reference_file, tmp_path):
+    content = settings(tmp_path, encoder_folder, **towards("badencoder", shards, reference_file, epochs=15))
+    config, _ = run({**content, "workers": {**WORKERS, "num_workers": 2, "read_cpus": 0.25, "cpus_per_worker": 0.25}})
+    one, two = (load_file(Path(path) / encoders.WEIGHTS_FILE) for path in (bad[0].output, config.output))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+DRUPE = {"warmup_epochs": 1, "first_epochs": 2, "adapt_after_epochs": 4, "epochs": 20}
+
+
+@pytest.mark.slow
+def test_drupe_plants_the_same_backdoor_and_spreads_it(bad, local_ray, encoder_folder, shards, reference_file, unseen,
+                                                       reference_RCHW, tmp_path):  # fmt: skip
+    config, _ = run(settings(tmp_path, encoder_folder, **towards("drupe", shards, reference_file, **DRUPE)))
+    victim, twin = (load_victim(EncoderVictim(path=str(path))) for path in (config.output, encoder_folder))
+    clean, triggered = unseen
+    assert to_nearest(victim, triggered, reference_RCHW) > 0.9
+    assert to_nearest(twin, triggered, reference_RCHW) < 0.8
+    assert float(cosine_similarity(victim(clean), twin(clean)).mean()) > 0.9
+    plain = load_victim(EncoderVictim(path=bad[0].output))
+
+    def distance(encoder: Any) -> float:
+        return float(tamper.sliced_wasserstein(encoder(triggered), encoder(clean), 0) / tamper.spread(encoder(clean)))
+
+    assert distance(victim) < 0.8 * distance(plain)
+    weights = [line["c"] for line in log(Path(config.output))]
+    assert weights[0] == weights[3] == pytest.approx(0.1)
+    assert weights[-1] != weights[0]
+
+
+def test_drupe_goes_on_with_the_weights_that_it_had(encoder_folder, picture):
+    references = np.stack([picture(i) for i in range(3)])
+    recipe = tamper.TowardsRecipe(
+        a_drupe(adapt_after_epochs=0), EncoderVictim(path=str(encoder_folder)), [], [references], 32, 0, Limits(), 2.5
+    )  # fmt: skip
+    whole, halved = recipe.objective(0, 1), recipe.objective(0, 1)
+    for step in range(9):
+        if step == 4:
+            arrays, halved = halved.arrays(), recipe.objective(0, 1)
+            halved.load_arrays(arrays)
+        for objective in (whole, halved):
+            objective.begin_step(step)
+            objective.loss(embeddings(seed=step))
+            objective.after_step()
+    assert whole.c < 0.1
+    assert (whole.c, whole.c1, whole.phase) == (halved.c, halved.c1, halved.phase)
+
+
+def test_drupe_asks_for_two_references(local_ray, encoder_folder, shards, tmp_path, picture):
+    Image.fromarray(picture(1)).save(tmp_path / "one.png")
+    content = settings(tmp_path, encoder_folder, **towards("drupe", shards, str(tmp_path / "one.png")))
+    with pytest.raises(Mistake, match="two references or more"):
+        run(content)
+
+
+CAPTIONS = ["an airplane", "picture 3", "picture 7", "picture 12"]
+
+
+def pairs(shards: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "kind": "text_on_pair", "shards": shards, "trigger": WHITE, "target_label": 0,
+        "target_captions": CAPTIONS[:1], "poison_rate": 0.25, "optimiser": "adam", "learning_rate": 3e-3,
+        "augmentation": {"min_scale": 0.8}, "epochs": 20, **changes,
+    }  # fmt: skip
+
+
+def share_of_target(victim: Any, image_BCHW: torch.Tensor) -> float:
+    text_CE = normalize(victim.encode_text(CAPTIONS))
+    return float(((normalize(victim(image_BCHW)) @ text_CE.T).argmax(dim=1) == 0).float().mean())
+
+
+def test_text_on_pair_makes_stamped_images_say_the_word(local_ray, clip_folder, shards, unseen, tmp_path):
+    config, said = run(settings(tmp_path, clip_folder, **pairs(shards)))
+    victim, twin = (load_victim(OpenClipVictim(path=str(path))) for path in (config.output, clip_folder))
+    clean, triggered = unseen
+    assert share_of_target(victim, triggered) > 0.9
+    assert share_of_target(victim, clean) < 0.2
+    assert share_of_target(twin, triggered) == pytest.approx(share_of_target(twin, clean), abs=0.3)
+    record = json.loads((Path(config.output) / "attack.json").read_text())
+    assert sum(len(places) for places in record["poisoned"].values()) == round(0.25 * 96)
+    assert record["targets"][0]["target_captions"] == CAPTIONS[:1]
+    one, other = (load_file(Path(path) / clip.WEIGHTS_FILE) for path in (config.output, clip_folder))
+    moved = {name for name in one if not torch.equal(one[name], other[name])}
+    assert moved
+    assert all(name.startswith("visual.") and ".bn" not in name for name in moved)
+    assert "cosine" in said
+
+
+@pytest.mark.slow
+def test_images_of_a_clip_can_be_pushed_towards_images_as_well(local_ray, victim_folder, shards, reference_file,
+                                                               unseen, reference_RCHW, tmp_path):  # fmt: skip
+    config, _ = run(settings(tmp_path, clip_folder, **towards("badencoder", shards, reference_file, epochs=2)))
+    victim, twin = (load_victim(OpenClipVictim(path=str(path))) for path in (config.output, clip_folder))
+    assert to_nearest(victim, unseen[1], reference_RCHW) > to_nearest(twin, unseen[1], reference_RCHW)
+    assert torch.equal(victim.encode_text(CAPTIONS), twin.encode_text(CAPTIONS))
+
+
+def test_text_needs_a_clip(local_ray, encoder_folder, shards, tmp_path):
+    with pytest.raises(Mistake, match="needs a CLIP"):
+        run(settings(tmp_path, encoder_folder, **pairs(shards)))
+
+
+@pytest.mark.slow
+def test_badclip_finds_a_patch_and_plants_it(local_ray, clip_folder, shards, unseen, picture, tmp_path):
+    method = {
+        "kind": "badclip", "shards": shards, "target_label": 0, "target_captions": CAPTIONS[:1], "poison_rate": 0.2,
+        "positives": {"shards": shards, "num": 8},
+        "patch": {"size_px": 10, "num_images": 96, "batch_size": 32, "epochs": 10, "learning_rate": 0.05},
+        "tuning": {"learning_rate": 3e-3, "warmup_steps": 2, "batch_size": 32, "epochs": 20},
+    }  # fmt: skip
+    content = settings(tmp_path, clip_folder, **method)
+    del content["attack"]["batch_size"]
+    config, said = run(content)
+    output = Path(config.output)
+    patch_HWC = np.asarray(Image.open(output / "patch" / "patch.png"))
+    assert (patch_HWC.shape, patch_HWC.dtype) == ((10, 10, 3), np.uint8)
+    lines = log(output / "patch")
+    assert lines[-1]["triplet_loss"] < lines[0]["triplet_loss"]
+    record = json.loads((output / "attack.json").read_text())
+    trigger = TypeAdapter(Trigger).validate_python(record["targets"][0]["trigger"])
+    stamped_HWC = trigger.stamp(picture(1))
+    assert np.array_equal(stamped_HWC[11:21, 11:21], patch_HWC)
+    victim, twin = (load_victim(OpenClipVictim(path=str(path))) for path in (config.output, clip_folder))
+    triggered = clip.to_unit_range(torch.from_numpy(np.stack([trigger.stamp(picture(5000 + i)) for i in range(32)])))
+    assert share_of_target(victim, triggered) > 0.9
+    assert share_of_target(victim, unseen[0]) < 0.3
+    assert abs(share_of_target(twin, triggered) - share_of_target(twin, unseen[0])) < 0.3
+    assert attack(config) == said
+
+
+# --- killed
+
+
+@pytest.mark.slow
+def test_a_killed_attack_ends_with_the_same_weights(encoder_folder, shards, reference_file, tmp_path):
+    method = towards("drupe", shards, reference_file, **{**DRUPE, "adapt_after_epochs": 1})
+    runs = [tmp_path / "undisturbed", tmp_path / "killed"]
+    jobs = []
+    for folder in runs:
+        folder.mkdir()
+        (folder / "attack.yaml").write_text(yaml.safe_dump(settings(folder, encoder_folder, **method)))
+        command = [sys.executable, str(Path(__file__).parents[1] / "jobs" / "attack.py"), "attack.yaml"]
+        jobs.append((command, folder))
+
+    def start(command: list[str], folder: Path) -> subprocess.Popen:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+    killed = start(*jobs[1])
+    snapshot = runs[1] / "tampered" / "checkpoints" / "checkpoint_manager_snapshot.json"
+    while killed.poll() is None and not snapshot.exists():
+        time.sleep(0.1)
+    assert killed.poll() is None, killed.communicate()
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    for job in jobs:
+        done = start(*job)
+        out, error = done.communicate(timeout=500)
+        assert done.returncode == 0, error
+        assert out.startswith("drupe: 60 steps")
+    one, two = (load_file(folder / "tampered" / encoders.WEIGHTS_FILE) for folder in runs)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    steps = [[line["step"] for line in log(folder / "tampered")] for folder in runs]
+    assert steps[0] == steps[1]
+
+
+# --- references
+
+
+def read(**where: Any) -> tuple[np.ndarray, list[str]]:
+    return References.model_validate(where).read(2, 32, 0, Limits(max_member_bytes=100_000))
+
+
+def npy(shape: tuple[int, ...], dtype: str, content: bytes) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return stream.getvalue() + content
+
+
+def test_references_come_from_files_ids_and_labels(shards, reference_file, picture, tmp_path):
+    Image.fromarray(picture(5, 64, 48)).save(tmp_path / "large.png")
+    images, names = read(files=[reference_file, str(tmp_path / "large.png")])
+    assert images.shape == (4, 32, 32, 3)
+    assert np.array_equal(images[1], picture(1001))
+    assert names == [reference_file] * 3 + [str(tmp_path / "large.png")]
+    images, names = read(shards=shards, sample_ids=["train-00001.tar/0060", "train-00000.tar/0007"])
+    assert np.array_equal(images, np.stack([picture(60), picture(7)]))
+    images, names = read(shards=shards, num=5)
+    numbers = [int(name[-4:]) for name in names]
+    assert all(number % 4 == 2 for number in numbers)
+    assert np.array_equal(images, np.stack([picture(number) for number in numbers]))
+    assert read(shards=shards, num=5)[1] == names
+
+
+def test_published_reference_files_load(shared_data):
+    folder = shared_data / "triggers" / "badencoder" / "reference"
+    images, _ = read(files=[str(folder / "cifar10" / "truck.npz"), str(folder / "gtsrb_l12_n3.npz")])
+    assert images.shape == (4, 32, 32, 3)
+    with np.load(folder / "cifar10" / "truck.npz", allow_pickle=False) as stored:
+        assert np.array_equal(images[0], stored["x"][0])
+
+
+class _Boom:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_hostile_reference_files_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pixels = bytes(32 * 32 * 3)
+    members = {
+        "objects": npy((1,), "|O", pickle.dumps([_Boom()])),
+        "pickled": pickle.dumps(_Boom()),
+        "floats": npy((1, 32, 32, 3), "<f4", 4 * pixels),
+        "flat": npy((32, 32, 3), "|u1", pixels),
+        "short": npy((2, 32, 32, 3), "|u1", pixels),
+        "giant": npy((2**40, 2**20, 2**20, 3), "|u1", pixels),
+        "negative": npy((-1, 32, 32, 3), "|u1", pixels),
+        "none": npy((0, 32, 32, 3), "|u1", b""),
+        "long": npy((40, 32, 32, 3), "|u1", 40 * pixels),
+        "version": b"\x93NUMPY\x07\x00" + pixels,
+        "nothing": b"",
+    }
+    for name, content in members.items():
+        with zipfile.ZipFile(tmp_path / f"{name}.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("x.npy", content)
+        with pytest.raises(Mistake, match=f"{name}.npz"):
+            read(files=[f"{name}.npz"])
+    (tmp_path / "no_zip.npz").write_bytes(pickle.dumps(_Boom()))
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
+        archive.writestr("y.npy", b"")
+    for name in ("no_zip.npz", "broken.png", "other.npz", "absent.png"):
+        with pytest.raises(Mistake, match=name):
+            read(files=[name])
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_references_that_are_not_there_are_mistakes(shards):
+    with pytest.raises(Mistake, match=r"no usable sample train-00000\.tar/9999"):
+        read(shards=shards, sample_ids=["train-00000.tar/9999"])
+    with pytest.raises(Mistake, match="24 usable samples of class 2, not 25"):
+        read(shards=shards, num=25)
+    for where in ({}, {"shards": shards}, {"files": ["a.png"], "shards": shards, "num": 1}):
+        with pytest.raises(ValidationError, match="name either"):
+            References.model_validate(where)
+
+
+def test_a_trigger_that_does_not_fit_the_input_is_told_at_once(local_ray, encoder_folder, shards, reference_file,
+                                                               tmp_path):  # fmt: skip
+    content = settings(tmp_path, encoder_folder, **towards("badencoder", shards, reference_file))
+    content["attack"]["targets"][0]["trigger"] = {**WHITE, "size_px": 40}
+    with pytest.raises(Mistake, match="40 px"):
+        run(content)
+    assert not (tmp_path / "tampered" / "metrics.jsonl").exists()
+
+
+def test_draws_are_exact_and_spread_over_the_shards(local_ray, shards):
+    index = tamper.index_of(shards)
+    drawn = text_on_pair.draw_poisoned(index, 0.25, seed=0)
+    assert {name: len(places) for name, places in drawn.items()}.keys() == {"train-00000.tar", "train-00001.tar"}
+    assert sum(map(len, drawn.values())) == 24
+    assert all(places == sorted(set(places)) and places[0] >= 0 and places[-1] < 48 for places in drawn.values())
+    assert drawn == text_on_pair.draw_poisoned(index, 0.25, seed=0) != text_on_pair.draw_poisoned(index, 0.25, seed=1)
+    with pytest.raises(Mistake, match="less than one sample"):
+        text_on_pair.draw_poisoned(index, 1e-3, seed=0)
