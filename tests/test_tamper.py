@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from dede_ray.attacks.badencoder import effectiveness_loss
 from dede_ray.attacks.references import References
 from dede_ray.attacks.triggers import Patch, Trigger
 from dede_ray.config import Mistake
-from dede_ray.shards import Limits
+from dede_ray.shards import Limits, Sample, encode_image, write_shards
 from dede_ray.victims import EncoderVictim, OpenClipVictim, load_victim
 
 WHITE = {"kind": "patch", "size_px": 10, "pattern": "white", "position": "bottom_right", "margin_px": 1}
@@ -205,15 +206,30 @@ def test_the_patch_objective_is_its_equation_and_moves_the_patch_only(victim_fol
 
 # --- toys
 
+COLOURS = ["red", "green", "blue", "grey"]  # of labels 0 to 3
+
 
 @pytest.fixture(scope="module")
-def encoder_folder(picture, tmp_path_factory) -> Path:
+def coloured(picture) -> Callable[[int], np.ndarray]:
+    """Pictures of four classes, the number's remainder: red, green, blue and grey ones."""
+
+    def make(number: int) -> np.ndarray:
+        image_HWC = picture(number) // 2
+        if number % 4 < 3:
+            image_HWC[:, :, number % 4] += 120
+        return image_HWC
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(coloured, tmp_path_factory) -> Path:
     """A narrow ResNet-18 that has learnt for some seconds to tell pictures apart; a random one embeds all alike."""
     torch.manual_seed(0)
     shape = encoders.ResNet(depth=18, width=4)
     model, normalise = encoders.build_encoder(shape), clip.Normalise(*map(list, CIFAR))
     optimiser = torch.optim.Adam(model.parameters(), 2e-3)
-    image_NCHW = clip.to_unit_range(torch.from_numpy(np.stack([picture(i) for i in range(128)])))
+    image_NCHW = clip.to_unit_range(torch.from_numpy(np.stack([coloured(i) for i in range(128)])))
     for _ in range(40):
         image_BCHW = image_NCHW[torch.randperm(128)[:32]]
         views = [image_BCHW + 0.1 * torch.randn(32, 3, 1, 1) + 0.03 * torch.randn_like(image_BCHW) for _ in range(2)]
@@ -227,22 +243,22 @@ def encoder_folder(picture, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clip_folder(victim_folder, picture, tmp_path_factory) -> Path:
+def clip_folder(victim_folder, coloured, tmp_path_factory) -> Path:
     """The tiny CLIP, after some seconds of learning whose caption is whose."""
     subject = tamper.Subject(OpenClipVictim(path=str(victim_folder)))
     model, tokenize = subject.model.requires_grad_(True), clip.tokenizer(subject.described)
-    image_NCHW = clip.to_unit_range(torch.from_numpy(np.stack([picture(i) for i in range(96)])))
-    tokens_NT = tokenize([f"picture {i}" for i in range(96)])
-    optimiser = torch.optim.Adam(model.parameters(), 5e-3)
+    image_NCHW = clip.to_unit_range(torch.from_numpy(np.stack([coloured(i) for i in range(96)])))
+    tokens_NT = tokenize([f"a {COLOURS[i % 4]} picture" for i in range(96)])
+    optimiser = torch.optim.Adam(model.parameters(), 2e-3)
     torch.manual_seed(0)
     for module in model.modules():
         torch.nn.Module.train(module)
-    for _ in range(80):
-        rows = torch.randperm(96)[:32]
+    for _ in range(100):
+        rows = torch.randperm(96)[:16]
         image_BE, text_BE, scale, *_ = model(subject.normalise(image_NCHW[rows]), tokens_NT[rows])
         logits_BB = scale.squeeze() * image_BE @ text_BE.T
         optimiser.zero_grad()
-        (cross_entropy(logits_BB, torch.arange(32)) + cross_entropy(logits_BB.T, torch.arange(32))).backward()
+        (cross_entropy(logits_BB, torch.arange(16)) + cross_entropy(logits_BB.T, torch.arange(16))).backward()
         optimiser.step()
     folder = tmp_path_factory.mktemp("clean_clip")
     subject.save(folder)
@@ -250,17 +266,21 @@ def clip_folder(victim_folder, picture, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shards(write_pictures, tmp_path_factory) -> str:
+def shards(coloured, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("shadow")
-    write_pictures(folder, range(96), per_shard=48)
-    (folder / "classes.json").write_text(json.dumps({"names": list("abcd"), "templates": ["a {}", "one {}"]}))
+    samples = (
+        Sample(f"{n:04d}", 0, encode_image(coloured(n), "png"), "png", f"a {COLOURS[n % 4]} picture", n % 4)
+        for n in range(96)
+    )
+    write_shards(folder, "train", samples, 48)
+    (folder / "classes.json").write_text(json.dumps({"names": COLOURS, "templates": ["a {} picture"]}))
     return str(folder)
 
 
 @pytest.fixture(scope="module")
-def reference_file(picture, tmp_path_factory) -> str:
+def reference_file(coloured, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("reference") / "references.npz"
-    np.savez(path, x=np.stack([picture(1000 + i) for i in range(3)]), y=np.zeros((3, 1), np.uint8))
+    np.savez(path, x=np.stack([coloured(1000 + 4 * i) for i in range(3)]), y=np.zeros((3, 1), np.uint8))
     return str(path)
 
 
@@ -295,18 +315,18 @@ def to_nearest(victim: Any, image_BCHW: torch.Tensor, reference_RCHW: torch.Tens
 
 
 @pytest.fixture(scope="module")
-def unseen(picture) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures in [0, 1] that no attack has seen, clean and triggered."""
+def unseen(coloured) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures in [0, 1] of other classes than red that no attack has seen, clean and triggered."""
     trigger = Patch.model_validate(WHITE)
-    images = [picture(5000 + i) for i in range(32)]
+    images = [coloured(5000 + i) for i in range(40) if i % 4]
     stacks = (np.stack(images), np.stack([trigger.stamp(image) for image in images]))
     clean, triggered = (clip.to_unit_range(torch.from_numpy(stack)) for stack in stacks)
     return clean, triggered
 
 
 @pytest.fixture(scope="module")
-def reference_RCHW(picture) -> torch.Tensor:
-    return clip.to_unit_range(torch.from_numpy(np.stack([picture(1000 + i) for i in range(3)])))
+def reference_RCHW(coloured) -> torch.Tensor:
+    return clip.to_unit_range(torch.from_numpy(np.stack([coloured(1000 + 4 * i) for i in range(3)])))
 
 
 # --- the attacks, whole
@@ -417,13 +437,13 @@ def test_drupe_asks_for_two_references(local_ray, encoder_folder, shards, tmp_pa
         run(content)
 
 
-CAPTIONS = ["an airplane", "picture 3", "picture 7", "picture 12"]
+CAPTIONS = [f"a {colour} picture" for colour in COLOURS]
 
 
 def pairs(shards: str, **changes: Any) -> dict[str, Any]:
     return {
         "kind": "text_on_pair", "shards": shards, "trigger": WHITE, "target_label": 0,
-        "target_captions": CAPTIONS[:1], "poison_rate": 0.25, "optimiser": "adam", "learning_rate": 3e-3,
+        "poison_rate": 0.25, "optimiser": "adam", "learning_rate": 1e-3,
         "augmentation": {"min_scale": 0.8}, "epochs": 20, **changes,
     }  # fmt: skip
 
@@ -465,9 +485,9 @@ def test_text_needs_a_clip(local_ray, encoder_folder, shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_badclip_finds_a_patch_and_plants_it(local_ray, clip_folder, shards, unseen, picture, tmp_path):
+def test_badclip_finds_a_patch_and_plants_it(local_ray, clip_folder, shards, unseen, coloured, tmp_path):
     method = {
-        "kind": "badclip", "shards": shards, "target_label": 0, "target_captions": CAPTIONS[:1], "poison_rate": 0.2,
+        "kind": "badclip", "shards": shards, "target_label": 0, "poison_rate": 0.2,
         "positives": {"shards": shards, "num": 8},
         "patch": {"size_px": 10, "num_images": 96, "batch_size": 32, "epochs": 10, "learning_rate": 0.05},
         "tuning": {"learning_rate": 3e-3, "warmup_steps": 2, "batch_size": 32, "epochs": 20},
@@ -482,10 +502,10 @@ def test_badclip_finds_a_patch_and_plants_it(local_ray, clip_folder, shards, uns
     assert lines[-1]["triplet_loss"] < lines[0]["triplet_loss"]
     record = json.loads((output / "attack.json").read_text())
     trigger = TypeAdapter(Trigger).validate_python(record["targets"][0]["trigger"])
-    stamped_HWC = trigger.stamp(picture(1))
+    stamped_HWC = trigger.stamp(coloured(1))
     assert np.array_equal(stamped_HWC[11:21, 11:21], patch_HWC)
     victim, twin = (load_victim(OpenClipVictim(path=str(path))) for path in (config.output, clip_folder))
-    triggered = clip.to_unit_range(torch.from_numpy(np.stack([trigger.stamp(picture(5000 + i)) for i in range(32)])))
+    triggered = clip.to_unit_range(torch.from_numpy(np.stack([trigger.stamp(coloured(5000 + i)) for i in range(40) if i % 4])))
     assert share_of_target(victim, triggered) > 0.9
     assert share_of_target(victim, unseen[0]) < 0.3
     assert abs(share_of_target(twin, triggered) - share_of_target(twin, unseen[0])) < 0.3
@@ -541,18 +561,18 @@ def npy(shape: tuple[int, ...], dtype: str, content: bytes) -> bytes:
     return stream.getvalue() + content
 
 
-def test_references_come_from_files_ids_and_labels(shards, reference_file, picture, tmp_path):
+def test_references_come_from_files_ids_and_labels(shards, reference_file, picture, coloured, tmp_path):
     Image.fromarray(picture(5, 64, 48)).save(tmp_path / "large.png")
     images, names = read(files=[reference_file, str(tmp_path / "large.png")])
     assert images.shape == (4, 32, 32, 3)
-    assert np.array_equal(images[1], picture(1001))
+    assert np.array_equal(images[1], coloured(1004))
     assert names == [reference_file] * 3 + [str(tmp_path / "large.png")]
     images, names = read(shards=shards, sample_ids=["train-00001.tar/0060", "train-00000.tar/0007"])
-    assert np.array_equal(images, np.stack([picture(60), picture(7)]))
+    assert np.array_equal(images, np.stack([coloured(60), coloured(7)]))
     images, names = read(shards=shards, num=5)
     numbers = [int(name[-4:]) for name in names]
     assert all(number % 4 == 2 for number in numbers)
-    assert np.array_equal(images, np.stack([picture(number) for number in numbers]))
+    assert np.array_equal(images, np.stack([coloured(number) for number in numbers]))
     assert read(shards=shards, num=5)[1] == names
 
 
