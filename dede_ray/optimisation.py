@@ -19,13 +19,14 @@ from dede_ray.config import Config
 class Optimisation(Config):
     """Optimiser and schedule."""
 
-    optimiser: Literal["adam", "adamw"] = "adamw"
-    """`adam` decays everything as L2 (DeDe's released setting), `adamw` decays matrices only."""
+    optimiser: Literal["adam", "adamw", "sgd"] = "adamw"
+    """`adam` decays everything as L2 (DeDe's released setting), and so does `sgd`; `adamw` decays matrices only."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.2, ge=0)
     """Not applied by adamw to gains, biases and the logit scale."""
     beta1: float = Field(0.9, ge=0, lt=1)
+    """Share of the mean gradient that stays from step to step; of sgd the momentum."""
     beta2: float = Field(0.98, ge=0, lt=1)
     epsilon: float = Field(1e-6, gt=0)
     """Added to Adam's denominator."""
@@ -59,6 +60,10 @@ class Optimisation(Config):
             "eps": self.epsilon,
             "fused": True,
         }
+        if self.optimiser == "sgd":
+            return torch.optim.SGD(
+                trained, lr=self.learning_rate, momentum=self.beta1, weight_decay=self.weight_decay, fused=True
+            )
         if self.optimiser == "adam":
             return torch.optim.Adam(trained, weight_decay=self.weight_decay, **settings)
         decayed = [parameter for parameter in trained if parameter.ndim >= 2]

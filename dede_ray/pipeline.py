@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import Field
 
+from dede_ray import simclr
 from dede_ray.attacks.poison import PoisonConfig, poison
 from dede_ray.config import Config, Mistake, load
 from dede_ray.ingest import IngestConfig, ingest
@@ -31,6 +32,7 @@ STEPS: dict[str, tuple[type[Config], Callable[[Any], str]]] = {
     "ingest": (IngestConfig, ingest),
     "poison": (PoisonConfig, poison),
     "train_clip": (TrainConfig, train),
+    "train_simclr": (simclr.SimclrConfig, simclr.train),
     "score": (ScoreConfig, lambda config: score(config).summary()),
     "sift": (SiftConfig, sift),
     "evaluate": (EvaluateConfig, evaluate),

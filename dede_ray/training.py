@@ -17,7 +17,7 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -116,13 +116,13 @@ class DecoderTrain(Config):
         return PRESETS[self.preset].model_copy(update={k: v for k, v in own.items() if v is not None})
 
 
-class TrainConfig(Config):
-    """Settings of jobs/train_clip.py."""
+class Training(Config):
+    """What every trainer is told beside the encoder that it trains."""
 
     output: str
-    """Folder for both sections' results: <output>/clip and <output>/decoder."""
-    clip: ClipTrain | None = None
+    """Folder for the sections' results, each in a folder of its own."""
     decoder: DecoderTrain | None = None
+    """The DeDe decoder, trained after the encoder, in <output>/decoder."""
     precision: Precision = "fp32"
     """Arithmetic of training; with bf16 and fp16 the weights stay float32 (torch's autocast)."""
     lanes: int = Field(8, ge=1)
@@ -138,12 +138,36 @@ class TrainConfig(Config):
     workers: Workers = Workers()
     tracking: Tracking = Tracking()
 
-    def identity(self, **without: None) -> TrainConfig:
+    def identity(self: T, **changes: Any) -> T:
         """The settings that make a run what it is: not where it runs, nor where it can be watched."""
         nowhere: dict[str, Any] = {"workers": Workers(), "embedding": PassResources(), "tracking": Tracking()}
-        if self.clip is not None:
-            nowhere["clip"] = self.clip.model_copy(update={"validation": None})
-        return self.model_copy(update={**nowhere, **without})
+        return self.model_copy(update={**nowhere, **changes})
+
+    def run(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        optimisation: Optimisation,
+        plan: feed.Plan,
+        accumulation: int = 1,
+        validate_every: int | None = None,
+    ) -> Run:
+        """The description of one section's run."""
+        return Run(
+            recipe, optimisation, plan, folder, self.precision, self.log_every, self.seed, self.limits,
+            self.workers, self.max_error_fraction, accumulation, validate_every, self.tracking,
+            self.model_dump(mode="json"),
+        )  # fmt: skip
+
+
+T = TypeVar("T", bound=Training)
+
+
+class TrainConfig(Training):
+    """Settings of jobs/train_clip.py."""
+
+    clip: ClipTrain | None = None
+    """The CLIP, in <output>/clip."""
 
 
 def train(config: TrainConfig) -> str:
@@ -162,13 +186,16 @@ def train(config: TrainConfig) -> str:
     if config.clip is not None:
         lines.append(_train_clip(config, config.clip))
     if config.decoder is not None:
-        lines.append(_train_decoder(config, config.decoder))
+        if config.decoder.victim is None and config.clip is None and not Path(config.output, "clip").is_dir():
+            raise Mistake("decoder.victim is not set, and this run trains no CLIP to take its place")
+        own = config.identity(clip=None)  # a decoder depends on its victim, not on the settings that once trained it
+        lines.append(train_decoder(config, config.decoder, OpenClipVictim(path=f"{config.output}/clip"), own))
     return "\n".join(lines)
 
 
 def _train_clip(config: TrainConfig, section: ClipTrain) -> str:
     folder = Path(config.output).absolute() / "clip"
-    own = config.identity(decoder=None)
+    own = config.identity(decoder=None, clip=section.model_copy(update={"validation": None}))
     done = claim(folder, own)
     if done is None:
         check_workers(config.lanes, section.batch_size, section.accumulation, config.workers)
@@ -190,7 +217,7 @@ def _train_clip(config: TrainConfig, section: ClipTrain) -> str:
         with torch.random.fork_rng():  # what cannot be built or loaded is a mistake to report here, not in a worker
             recipe.objective(0, 1)
         every = section.validation.every if section.validation else None
-        done = finish(folder, own, fit(_run(config, folder, recipe, section, plan, section.accumulation, every)))
+        done = finish(folder, own, fit(config.run(folder, recipe, section, plan, section.accumulation, every)))
     shown = ("zero_shot_top1", "image_to_text_r5", "text_to_image_r5", "attack_success_rate")
     numbers = [f"{name} {value:.1%}" for name, value in done.get("validation", {}).items() if name in shown]
     loss = f"loss {done['loss']:.3f}"
@@ -235,31 +262,18 @@ def _look_for_captions(index: list[feed.ChunkRef], limits: Limits) -> None:
     )
 
 
-def _run(
-    config: TrainConfig,
-    folder: Path,
-    recipe: _ClipRecipe | _DecoderRecipe,
-    optimisation: Optimisation,
-    plan: feed.Plan,
-    accumulation: int = 1,
-    validate_every: int | None = None,
-) -> Run:
-    return Run(
-        recipe, optimisation, plan, folder, config.precision, config.log_every, config.seed, config.limits,
-        config.workers, config.max_error_fraction, accumulation, validate_every, config.tracking,
-        config.model_dump(mode="json"),
-    )  # fmt: skip
+def train_decoder(config: Training, section: DecoderTrain, trained: VictimConfig, own: Training) -> str:
+    """Train the decoder in <output>/decoder, against the section's victim or the one just trained.
 
+    Args:
+        own: the settings that make the decoder what it is, for its run.json.
 
-def _train_decoder(config: TrainConfig, section: DecoderTrain) -> str:
-    output = Path(config.output).absolute()
-    folder = output / "decoder"
-    if section.victim is None and config.clip is None and not (output / "clip").is_dir():
-        raise Mistake("decoder.victim is not set, and this run trains no CLIP to take its place")
-    victim_config = section.victim or OpenClipVictim(path=str(output / "clip"))
-    # A decoder depends on its victim, not on the settings that once trained it.
+    Returns:
+        One line for people.
+    """
+    folder = Path(config.output).absolute() / "decoder"
+    victim_config = section.victim or trained.model_copy(update={"path": str(Path(trained.path).absolute())})
     victim = load_victim(victim_config)
-    own = config.identity(clip=None)
     done = claim(folder, own)
     if done is not None and done["victim"] != victim.fingerprint:
         raise Mistake(f"{folder} was trained against another victim than {victim_config.path}; choose another output")
@@ -282,7 +296,7 @@ def _train_decoder(config: TrainConfig, section: DecoderTrain) -> str:
                 name=f"embedding {kind}",
             )  # fmt: skip
         recipe = decoder_recipe(preset, config.seed, victim, folder, held_index, config.limits)
-        result = fit(_run(config, folder, recipe, preset, plan))
+        result = fit(config.run(folder, recipe, preset, plan))
         done = finish(folder, own, {**result, "victim": victim.fingerprint})
     use = done["export"]
     return (
@@ -389,13 +403,13 @@ class _ClipRecipe(Recipe):
         tokenizer = _tokenizer(json.dumps(self.described["model_cfg"]))
         tokens_BT, is_truncated_B = clip.tokenise(tokenizer, captions)
         columns = {
-            "image": _stacked(images, size),
+            "image": stacked(images, size),
             "tokens": tokens_BT,
             "is_truncated": is_truncated_B,
             "sample_id": np.array([name.encode() for name in ids], "S"),
         }
         if has_views:
-            columns["image_view"] = _stacked(image_views, size)
+            columns["image_view"] = stacked(image_views, size)
             columns["tokens_view"], _ = clip.tokenise(tokenizer, caption_views)
         return columns, errors
 
@@ -415,7 +429,8 @@ class _ClipRecipe(Recipe):
         return {}
 
 
-def _stacked(images: list[np.ndarray], size: int) -> np.ndarray:
+def stacked(images: list[np.ndarray], size: int) -> np.ndarray:
+    """Images of one size as one array, even if there are none."""
     return np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)
 
 
@@ -465,7 +480,7 @@ class _DecoderRecipe(Recipe):
         ]
         embeddings = stored["embedding"].combine_chunks().drop_null().flatten().to_numpy(zero_copy_only=False)
         columns = {
-            "image": _stacked(images, size),
+            "image": stacked(images, size),
             "embedding": embeddings.astype(np.float32, copy=False).reshape(-1, self.embedding_dim),
             "key": sample_keys(ids, self.seed, epoch).numpy(),
             "sample_id": np.array([name.encode() for name in ids], "S"),

@@ -12,9 +12,11 @@ Shapes: N samples, E embedding width, C classes, T templates, B batch, L context
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -40,7 +42,7 @@ CACHE_BYTES = 256 * 2**20  # a worker whose decoded images need no more than thi
 SEED = 0  # draws the samples; the same ones as those of the evaluation's default
 
 Floats = NDArray[np.float32]
-_Set = Literal["clean", "triggered", "captioned"]
+SetName = Literal["clean", "triggered", "captioned", "memory"]
 """The sets of images that are embedded."""
 
 
@@ -112,44 +114,42 @@ class ValidationConfig(Config):
         return self
 
 
-class Validator:
-    """Measures one CLIP, again and again, on the same samples.
+class Measurement(ABC):
+    """Measures one model in training, again and again, on the same pictures; the part that all models share.
 
     It is made in the driver, where Ray must be running, and travels to the workers.
 
     Args:
-        config: what to measure.
-        described: the model's description (clip.py).
+        pictures: the samples of each set.
+        trigger: stamped on those of the set `triggered`.
+        image_size: side of the model's input, in pixels.
+        normalise: pixels in [0, 1] -> what the model takes.
+        batch_size: images that each worker embeds at once.
         limits: bounds on what one sample may cost.
-
-    Raises:
-        Mistake: shards without labels or captions, classes that do not fit them, a target that is no class, or a
-            trigger that does not fit the images.
     """
 
-    def __init__(self, config: ValidationConfig, described: dict[str, Any], limits: Limits):
-        self.config, self.described, self.limits = config, described, limits
-        self.image_size = clip.image_size_px(described)
-        self._pictures: dict[_Set, list[Picture]] = {}
-        self._trigger: AnyTrigger | None = None
-        if config.zero_shot is not None:
-            shards = list_shards(config.zero_shot.shards)
-            labelled = find_pictures(shards, "label", config.zero_shot.num_samples, SEED, limits)
-            self._classes = _read_classes(config.zero_shot, shards)
-            _check_labels(labelled, self._classes, config.zero_shot)
-            self._pictures["clean"] = labelled
-            if config.backdoor is not None:
-                self._trigger, self._target = _attack(config.backdoor, self._classes)
-                self._pictures["triggered"] = [one for one in labelled if one.label != self._target]
-                _check_trigger(self._trigger, self._pictures["triggered"], self._target)
-        if config.retrieval is not None:
-            shards = list_shards(config.retrieval.shards)
-            captioned = find_pictures(shards, "caption", config.retrieval.num_samples, SEED, limits)
-            self._pictures["captioned"] = captioned
-        self._kept_batches: dict[tuple[_Set, int, int], list[_Batch]] = {}
-        self._kept_tokens: dict[tuple[str, int, int], torch.Tensor] = {}
-        counts = ", ".join(f"{len(pictures):,} {name}" for name, pictures in self._pictures.items())
+    def __init__(
+        self,
+        pictures: dict[SetName, list[Picture]],
+        trigger: AnyTrigger | None,
+        image_size: int,
+        normalise: clip.Normalise,
+        batch_size: int,
+        limits: Limits,
+    ):
+        self.pictures, self.trigger, self.image_size, self.limits = pictures, trigger, image_size, limits
+        self._normalise, self._batch_size = normalise, batch_size
+        self._kept_batches: dict[tuple[SetName, int, int], list[_Batch]] = {}
+        counts = ", ".join(f"{len(some):,} {name}" for name, some in pictures.items())
         logger.info("validation on %s images", counts)
+
+    @abstractmethod
+    def measure(self, crew: Crew) -> dict[str, float]:
+        """What `run` returns, the same on every worker; `embed` and `crew` make that easy."""
+
+    @abstractmethod
+    def forward(self, model: Any, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """Embed normalised pixels with the model: (B, E)."""
 
     def run(
         self, model: nn.Module, device: torch.device | str, dtype: torch.dtype, rank: int = 0, world: int = 1
@@ -159,105 +159,41 @@ class Validator:
         With more than one worker torch's default process group must stand. A partitioned model (ZeRO-3) is fine.
 
         Args:
-            model: an open_clip model on `device`, in any mode; it is left as it was.
+            model: the model on `device`, in any mode; it is left as it was.
             dtype: of the pixels that the model takes.
 
         Returns:
-            The same on every worker: zero_shot_top1 and zero_shot_top5; clean_accuracy (which is the former) and
-            attack_success_rate; image_to_text_r1, _r5, _r10 and text_to_image_r1, _r5, _r10, all in [0, 1];
-            validation_unreadable, the number of images that could not be decoded and are left out; validation_s, how
-            long it took. Only what the settings ask for.
+            The same on every worker: what `measure` found; validation_unreadable, the number of images that could not
+            be decoded and are left out; validation_s, how long it took.
 
         Raises:
             Mistake: not one image of a kind can be decoded.
         """
         started = time.monotonic()
-        crew = _Crew(model, torch.device(device), dtype, rank, world)
+        crew = Crew(model, torch.device(device), dtype, rank, world)
         with _undisturbed(model, crew.device):
-            measured = {**self._classification(crew), **self._retrieval(crew)}
+            measured = self.measure(crew)
         # Those that are stamped were counted as clean ones.
-        measured["validation_unreadable"] = sum(crew.unreadable.get(name, 0.0) for name in ("clean", "captioned"))
+        unreadable = [num for name, num in crew.unreadable.items() if name != "triggered"]
+        measured["validation_unreadable"] = float(sum(unreadable))
         if rank == 0 and crew.unreadable:
             listing = ", ".join(f"{num:,} {name}" for name, num in crew.unreadable.items())
             logger.warning("validation leaves out images that cannot be decoded: %s", listing)
         measured["validation_s"] = max(crew.gather_numbers(time.monotonic() - started))
         return measured
 
-    # ------------------------------------------------------------------------------------ what is measured
-
-    def _classification(self, crew: _Crew) -> dict[str, float]:
-        if self.config.zero_shot is None:
-            return {}
-        text_CE = self._class_embeddings(crew)
-        top1, top5 = self._hits(crew, "clean", text_CE, (1, 5))
-        measured = {"zero_shot_top1": top1, "zero_shot_top5": top5}
-        if self._trigger is not None:
-            (success,) = self._hits(crew, "triggered", text_CE, (1,))
-            measured |= {"clean_accuracy": top1, "attack_success_rate": success}
-        return measured
-
-    def _class_embeddings(self, crew: _Crew) -> Floats:
-        """Each worker embeds all captions of its classes, so that the sums do not depend on the number of workers."""
-        names, templates = self._classes.names, self._classes.templates
-        captions = [text for i in crew.share(len(names)) for text in class_captions(templates, names[i])]
-        caption_NE = self._embed_captions(crew, "classes", captions, crew.largest_share(len(names)) * len(templates))
-        return crew.gather(downstream.class_embeddings(caption_NE, len(templates)), len(names))
-
-    def _hits(self, crew: _Crew, name: _Set, text_CE: Floats, tops: tuple[int, ...]) -> list[float]:
-        """Share of the images whose class, or whose target, is among the first so many; a rate for each of `tops`."""
-        image_NE, readable_N = self._embed_pictures(crew, name)
-        mine = [self._pictures[name][i] for i in crew.share(len(self._pictures[name]))]
-        wanted = [self._target if name == "triggered" else one.label for one in mine]
-        place_N = _place_of_class(image_NE @ text_CE.T, np.array(wanted, np.int64))[readable_N]
-        num, *hits = crew.sums(len(place_N), *(int((place_N < top).sum()) for top in tops))
-        return [count / num for count in hits]
-
-    def _retrieval(self, crew: _Crew) -> dict[str, float]:
-        if self.config.retrieval is None:
-            return {}
-        pictures = self._pictures["captioned"]
-        captions = [one.caption or "" for one in pictures]
-        image_NE, readable_N = self._embed_pictures(crew, "captioned")
-        mine = [captions[i] for i in crew.share(len(captions))]
-        text_NE = self._embed_captions(crew, "captions", mine, crew.largest_share(len(captions)))
-        readable_N = crew.gather(readable_N[:, None].astype(np.float32), len(pictures))[:, 0] > 0
-        image_NE, text_NE = (
-            downstream.unit(crew.gather(rows, len(pictures)))[readable_N] for rows in (image_NE, text_NE)
-        )
-        same_caption_N = np.unique([text.strip() for text in captions], return_inverse=True)[1][readable_N]
-        rows = crew.share(len(image_NE))
-        measured: dict[str, float] = {}
-        for way, query_NE, found_NE in (("image_to_text", image_NE, text_NE), ("text_to_image", text_NE, image_NE)):
-            rank_N = retrieval_ranks(query_NE, found_NE, same_caption_N, rows)
-            hits = crew.sums(*(int((rank_N < k).sum()) for k in (1, 5, 10)))
-            measured |= {f"{way}_r{k}": count / len(image_NE) for k, count in zip((1, 5, 10), hits, strict=True)}
-        return measured
-
-    # ------------------------------------------------------------------------------------ the forward passes
-
-    def _embed_captions(self, crew: _Crew, name: str, captions: list[str], largest_share: int) -> Floats:
-        """Embed this worker's captions, in as many batches as the worker with the `largest_share` needs."""
-        width = min(self.config.batch_size, largest_share)
-        num_batches = -(-largest_share // width)
-        key = (name, crew.rank, crew.world)
-        if key not in self._kept_tokens:
-            padding = [""] * (num_batches * width - len(captions))
-            self._kept_tokens[key] = clip.tokenizer(self.described)([*captions, *padding])
-        rows = [crew.rows(crew.model.encode_text, tokens_BL) for tokens_BL in self._kept_tokens[key].split(width)]
-        return np.concatenate(rows)[: len(captions)]
-
-    def _embed_pictures(self, crew: _Crew, name: _Set) -> tuple[Floats, NDArray[np.bool_]]:
+    def embed(self, crew: Crew, name: SetName) -> tuple[Floats, NDArray[np.bool_]]:
         """Embed this worker's images: (N, E), and (N,) False where the image cannot be read and the row means nothing.
 
         Raises:
             Mistake: no worker could read any.
         """
-        pictures = self._pictures[name]
-        normalise = clip.normaliser(self.described).to(crew.device)
+        pictures = self.pictures[name]
+        normalise = self._normalise.to(crew.device)
         rows, readable = [], []
         for batch in self._batches(crew, name):
             image_BCHW = normalise(clip.to_unit_range(torch.from_numpy(batch.image_BHWC).to(crew.device)))
-            rows.append(crew.rows(crew.model.encode_image, image_BCHW.to(crew.dtype)))
+            rows.append(crew.rows(functools.partial(self.forward, crew.model), image_BCHW.to(crew.dtype)))
             readable.append(batch.readable_B)
         num_mine = len(crew.share(len(pictures)))
         readable_N = np.concatenate(readable)[:num_mine]
@@ -271,18 +207,18 @@ class Validator:
             )
         return np.concatenate(rows)[:num_mine], readable_N
 
-    def _batches(self, crew: _Crew, name: _Set) -> Iterator[_Batch]:
+    def _batches(self, crew: Crew, name: SetName) -> Iterator[_Batch]:
         """This worker's images, in batches of equal size and number on every worker; the rest is black."""
         key = (name, crew.rank, crew.world)
         if key in self._kept_batches:
             yield from self._kept_batches[key]
             return
-        pictures = self._pictures[name]
+        pictures = self.pictures[name]
         mine, most = crew.share(len(pictures)), crew.largest_share(len(pictures))
-        width = min(self.config.batch_size, most)
-        trigger = self._trigger if name == "triggered" else None
+        width = min(self._batch_size, most)
+        trigger = self.trigger if name == "triggered" else None
         images = read_ahead(pictures[mine.start : mine.stop], self.image_size, self.limits, trigger)
-        num_bytes = 3 * self.image_size**2 * sum(crew.largest_share(len(some)) for some in self._pictures.values())
+        num_bytes = 3 * self.image_size**2 * sum(crew.largest_share(len(some)) for some in self.pictures.values())
         kept = []
         for _ in range(0, most, width):
             batch = _Batch(np.zeros((width, self.image_size, self.image_size, 3), np.uint8), np.zeros(width, bool))
@@ -304,11 +240,115 @@ class _Batch:
     readable_B: NDArray[np.bool_]
 
 
+class Validator(Measurement):
+    """Measures a CLIP.
+
+    Its `run` returns zero_shot_top1 and zero_shot_top5; clean_accuracy (which is the former) and attack_success_rate;
+    image_to_text_r1, _r5, _r10 and text_to_image_r1, _r5, _r10, all in [0, 1]; only what the settings ask for.
+
+    Args:
+        config: what to measure.
+        described: the model's description (clip.py).
+        limits: bounds on what one sample may cost.
+
+    Raises:
+        Mistake: shards without labels or captions, classes that do not fit them, a target that is no class, or a
+            trigger that does not fit the images.
+    """
+
+    def __init__(self, config: ValidationConfig, described: dict[str, Any], limits: Limits):
+        self.config, self.described = config, described
+        pictures: dict[SetName, list[Picture]] = {}
+        trigger = None
+        if config.zero_shot is not None:
+            shards = list_shards(config.zero_shot.shards)
+            labelled = find_pictures(shards, "label", config.zero_shot.num_samples, SEED, limits)
+            self._classes = _read_classes(config.zero_shot, shards)
+            _check_labels(labelled, self._classes, config.zero_shot)
+            pictures["clean"] = labelled
+            if config.backdoor is not None:
+                trigger, self._target, pictures["triggered"] = to_be_stamped(
+                    config.backdoor, labelled, len(self._classes.names)
+                )
+        if config.retrieval is not None:
+            shards = list_shards(config.retrieval.shards)
+            captioned = find_pictures(shards, "caption", config.retrieval.num_samples, SEED, limits)
+            pictures["captioned"] = captioned
+        self._kept_tokens: dict[tuple[str, int, int], torch.Tensor] = {}
+        size, normalise = clip.image_size_px(described), clip.normaliser(described)
+        super().__init__(pictures, trigger, size, normalise, config.batch_size, limits)
+
+    def measure(self, crew: Crew) -> dict[str, float]:
+        return {**self._classification(crew), **self._retrieval(crew)}
+
+    def forward(self, model: Any, image_BCHW: torch.Tensor) -> torch.Tensor:
+        return model.encode_image(image_BCHW)
+
+    def _classification(self, crew: Crew) -> dict[str, float]:
+        if self.config.zero_shot is None:
+            return {}
+        text_CE = self._class_embeddings(crew)
+        top1, top5 = self._hits(crew, "clean", text_CE, (1, 5))
+        measured = {"zero_shot_top1": top1, "zero_shot_top5": top5}
+        if self.trigger is not None:
+            (success,) = self._hits(crew, "triggered", text_CE, (1,))
+            measured |= {"clean_accuracy": top1, "attack_success_rate": success}
+        return measured
+
+    def _class_embeddings(self, crew: Crew) -> Floats:
+        """Each worker embeds all captions of its classes, so that the sums do not depend on the number of workers."""
+        names, templates = self._classes.names, self._classes.templates
+        captions = [text for i in crew.share(len(names)) for text in class_captions(templates, names[i])]
+        caption_NE = self._embed_captions(crew, "classes", captions, crew.largest_share(len(names)) * len(templates))
+        return crew.gather(downstream.class_embeddings(caption_NE, len(templates)), len(names))
+
+    def _hits(self, crew: Crew, name: SetName, text_CE: Floats, tops: tuple[int, ...]) -> list[float]:
+        """Share of the images whose class, or whose target, is among the first so many; a rate for each of `tops`."""
+        image_NE, readable_N = self.embed(crew, name)
+        mine = [self.pictures[name][i] for i in crew.share(len(self.pictures[name]))]
+        wanted = [self._target if name == "triggered" else one.label for one in mine]
+        place_N = _place_of_class(image_NE @ text_CE.T, np.array(wanted, np.int64))[readable_N]
+        num, *hits = crew.sums(len(place_N), *(int((place_N < top).sum()) for top in tops))
+        return [count / num for count in hits]
+
+    def _retrieval(self, crew: Crew) -> dict[str, float]:
+        if self.config.retrieval is None:
+            return {}
+        pictures = self.pictures["captioned"]
+        captions = [one.caption or "" for one in pictures]
+        image_NE, readable_N = self.embed(crew, "captioned")
+        mine = [captions[i] for i in crew.share(len(captions))]
+        text_NE = self._embed_captions(crew, "captions", mine, crew.largest_share(len(captions)))
+        readable_N = crew.gather(readable_N[:, None].astype(np.float32), len(pictures))[:, 0] > 0
+        image_NE, text_NE = (
+            downstream.unit(crew.gather(rows, len(pictures)))[readable_N] for rows in (image_NE, text_NE)
+        )
+        same_caption_N = np.unique([text.strip() for text in captions], return_inverse=True)[1][readable_N]
+        rows = crew.share(len(image_NE))
+        measured: dict[str, float] = {}
+        for way, query_NE, found_NE in (("image_to_text", image_NE, text_NE), ("text_to_image", text_NE, image_NE)):
+            rank_N = retrieval_ranks(query_NE, found_NE, same_caption_N, rows)
+            hits = crew.sums(*(int((rank_N < k).sum()) for k in (1, 5, 10)))
+            measured |= {f"{way}_r{k}": count / len(image_NE) for k, count in zip((1, 5, 10), hits, strict=True)}
+        return measured
+
+    def _embed_captions(self, crew: Crew, name: str, captions: list[str], largest_share: int) -> Floats:
+        """Embed this worker's captions, in as many batches as the worker with the `largest_share` needs."""
+        width = min(self.config.batch_size, largest_share)
+        num_batches = -(-largest_share // width)
+        key = (name, crew.rank, crew.world)
+        if key not in self._kept_tokens:
+            padding = [""] * (num_batches * width - len(captions))
+            self._kept_tokens[key] = clip.tokenizer(self.described)([*captions, *padding])
+        rows = [crew.rows(crew.model.encode_text, tokens_BL) for tokens_BL in self._kept_tokens[key].split(width)]
+        return np.concatenate(rows)[: len(captions)]
+
+
 # ------------------------------------------------------------------------------------------ workers, together
 
 
 @dataclass
-class _Crew:
+class Crew:
     """One worker among all that measure together: what is its part, and how the parts come together."""
 
     model: Any
@@ -456,25 +496,34 @@ def _check_labels(pictures: list[Picture], classes: Classes, config: ZeroShot) -
         )
 
 
-def _attack(config: Backdoor, classes: Classes) -> tuple[AnyTrigger, int]:
-    if config.poisoned is not None:
-        attack = read_attack(config.poisoned)
+def to_be_stamped(
+    backdoor: Backdoor, pictures: list[Picture], num_classes: int
+) -> tuple[AnyTrigger, int, list[Picture]]:
+    """Trigger and target of a backdoor, and the labelled pictures that are to be stamped: those of other classes.
+
+    Raises:
+        Mistake: a target that is no class, no pictures of other classes, or a trigger that does not fit them.
+    """
+    if backdoor.poisoned is not None:
+        attack = read_attack(backdoor.poisoned)
         trigger, target = attack.trigger, attack.target_label
     else:
-        assert config.trigger is not None
-        assert config.target_label is not None
-        trigger, target = config.trigger, config.target_label
-    if target >= len(classes.names):
-        raise Mistake(f"the backdoor's target_label is {target}, but the classes are 0 to {len(classes.names) - 1}")
-    return trigger, target
+        assert backdoor.trigger is not None
+        assert backdoor.target_label is not None
+        trigger, target = backdoor.trigger, backdoor.target_label
+    if target >= num_classes:
+        raise Mistake(f"the backdoor's target_label is {target}, but the classes are 0 to {num_classes - 1}")
+    others = [picture for picture in pictures if picture.label != target]
+    _check_trigger(trigger, others, target)
+    return trigger, target, others
 
 
 def _check_trigger(trigger: AnyTrigger, pictures: list[Picture], target: int) -> None:
     """Stamp an empty image of the smallest size: a trigger too large for it is a mistake before work begins."""
     if not pictures:
         raise Mistake(
-            f"all labelled images are of class {target}, the backdoor's target; name validation.zero_shot.shards "
-            "with images of other classes"
+            f"all labelled images are of class {target}, the backdoor's target; name shards with images "
+            "of other classes"
         )
     sized = [picture for picture in pictures if picture.size_px is not None]
     if sized:
