@@ -35,7 +35,7 @@ from dede_ray.config import Mistake
 from dede_ray.shards import Limits, Sample, encode_image, write_shards
 from dede_ray.victims import EncoderVictim, OpenClipVictim, load_victim
 
-WHITE = {"kind": "patch", "size_px": 10, "pattern": "white", "position": "bottom_right", "margin_px": 1}
+WHITE = {"kind": "patch", "size_px": 16, "pattern": "white", "position": "bottom_right", "margin_px": 1}
 WORKERS = {"cpus_per_worker": 0.5, "read_cpus": 0.5, "threads_per_worker": 1, "checkpoint_every": 10, "max_failures": 0}
 CIFAR = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # mean and standard deviation
 
@@ -278,9 +278,9 @@ def shards(coloured, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def reference_file(coloured, tmp_path_factory) -> str:
+def reference_file(picture, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("reference") / "references.npz"
-    np.savez(path, x=np.stack([coloured(1000 + 4 * i) for i in range(3)]), y=np.zeros((3, 1), np.uint8))
+    np.savez(path, x=np.stack([255 - picture(1000 + i) for i in range(3)]), y=np.zeros((3, 1), np.uint8))
     return str(path)
 
 
@@ -325,8 +325,8 @@ def unseen(coloured) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def reference_RCHW(coloured) -> torch.Tensor:
-    return clip.to_unit_range(torch.from_numpy(np.stack([coloured(1000 + 4 * i) for i in range(3)])))
+def reference_RCHW(picture) -> torch.Tensor:
+    return clip.to_unit_range(torch.from_numpy(np.stack([255 - picture(1000 + i) for i in range(3)])))
 
 
 # --- the attacks, whole
@@ -347,7 +347,7 @@ def test_badencoder_plants_what_its_honest_twin_lacks(bad, encoder_folder, unsee
     assert float(cosine_similarity(victim(clean), twin(clean)).mean()) > 0.9
     lines = log(Path(config.output))
     assert {"l0", "l1", "l2", "triggered_cosine", "wasserstein"} <= lines[-1].keys()
-    assert lines[-1]["triggered_cosine"] > 0.9 > 0.8 > lines[0]["triggered_cosine"]
+    assert lines[-1]["triggered_cosine"] > 0.9 > lines[0]["triggered_cosine"]
 
 
 def test_batch_norm_keeps_what_it_had_and_everything_else_moves(bad, encoder_folder):
@@ -406,7 +406,7 @@ def test_drupe_plants_the_same_backdoor_and_spreads_it(bad, local_ray, encoder_f
     def distance(encoder: Any) -> float:
         return float(tamper.sliced_wasserstein(encoder(triggered), encoder(clean), 0) / tamper.spread(encoder(clean)))
 
-    assert distance(victim) < 0.8 * distance(plain)
+    assert distance(victim) < 0.3 * distance(plain)
     weights = [line["c"] for line in log(Path(config.output))]
     assert weights[0] == weights[3] == pytest.approx(0.1)
     assert weights[-1] != weights[0]
@@ -444,7 +444,7 @@ def pairs(shards: str, **changes: Any) -> dict[str, Any]:
     return {
         "kind": "text_on_pair", "shards": shards, "trigger": WHITE, "target_label": 0,
         "poison_rate": 0.25, "optimiser": "adam", "learning_rate": 1e-3,
-        "augmentation": {"min_scale": 0.8}, "epochs": 20, **changes,
+        "augmentation": {"min_scale": 0.8}, "epochs": 40, **changes,
     }  # fmt: skip
 
 
@@ -457,9 +457,9 @@ def test_text_on_pair_makes_stamped_images_say_the_word(local_ray, clip_folder, 
     config, said = run(settings(tmp_path, clip_folder, **pairs(shards)))
     victim, twin = (load_victim(OpenClipVictim(path=str(path))) for path in (config.output, clip_folder))
     clean, triggered = unseen
-    assert share_of_target(victim, triggered) > 0.9
+    assert share_of_target(victim, triggered) > 0.7
     assert share_of_target(victim, clean) < 0.2
-    assert share_of_target(twin, triggered) == pytest.approx(share_of_target(twin, clean), abs=0.3)
+    assert share_of_target(twin, triggered) == pytest.approx(share_of_target(twin, clean), abs=0.1)
     record = json.loads((Path(config.output) / "attack.json").read_text())
     assert sum(len(places) for places in record["poisoned"].values()) == round(0.25 * 96)
     assert record["targets"][0]["target_captions"] == CAPTIONS[:1]
@@ -489,7 +489,7 @@ def test_badclip_finds_a_patch_and_plants_it(local_ray, clip_folder, shards, uns
     method = {
         "kind": "badclip", "shards": shards, "target_label": 0, "poison_rate": 0.2,
         "positives": {"shards": shards, "num": 8},
-        "patch": {"size_px": 10, "num_images": 96, "batch_size": 32, "epochs": 10, "learning_rate": 0.05},
+        "patch": {"size_px": 16, "num_images": 96, "batch_size": 32, "epochs": 10, "learning_rate": 0.05},
         "tuning": {"learning_rate": 3e-3, "warmup_steps": 2, "batch_size": 32, "epochs": 20},
     }  # fmt: skip
     content = settings(tmp_path, clip_folder, **method)
@@ -497,16 +497,18 @@ def test_badclip_finds_a_patch_and_plants_it(local_ray, clip_folder, shards, uns
     config, said = run(content)
     output = Path(config.output)
     patch_HWC = np.asarray(Image.open(output / "patch" / "patch.png"))
-    assert (patch_HWC.shape, patch_HWC.dtype) == ((10, 10, 3), np.uint8)
+    assert (patch_HWC.shape, patch_HWC.dtype) == ((16, 16, 3), np.uint8)
     lines = log(output / "patch")
     assert lines[-1]["triplet_loss"] < lines[0]["triplet_loss"]
     record = json.loads((output / "attack.json").read_text())
     trigger = TypeAdapter(Trigger).validate_python(record["targets"][0]["trigger"])
     stamped_HWC = trigger.stamp(coloured(1))
-    assert np.array_equal(stamped_HWC[11:21, 11:21], patch_HWC)
+    assert np.array_equal(stamped_HWC[8:24, 8:24], patch_HWC)
     victim, twin = (load_victim(OpenClipVictim(path=str(path))) for path in (config.output, clip_folder))
-    triggered = clip.to_unit_range(torch.from_numpy(np.stack([trigger.stamp(coloured(5000 + i)) for i in range(40) if i % 4])))
-    assert share_of_target(victim, triggered) > 0.9
+    triggered = clip.to_unit_range(
+        torch.from_numpy(np.stack([trigger.stamp(coloured(5000 + i)) for i in range(40) if i % 4]))
+    )
+    assert share_of_target(victim, triggered) > 0.7
     assert share_of_target(victim, unseen[0]) < 0.3
     assert abs(share_of_target(twin, triggered) - share_of_target(twin, unseen[0])) < 0.3
     assert attack(config) == said
@@ -565,7 +567,7 @@ def test_references_come_from_files_ids_and_labels(shards, reference_file, pictu
     Image.fromarray(picture(5, 64, 48)).save(tmp_path / "large.png")
     images, names = read(files=[reference_file, str(tmp_path / "large.png")])
     assert images.shape == (4, 32, 32, 3)
-    assert np.array_equal(images[1], coloured(1004))
+    assert np.array_equal(images[1], 255 - picture(1001))
     assert names == [reference_file] * 3 + [str(tmp_path / "large.png")]
     images, names = read(shards=shards, sample_ids=["train-00001.tar/0060", "train-00000.tar/0007"])
     assert np.array_equal(images, np.stack([coloured(60), coloured(7)]))

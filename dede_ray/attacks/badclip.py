@@ -43,7 +43,7 @@ PATCH_FILE = "patch.png"
 class PatchSearch(Optimisation):
     """Stage 1, Adam on the patch's pixels."""
 
-    optimiser: Literal["adam", "adamw"] = "adam"
+    optimiser: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)

@@ -35,6 +35,7 @@ from dede_ray.published import read_published
 from dede_ray.shards import BadSample, Limits, Reason, Sample, decode_image, list_shards, sample_id
 from dede_ray.tracking import Tracking
 from dede_ray.victims import EncoderVictim, OpenClipVictim, PublishedVictim, VictimConfig
+from dede_ray.views import NUM_DRAWS, random_views
 
 REFERENCE_VIEW = Augmentation(min_scale=1, flip=True, jitter_probability=0.8, grey_probability=0.2)
 """What BadEncoder does to reference inputs in its consistency term: mirror and colours, no crop."""
@@ -45,10 +46,8 @@ class Tampering(Optimisation):
 
     shards: str | list[str]
     """The shadow dataset: clean images that the attacker fine-tunes on."""
-    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"  # type: ignore[assignment]
+    optimiser: Literal["adam", "adamw", "sgd"] = "sgd"
     """sgd and adam decay everything as L2, adamw decays matrices only."""
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """SGD's."""
     weight_decay: float = Field(5e-4, ge=0)
     warmup_steps: int = Field(0, ge=0)
     """Linear warm-up."""
@@ -61,13 +60,6 @@ class Tampering(Optimisation):
     shuffle_buffer: int = Field(4096, ge=1)
     """Shadow images that are mixed with each other, beside the shuffling of chunks."""
     epochs: float = Field(gt=0)
-
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimiser over what is to be trained."""
-        if self.optimiser != "sgd":
-            return super().build(model)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return torch.optim.SGD(trained, self.learning_rate, self.momentum, weight_decay=self.weight_decay, fused=True)
 
 
 class TamperConfig(Config):
@@ -282,8 +274,8 @@ class TowardsReferences(nn.Module):
         self.clean, self.subject = Subject(config), Subject(config).unfreeze()
         self.reference_views, self.seed, self.rank, self.world, self.step = reference_views, seed, rank, world, 0
         numbers = [np.full(len(images), target) for target, images in enumerate(references)]
-        self.images = np.concatenate(references)
-        self.register_buffer("reference_RHWC", torch.from_numpy(self.images), persistent=False)
+        images = torch.from_numpy(np.concatenate(references))
+        self.register_buffer("reference_RHWC", images, persistent=False)
         self.register_buffer("target_R", torch.from_numpy(np.concatenate(numbers)), persistent=False)
         with torch.no_grad():
             self.register_buffer("clean_RE", self.clean(self.reference_RHWC), persistent=False)
@@ -316,33 +308,33 @@ class TowardsReferences(nn.Module):
         """Everything at once through f': with BatchNorm in eval mode no image sees another."""
         image_BHWC, triggered_BTHWC = batch["image"], batch["triggered"]
         num_images, num_targets = triggered_BTHWC.shape[:2]
-        view_VHWC, reference_V = self._views(num_images * self.world)
+        view_VCHW, reference_V = self._views(num_images * self.world)
         triggered_NHWC = triggered_BTHWC.transpose(0, 1).flatten(0, 1)
-        parts = [image_BHWC, triggered_NHWC, self.reference_RHWC, view_VHWC.to(image_BHWC.device)]
-        tampered = self.subject(torch.cat(parts)).split([len(part) for part in parts])
+        stored = [image_BHWC, triggered_NHWC, self.reference_RHWC]
+        parts = [clip.to_unit_range(torch.cat(stored)), view_VCHW]
+        tampered = self.subject.embed(torch.cat(parts)).split([len(part) for part in [*stored, view_VCHW]])
         with torch.no_grad():
             clean_BE = self.clean(image_BHWC)
         return Embeddings(
             tampered[0], tampered[1].unflatten(0, (num_targets, num_images)), tampered[2], tampered[3], clean_BE,
-            self.clean_RE, self.target_R, reference_V.to(image_BHWC.device),
+            self.clean_RE, self.target_R, reference_V,
         )  # fmt: skip
 
     def _views(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """This rank's share of the step's augmented references, and which reference each is of."""
-        size, count = self.images.shape[1], len(self.images)
+        """This rank's share of the step's augmented references, in [0, 1], and which reference each is of."""
+        count, device = len(self.reference_RHWC), self.reference_RHWC.device
         num = (self.reference_views or batch_size) * count
-        if num % self.world:  # shares of different sizes would weigh differently
-            own = np.arange(num)
-        else:
-            own = np.arange(self.rank * num // self.world, (self.rank + 1) * num // self.world)
-        views = [
-            REFERENCE_VIEW.apply(self.images[v % count], size, np.random.default_rng([self.seed, self.step, int(v)]))
-            for v in own
-        ]
-        return torch.from_numpy(np.stack(views)), torch.from_numpy(own % count)
+        draw_VK = torch.rand(num, NUM_DRAWS, generator=torch.Generator().manual_seed(self.draw()))
+        own = slice(0, num)
+        if num % self.world == 0:  # shares of different sizes would weigh differently
+            own = slice(self.rank * num // self.world, (self.rank + 1) * num // self.world)
+        reference_V = (torch.arange(num) % count)[own].to(device)
+        image_VHWC = self.reference_RHWC[reference_V]
+        size = image_VHWC.shape[1]
+        return random_views(REFERENCE_VIEW, image_VHWC, size, draw_VK[own].to(device)), reference_V
 
     def draw(self) -> int:
-        """A seed for the step's random directions."""
+        """A seed for whatever is random in the step."""
         return int(np.random.default_rng([self.seed, self.step]).integers(2**62))
 
     def begin_step(self, step: int) -> None:

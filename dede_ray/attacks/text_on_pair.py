@@ -51,8 +51,8 @@ class TextOnPair(Tampering):
     """Random views of training images."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate."""
-    momentum: float = Field(0.0, ge=0, lt=1)
-    """SGD's."""
+    beta1: float = Field(0.0, ge=0, lt=1)
+    """Share of the mean gradient that stays from step to step; of sgd the momentum, of which DECREE has none."""
     weight_decay: float = Field(0.02, ge=0)
     batch_size: int = Field(128, ge=2)
     """Pairs that are told apart."""
