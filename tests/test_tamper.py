@@ -31,10 +31,11 @@ from dede_ray.attacks.attack import AttackConfig, attack
 from dede_ray.attacks.badencoder import effectiveness_loss
 from dede_ray.attacks.references import References
 from dede_ray.attacks.triggers import Patch, Trigger
-from dede_ray.config import Mistake
+from dede_ray.config import Mistake, load
 from dede_ray.shards import Limits, Sample, encode_image, write_shards
 from dede_ray.victims import EncoderVictim, OpenClipVictim, load_victim
 
+ROOT = Path(__file__).parents[1]
 WHITE = {"kind": "patch", "size_px": 16, "pattern": "white", "position": "bottom_right", "margin_px": 1}
 WORKERS = {"cpus_per_worker": 0.5, "read_cpus": 0.5, "threads_per_worker": 1, "checkpoint_every": 10, "max_failures": 0}
 CIFAR = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # mean and standard deviation
@@ -525,7 +526,7 @@ def test_a_killed_attack_ends_with_the_same_weights(encoder_folder, shards, refe
     for folder in runs:
         folder.mkdir()
         (folder / "attack.yaml").write_text(yaml.safe_dump(settings(folder, encoder_folder, **method)))
-        command = [sys.executable, str(Path(__file__).parents[1] / "jobs" / "attack.py"), "attack.yaml"]
+        command = [sys.executable, str(ROOT / "jobs" / "attack.py"), "attack.yaml"]
         jobs.append((command, folder))
 
     def start(command: list[str], folder: Path) -> subprocess.Popen:
@@ -650,3 +651,10 @@ def test_draws_are_exact_and_spread_over_the_shards(local_ray, shards):
     assert drawn == text_on_pair.draw_poisoned(index, 0.25, seed=0) != text_on_pair.draw_poisoned(index, 0.25, seed=1)
     with pytest.raises(Mistake, match="less than one sample"):
         text_on_pair.draw_poisoned(index, 1e-3, seed=0)
+
+
+def test_every_config_of_this_job_loads_and_opens_with_its_command():
+    paths = sorted((ROOT / "configs").glob("attack_*.yaml"))
+    assert len({load(AttackConfig, [str(path)]).attack.kind for path in paths}) == 4
+    for path in paths:
+        assert path.read_text().startswith(f"# python jobs/attack.py configs/{path.name}\n")
