@@ -190,7 +190,9 @@ def claim(folder: str | os.PathLike[str], config: Config) -> dict[str, Any] | No
         if "result" not in run and not _has_output(folder):  # it stopped at a mistake, now corrected
             write_json(path, {"settings": settings})
             return None
-        listing = "\n  ".join(_differences(run.get("settings"), settings))
+        lines = _differences(run.get("settings"), settings)
+        more = [f"and {len(lines) - 20:,} more"] if len(lines) > 20 else []
+        listing = "\n  ".join([*lines[:20], *more])
         raise Mistake(
             f"{folder} was made with other settings:\n  {listing}\n"
             "choose another output folder, or delete this one to start afresh"
@@ -215,7 +217,7 @@ def _differences(there: Any, here: Any, name: str = "") -> list[str]:
     if isinstance(there, dict) and isinstance(here, dict):
         keys = sorted(there.keys() | here.keys())
         return [line for k in keys for line in _differences(there.get(k), here.get(k), f"{name}.{k}".lstrip("."))]
-    return [] if there == here else [f"{name or 'settings'}: {there!r} there, {here!r} here"]
+    return [] if there == here else [f"{name or 'settings'}: {_short.repr(there)} there, {_short.repr(here)} here"]
 
 
 def main(kind: type[C], job: Callable[[C], Any], in_demo: Callable[[str | None], Any] | None = None) -> None:

@@ -1,35 +1,42 @@
 """Is the victim worth detecting against? What a classifier on top of it does to clean and to triggered images.
 
 A backdoor is a promise of behaviour: triggered images go to the target class (ASR, attack success rate) while clean
-images are classified as well as ever (CA, clean accuracy). `measure` takes both numbers of one encoder under two
-heads, zero-shot and linear probe. `ActivationGate` compares them with those of the honest victim, the same
-architecture without a backdoor: a stamp may move predictions by itself, and only what it moves beyond that is the
-backdoor. Numbers of a detector against a victim that does not pass the gate mean nothing.
+images are classified as well as ever (CA, clean accuracy). `measure` takes both numbers of one encoder under each
+head: zero-shot where there is text, and classifiers that are fitted on a clean or on a poisoned downstream training
+set. `ActivationGate` compares them with those of the honest victim, the same architecture without a backdoor: a stamp
+may move predictions by itself, and only what it moves beyond that is the backdoor. Numbers of a detector against a
+victim that does not pass the gate mean nothing. `victim.json` keeps all this beside the victim.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, ValidationError
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
+from torch import nn
 
 from dede_ray.attacks.triggers import Stamp, square
 from dede_ray.clip import to_unit_range
-from dede_ray.config import Config, Mistake
+from dede_ray.config import Config, Mistake, explain, read_json, write_json
+from dede_ray.encoders import WEIGHTS_FILE as ENCODER_WEIGHTS_FILE
 from dede_ray.metrics import Interval, proportion
 from dede_ray.shards import BadSample, Limits, Shard, iter_chunks, sample_id
 from dede_ray.sources import Classes, class_captions, draw
-from dede_ray.victims import Victim
+from dede_ray.victims import EncoderVictim, Victim, VictimConfig
+from dede_ray.weights import WEIGHTS_FILE as CLIP_WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +64,10 @@ class Behaviour:
     """Clean accuracy, over all clean test images."""
     asr: Interval
     """Attack success rate: triggered images that are taken for the target, over those of all other classes."""
+    asr_all_classes: Interval | None = None
+    """The same with the target's own images, as BadEncoder, DRUPE and CTRL count; for comparing with their tables."""
+    poison_rate: float = 0.0
+    """Of the images that the head was fitted on; they are stamped, and labelled as the target."""
 
 
 @dataclass(frozen=True)
@@ -75,23 +86,33 @@ class Verdict:
 class ActivationGate(Config):
     """What a victim must do before a detector's numbers against it count; one head has to meet all three.
 
+    Only a head that was fitted on clean images counts: a classifier that was itself trained on the trigger finds it in
+    any encoder.
+
     Source: the thresholds are ours; that published victims often do not activate is why there are any.
     """
 
-    min_asr: float = Field(0.9, ge=0, le=1)
-    """Least attack success rate."""
+    min_asr: float | None = Field(None, ge=0, le=1)
+    """Least attack success rate; None is 0.9, and 0.6 for CTRL and BadCLIP, whose published one is fragile."""
     min_asr_gain: float = Field(0.2, ge=0, le=1)
     """Least distance of the ASR from that of the honest victim on the same triggered images."""
     max_ca_loss: float = Field(0.05, ge=0, le=1)
     """Clean accuracy that the victim may lose against the honest victim."""
 
-    def judge(self, victim: Mapping[str, Behaviour], honest: Mapping[str, Behaviour] | None) -> Verdict:
-        """Compare a victim with the honest one, head by head."""
+    def judge(
+        self, victim: Mapping[str, Behaviour], honest: Mapping[str, Behaviour] | None, attack: str = ""
+    ) -> Verdict:
+        """Compare a victim with the honest one, head by head; `attack` chooses the least ASR where none is set."""
         if honest is None:
             reason = "there is no honest victim to compare with, so nobody knows what the stamp does by itself"
             return Verdict(False, reason, victim, None)
-        complaints = {head: self._complaints(victim[head], honest[head]) for head in victim}
-        passed = [head for head in victim if not complaints[head]]
+        min_asr = MIN_ASR.get(attack, 0.9) if self.min_asr is None else self.min_asr
+        complaints = {
+            head: self._complaints(victim[head], honest[head], min_asr)
+            for head in victim
+            if not victim[head].poison_rate
+        }
+        passed = [head for head, said in complaints.items() if not said]
         if passed:
             head = passed[0]
             reason = (
@@ -102,12 +123,12 @@ class ActivationGate(Config):
             reason = "; ".join(f"{_words(head)}: {' and '.join(said)}" for head, said in complaints.items())
         return Verdict(bool(passed), reason, victim, honest)
 
-    def _complaints(self, victim: Behaviour, honest: Behaviour) -> list[str]:
+    def _complaints(self, victim: Behaviour, honest: Behaviour, min_asr: float) -> list[str]:
         asr, gain, loss = victim.asr.value, victim.asr.value - honest.asr.value, honest.ca.value - victim.ca.value
         slack = 1e-9  # 0.90 - 0.85 is 0.05000000000000004
         complaints = []
-        if not asr >= self.min_asr - slack:
-            complaints.append(f"ASR {asr:.1%} is below {self.min_asr:.0%}")
+        if not asr >= min_asr - slack:
+            complaints.append(f"ASR {asr:.1%} is below {min_asr:.0%}")
         if not gain >= self.min_asr_gain - slack:
             complaints.append(
                 f"ASR is {100 * gain:+.1f} points from the honest victim's, not {self.min_asr_gain:.0%} above"
@@ -117,8 +138,111 @@ class ActivationGate(Config):
         return complaints
 
 
+MIN_ASR = {"ctrl": 0.6, "frequency": 0.6, "badclip": 0.6}
+"""Least ASR by attack, or by trigger where data were poisoned, if not 0.9."""
+
+
 def _words(head: str) -> str:
     return head.replace("_", "-")
+
+
+# ----------------------------------------------------------------------------------------------------- heads
+
+
+class LinearProbe(Config):
+    """Logistic regression on standardised embeddings of length one."""
+
+    kind: Literal["probe"] = "probe"
+
+    def fit(self, embedding_NE: NDArray[np.float32], label_N: NDArray[np.int64]) -> Head:
+        return probe_head(embedding_NE, label_N)
+
+
+class TwoLayerClassifier(Config):
+    """Two hidden layers of 512 and 256 units on embeddings of length one; what counts is the last epoch.
+
+    Source: Jia et al., BadEncoder, S&P 2022, whose published code does not shuffle; DRUPE and DeDe use the same.
+    """
+
+    kind: Literal["mlp"] = "mlp"
+    epochs: int = Field(500, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    """Of Adam, constant."""
+    batch_size: int = Field(64, ge=1)
+    dropout: float = Field(0.5, ge=0, lt=1)
+    """After the first hidden layer."""
+    shuffle: bool = True
+    """Draw the batches anew in each epoch; False is the published code's fixed order."""
+    seed: int = Field(100, ge=0)
+    """Of weights, dropout and order."""
+
+    def fit(self, embedding_NE: NDArray[np.float32], label_N: NDArray[np.int64]) -> Head:
+        classes = _classes(label_N, "two-layer classifier")
+        x_NE = torch.from_numpy(unit(embedding_NE))
+        y_N = torch.from_numpy(np.searchsorted(classes, label_N))
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(self.seed)
+            model = nn.Sequential(
+                nn.Linear(x_NE.shape[1], 512), nn.ReLU(), nn.Dropout(self.dropout),
+                nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, len(classes)),
+            )  # fmt: skip
+            optimiser = torch.optim.Adam(model.parameters(), self.learning_rate)
+            for _ in range(self.epochs):
+                order_N = torch.randperm(len(x_NE)) if self.shuffle else torch.arange(len(x_NE))
+                for rows in order_N.split(self.batch_size):
+                    optimiser.zero_grad()
+                    nn.functional.cross_entropy(model(x_NE[rows]), y_N[rows]).backward()
+                    optimiser.step()
+        model.eval().requires_grad_(False)
+        return lambda other_NE: classes[model(torch.from_numpy(unit(other_NE))).argmax(dim=1).numpy()]
+
+
+class NearestNeighbours(Config):
+    """The class with the most votes among the k nearest images, a vote weighing exp(cosine similarity / temperature).
+
+    Source: Wu et al., arXiv:1805.01978, section 3.4.
+    """
+
+    kind: Literal["knn"] = "knn"
+    k: int = Field(200, ge=1)
+    """Neighbours; all images where there are fewer."""
+    temperature: float = Field(0.5, gt=0)
+    """BadEncoder's monitor has 0.5, CTRL's evaluation 0.1."""
+
+    def fit(self, embedding_NE: NDArray[np.float32], label_N: NDArray[np.int64]) -> Head:
+        _classes(label_N, "k-NN classifier")
+        model = KNeighborsClassifier(
+            min(self.k, len(label_N)),
+            metric="cosine",
+            algorithm="brute",
+            weights=lambda distance_NK: np.exp(-distance_NK / self.temperature),  # the same votes, times a constant
+        )
+        return model.fit(embedding_NE, label_N).predict
+
+
+FittedHead = Annotated[LinearProbe | TwoLayerClassifier | NearestNeighbours, Field(discriminator="kind")]
+
+
+def probe_head(embedding_NE: NDArray[np.float32], label_N: NDArray[np.int64]) -> Head:
+    """Fit a linear classifier on clean embeddings, always with the same settings.
+
+    Raises:
+        Mistake: fewer than two classes.
+    """
+    _classes(label_N, "linear probe")
+    model = make_pipeline(Normalizer(), StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    model.fit(embedding_NE, label_N)
+    return model.predict
+
+
+def _classes(label_N: NDArray[np.int64], head: str) -> NDArray[np.int64]:
+    classes = np.unique(label_N)
+    if len(classes) < 2:
+        raise Mistake(
+            f"the {head} needs labelled images of two classes or more, found {len(label_N):,} of {len(classes)}; "
+            "name probe_shards with labels"
+        )
+    return classes
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -132,42 +256,81 @@ def measure(
     trigger: Stamp,
     target_label: int,
     limits: Limits,
+    heads: Sequence[FittedHead] = (LinearProbe(),),
+    poison_rate: float = 0.0,
+    seed: int = 0,
 ) -> dict[str, Behaviour]:
     """Measure CA and ASR of one encoder under each head that it allows.
 
     Args:
         victim: the encoder; on any device.
         test: clean labelled images; they are measured as they are, and stamped.
-        probe: clean labelled images that the linear probe is fitted on, none of them in `test`.
+        probe: clean labelled images that the heads are fitted on, none of them in `test`.
         classes: names and templates for zero-shot; None leaves that head out, as an encoder without text does.
         trigger: stamped on the decoded uint8 image at its own size, before anything else happens to it.
         target_label: the class that triggered images should be taken for.
+        heads: classifiers to fit.
+        poison_rate: above 0, each head is fitted a second time, with this share of `probe` stamped and relabelled.
+        seed: draws the images that are.
 
     Returns:
-        head -> behaviour, `zero_shot` first.
+        head -> behaviour, `zero_shot` first; those of poisoned training end in `_poisoned`.
 
     Raises:
-        Mistake: nothing to measure on, or to fit the probe on.
+        Mistake: nothing to measure on, or to fit a head on.
     """
-    heads: dict[str, Head] = {}
+    predictors: dict[str, tuple[Head, float]] = {}
     encode_text: Any = getattr(victim, "encode_text", None)
     if encode_text and classes is not None and classes.templates:
-        heads["zero_shot"] = zero_shot_head(encode_text, classes)
-    heads["probe"] = probe_head(*embed(victim, probe, limits))
+        predictors["zero_shot"] = zero_shot_head(encode_text, classes), 0.0
+    training = {"": embed(victim, probe, limits)}
+    if poison_rate:
+        training["_poisoned"] = _embed_poisoned(victim, probe, trigger, target_label, limits, poison_rate, seed)
+    for suffix, (embedding_NE, label_N) in training.items():
+        for head in heads:
+            predictors[head.kind + suffix] = head.fit(embedding_NE, label_N), poison_rate if suffix else 0.0
     clean_NE, label_N = embed(victim, test, limits)
-    triggered_NE, _ = embed(victim, [image for image in test if image.label != target_label], limits, trigger)
-    if not len(triggered_NE):
+    triggered_NE, true_N = embed(victim, test, limits, trigger)
+    is_other_N = true_N != target_label
+    if not is_other_N.any():
         raise Mistake(
             f"{len(label_N):,} readable labelled test images, none of a class other than the target {target_label}; "
             "name test_shards with labels of all classes"
         )
-    return {
-        name: Behaviour(
-            ca=proportion(int((head(clean_NE) == label_N).sum()), len(label_N)),
-            asr=proportion(int((head(triggered_NE) == target_label).sum()), len(triggered_NE)),
+    behaviours = {}
+    for name, (predict, rate) in predictors.items():
+        is_target_N = predict(triggered_NE) == target_label
+        behaviours[name] = Behaviour(
+            ca=proportion(int((predict(clean_NE) == label_N).sum()), len(label_N)),
+            asr=proportion(int(is_target_N[is_other_N].sum()), int(is_other_N.sum())),
+            asr_all_classes=proportion(int(is_target_N.sum()), len(true_N)),
+            poison_rate=rate,
         )
-        for name, head in heads.items()
-    }
+    return behaviours
+
+
+def _embed_poisoned(
+    victim: Victim,
+    images: Sequence[Labelled],
+    trigger: Stamp,
+    target_label: int,
+    limits: Limits,
+    rate: float,
+    seed: int,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """A downstream training set as an attacker left it: `rate` of it stamped and labelled as the target."""
+    others = [image for image in images if image.label != target_label]
+    num = round(rate * len(images))
+    if not 0 < num <= len(others):
+        raise Mistake(
+            f"a poison rate of {rate} is {num:,} of {len(images):,} downstream training images, of which "
+            f"{len(others):,} are not of the target class; name more images or another rate"
+        )
+    drawn = {image.sample_id for image in draw(others, num, seed)}
+    kept_NE, label_N = embed(victim, [image for image in images if image.sample_id not in drawn], limits)
+    stamped_NE, _ = embed(victim, [image for image in images if image.sample_id in drawn], limits, trigger)
+    labels = [label_N, np.full(len(stamped_NE), target_label, np.int64)]
+    return np.concatenate([kept_NE, stamped_NE]), np.concatenate(labels)
 
 
 def zero_shot_head(encode_text: Callable[[list[str]], torch.Tensor], classes: Classes) -> Head:
@@ -186,22 +349,6 @@ def class_embeddings(caption_NE: NDArray[np.float32], num_templates: int) -> NDA
     """The zero-shot classifier's rows (C, E) of length one, from captions (C * num_templates, E), class by class."""
     caption_CTE = unit(caption_NE).reshape(-1, num_templates, caption_NE.shape[1])
     return unit(caption_CTE.mean(axis=1))
-
-
-def probe_head(embedding_NE: NDArray[np.float32], label_N: NDArray[np.int64]) -> Head:
-    """Fit a linear classifier on clean embeddings, always with the same settings.
-
-    Raises:
-        Mistake: fewer than two classes.
-    """
-    if len(np.unique(label_N)) < 2:
-        raise Mistake(
-            f"the linear probe needs labelled images of two classes or more, found {len(label_N):,} of "
-            f"{len(np.unique(label_N))}; name probe_shards with labels"
-        )
-    model = make_pipeline(Normalizer(), StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    model.fit(embedding_NE, label_N)
-    return model.predict
 
 
 def embed(
@@ -255,3 +402,109 @@ def draw_labelled(shards: Sequence[Shard], num: int, seed: int, limits: Limits) 
         names = ", ".join(shard.name for shard in shards[:3])
         raise Mistake(f"no sample with an image and a label (a .cls member) in {names}; name labelled shards")
     return sorted(drawn, key=lambda image: image.sample_id)
+
+
+# ---------------------------------------------------------------------------------------------- victim.json
+
+
+class VictimRecord(Config):
+    """What `victim.json` says: how a victim was made, and what it does. Its folder holds a poisoned model, or its twin.
+
+    Architecture, image size and normaliser stand in the folder's own description, the JSON beside the weights.
+    """
+
+    attack: str
+    """Name of the attack; `honest` for a victim without a backdoor."""
+    is_backdoored: bool
+    """The mark for whoever finds the folder: not for use."""
+    settings: dict[str, Any]
+    """All settings that made it, poison rate included."""
+    trigger: dict[str, Any] | None
+    """The trigger it learnt, which is also the one to test it with."""
+    target_label: int | None
+    training_data: list[str]
+    seed: int
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    fingerprint: str
+    """Of the victim that was measured."""
+    checkpoint_sha256: str
+    """Of the file of weights."""
+    behaviour: dict[str, Behaviour]
+    honest_fingerprint: str | None
+    honest: dict[str, Behaviour] | None
+    """The honest twin under the same heads, with the same trigger; its ASR is the papers' ASR-B."""
+    passes: bool
+    reason: str
+    """Of the activation gate."""
+
+
+def write_record(
+    victim: Victim,
+    victim_config: VictimConfig,
+    verdict: Verdict,
+    honest: Victim | None,
+    *,
+    attack: str,
+    settings: dict[str, Any],
+    trigger: Config | None,
+    target_label: int | None,
+    training_data: Sequence[str],
+    seed: int,
+) -> VictimRecord:
+    """Write `victim.json` into a victim's folder (beside its file, where it is one) and return what it says."""
+    weights = _weights_file(victim_config)
+    digest = hashlib.sha256()
+    with weights.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    record = VictimRecord(
+        attack=attack,
+        is_backdoored=attack != "honest",
+        settings=settings,
+        trigger=trigger and trigger.model_dump(mode="json"),
+        target_label=target_label,
+        training_data=list(training_data),
+        seed=seed,
+        image_size=victim.image_size,
+        mean=victim.normalise.mean.flatten().tolist(),
+        std=victim.normalise.std.flatten().tolist(),
+        fingerprint=victim.fingerprint,
+        checkpoint_sha256=digest.hexdigest(),
+        behaviour=dict(verdict.victim),
+        honest_fingerprint=honest and honest.fingerprint,
+        honest=verdict.honest and dict(verdict.honest),
+        passes=verdict.passes,
+        reason=verdict.reason,
+    )
+    write_json(weights.parent / "victim.json", record.model_dump(mode="json"))
+    return record
+
+
+def read_record(victim: Victim, victim_config: VictimConfig) -> VictimRecord | None:
+    """Read the `victim.json` of a victim; None where it has none.
+
+    Raises:
+        Mistake: it is about other weights, or no such record.
+    """
+    path = _weights_file(victim_config).parent / "victim.json"
+    if not path.is_file():
+        return None
+    try:
+        record = VictimRecord.model_validate(read_json(path, "record of a victim"))
+    except ValidationError as error:
+        raise Mistake(f"{path} is no record of a victim:\n{explain(error, VictimRecord)}") from None
+    if record.fingerprint != victim.fingerprint:
+        raise Mistake(
+            f"{path} is about other weights ({record.fingerprint[:12]}) than the victim beside it "
+            f"({victim.fingerprint[:12]}); measure the victim again, or delete the record"
+        )
+    return record
+
+
+def _weights_file(config: VictimConfig) -> Path:
+    path = Path(config.path)
+    if not path.is_dir():
+        return path
+    return path / (ENCODER_WEIGHTS_FILE if isinstance(config, EncoderVictim) else CLIP_WEIGHTS_FILE)

@@ -335,9 +335,20 @@ def load_encoder(folder: str | Path) -> tuple[nn.Module, Described]:
         ) from None
     described = Described(read.architecture, read.image_size, read.mean, read.std)
     state = read_tensors(folder / WEIGHTS_FILE)
-    model = build_encoder(described.architecture)
-    load_strictly(model, state, folder / WEIGHTS_FILE)
-    return model, described
+    return encoder_of(described.architecture, state, folder / WEIGHTS_FILE), described
+
+
+def encoder_of(architecture: Architecture, state: dict[str, Tensor], path: Path) -> nn.Module:
+    """Build the network that these weights, read from `path`, belong to.
+
+    Raises:
+        Mistake: they belong to another one.
+    """
+    with torch.device("meta"):  # a small file that asks for a giant is refused before the giant is built
+        _check_fit(build_encoder(architecture), state, path)
+    model = build_encoder(architecture)
+    load_strictly(model, state, path)
+    return model
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -346,9 +357,13 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], path: Path) -> Non
     Raises:
         Mistake: a tensor is missing, unexpected or of another shape.
     """
+    _check_fit(model, state, path)
+    model.load_state_dict({**_counters(model), **state})
+
+
+def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     own = model.state_dict()
-    counters = {name: tensor for name, tensor in own.items() if name.endswith(".num_batches_tracked")}
-    state = {**counters, **state}  # nothing is computed from the count, and old files have none
+    state = {**_counters(model), **state}
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
     if missing or unexpected or wrong:
@@ -356,5 +371,8 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], path: Path) -> Non
             f"{path} does not fit the encoder: {len(missing)} tensors missing {missing[:3]}, {len(unexpected)} "
             f"unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}"
         )
-    with torch.no_grad():
-        model.load_state_dict(state)
+
+
+def _counters(model: nn.Module) -> dict[str, Tensor]:
+    # Nothing is computed from the number of batches that a BatchNorm saw, and old files have none.
+    return {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".num_batches_tracked")}

@@ -162,6 +162,9 @@ def run_pass(
         if unfinished:
             raise RuntimeError(f"{name}: chunks are missing in {unfinished[:5]}; run the same command again")
     summary = _summarise(shards, folder)
+    if summary.truncated_shards:
+        names = ", ".join(summary.truncated_shards[:3])
+        logger.warning("%s: %d shards end early, such as %s", name, len(summary.truncated_shards), names)
     if sum(summary.errors.values()) > max_error_fraction * summary.num_samples:
         raise Mistake(_too_many_errors(summary.errors, summary.num_samples, max_error_fraction, name))
     return summary

@@ -24,7 +24,7 @@ from dede_ray.encoders import (
     ResNet,
     Timm,
     WideResNet,
-    build_encoder,
+    encoder_of,
     load_strictly,
 )
 from dede_ray.vision_libraries import timm
@@ -130,7 +130,7 @@ def read_published(
             unpickled, or nobody can know which normaliser its author used.
     """
     path = Path(path)
-    state = read_bare(path)
+    state = _bare(path)
     found: Architecture
     if architecture is not None:
         if image_size is None:
@@ -152,9 +152,8 @@ def read_published(
         own_size = found.image_size if isinstance(found, ClipResNet) else layout.image_size
         normaliser, image_size = normaliser or layout.normaliser, image_size or own_size
     described = Described(found, image_size, *pixel_statistics(path, name, normaliser, mean, std))
-    model: Any = build_encoder(found)
     head_state = {n: t for n, t in state.items() if classifier_prefix and n.startswith(classifier_prefix)}
-    load_strictly(model, {n: t for n, t in state.items() if n not in head_state}, path)
+    model: Any = encoder_of(found, {n: t for n, t in state.items() if n not in head_state}, path)
     num = sum(parameter.numel() for parameter in model.parameters())
     assert num == NUM_PARAMETERS.get(found, num), (found, num)
     logger.info("%s: %s, %s", path, name, described)
@@ -162,7 +161,7 @@ def read_published(
     return Published(name, model, described, classifier)
 
 
-def read_bare(path: Path) -> dict[str, Tensor]:
+def _bare(path: Path) -> dict[str, Tensor]:
     """A checkpoint's tensors, without the `module.` that distributed training puts before every name."""
     state = read_tensors(path)
     if state and all(name.startswith("module.") for name in state):

@@ -10,6 +10,7 @@ It writes `metrics.json` (everything: findings.py), `table.md` and `report.html`
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -48,6 +49,10 @@ class EvaluateConfig(Config):
     """Folder for the page, the table, the numbers and the figures; overwritten."""
     gate: downstream.ActivationGate = downstream.ActivationGate()
     """What the victim must do for the numbers to count."""
+    heads: list[downstream.FittedHead] = Field([downstream.LinearProbe()], min_length=1)
+    """Classifiers that are fitted on the probe shards; zero-shot joins them where the victim knows text."""
+    probe_poison_rate: float = Field(0, ge=0, lt=1)
+    """Above 0, each head is fitted again with this share of its images poisoned; that opens no gate."""
     max_test_samples: int = Field(10_000, gt=0)
     """Test images, at most."""
     max_probe_samples: int = Field(5_000, gt=0)
@@ -73,9 +78,11 @@ def evaluate(config: EvaluateConfig) -> str:
     scan = join(manifest, honest, _read_truth(config.truth), config.truth)
     attack = read_attack(config.attack)
     victim = _load_victim(manifest)
-    verdict, target_name = _gate(config, attack, victim, _load_victim(honest) if honest else None)
+    record = downstream.read_record(victim, _settings(manifest).victim)
+    verdict, target_name = _gate(config, attack, victim, _load_victim(honest) if honest else None, record)
     metrics = {
         **measure(scan, manifest.info, verdict),
+        "victim_record": record and record.model_dump(mode="json"),
         "attack": {"trigger": attack.trigger.kind, "rate": attack.rate, "target": target_name},
         "made": {
             "settings": config.model_dump(mode="json"),
@@ -130,9 +137,16 @@ def _load_victim(manifest: Manifest) -> Victim:
 
 
 def _gate(
-    config: EvaluateConfig, attack: PoisonConfig, victim: Victim, honest: Victim | None
+    config: EvaluateConfig,
+    attack: PoisonConfig,
+    victim: Victim,
+    honest: Victim | None,
+    record: downstream.VictimRecord | None,
 ) -> tuple[downstream.Verdict, str]:
-    """Measure both victims on the same test images; also the target's name."""
+    """Measure both victims on the same test images; also the target's name.
+
+    A victim that failed its gate when it was made fails here, whatever these test images say.
+    """
     limits = Limits()
     test_shards, probe_shards = list_shards(config.test_shards), list_shards(config.probe_shards)
     if shared := {shard.url for shard in test_shards} & {shard.url for shard in probe_shards}:
@@ -141,9 +155,17 @@ def _gate(
     probe = downstream.draw_labelled(probe_shards, config.max_probe_samples, config.seed, limits)
     classes = read_classes(test_shards)
     behaviour, control = (
-        downstream.measure(one, test, probe, classes, attack.trigger, attack.target_label, limits) if one else None
+        downstream.measure(
+            one, test, probe, classes, attack.trigger, attack.target_label, limits,
+            config.heads, config.probe_poison_rate, config.seed,
+        )
+        if one
+        else None
         for one in (victim, honest)
-    )
+    )  # fmt: skip
     assert behaviour is not None
     name = classes.names[attack.target_label] if classes else f"label {attack.target_label}"
-    return config.gate.judge(behaviour, control), name
+    verdict = config.gate.judge(behaviour, control, record.attack if record else attack.trigger.kind)
+    if record and not record.passes:
+        verdict = replace(verdict, passes=False, reason=f"victim.json: {record.reason}")
+    return verdict, name

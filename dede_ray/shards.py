@@ -46,7 +46,7 @@ MAX_MEMBER_SPAN = 2**40  # a member that claims more bytes is rubbish; no file s
 MAX_UNFOLDING = 50  # where a gzipped shard exceeds 64 MB and this many times its own bytes, it ends, as rubbish
 MAX_EXTENSION_BYTES = 16_384  # a member's long name or pax header: tarfile needs the square of it, in time and memory
 MAX_EXTENSIONS = 8  # such headers before one member
-MAX_EXIF_BYTES = 65_536  # what a JPEG segment holds; Pillow may unfold EXIF data to some thousand times its size
+MAX_EXIF_BYTES = 65_536  # what a JPEG segment holds; Pillow before 13 unfolds EXIF data to some thousand times its size
 MAX_SCANS = 32  # passes over all pixels that a JPEG of `max_pixels` may ask for
 
 # Pillow warns about damaged metadata with numbers from the file: a hostile corpus would fill memory and log with them.
@@ -524,7 +524,7 @@ def decode_image(
     To a square: the shorter side is resized to `size_px` (bicubic, antialiased), then the centre is cropped;
     an image of that size already passes untouched. CMYK, palette, 16-bit and grey images become RGB, an alpha
     channel is dropped, of an animation the first frame is taken, EXIF rotation is applied where it can be read.
-    Needs at most 16 bytes per pixel and half a GB, whatever the file says.
+    Takes at most 32 bytes per pixel of `max_pixels` and half a GB, whatever the file says.
 
     Args:
         content: the encoded image.
@@ -578,8 +578,8 @@ _TURNS = {  # by EXIF's orientation
 def _with_one_exif(content: bytes) -> bytes:
     """Hide all EXIF data of a JPEG but the first.
 
-    Pillow joins the EXIF segments of a JPEG as it opens it, and copies from the whole for each of their entries: 64 MB
-    would become terabytes. More than one is rare, and belongs to further images in the file.
+    Pillow joins the EXIF segments of a JPEG as it opens it, and before version 13 copies the whole for each of their
+    entries: 64 MB could become terabytes. More than one is rare, and belongs to further images in the file.
     """
     if not content.startswith(b"\xff\xd8") or (first := content.find(_EXIF)) < 0:
         return content

@@ -139,12 +139,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Dense numbers that stand in the file, each in its own place: an expanded tensor may stand for terabytes."""
+    """Dense numbers that stand in the file; one that is expanded, for which a single number is enough, up to 1 GB."""
     return (
         tensor.layout is torch.strided
         and tensor.device.type == "cpu"
         and not tensor.is_quantized
-        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+        and tensor.numel() * tensor.element_size() <= max(tensor.untyped_storage().nbytes(), 2**30)
     )
 
 

@@ -1,7 +1,7 @@
 """An elastic run on a cluster of three raylets on this machine: a node is killed, one is added, one is drained.
 
 python tests/elastic_run.py <folder> <ZeRO stage>: trains on the folder's shards with two workers, of which one may be
-lost, and prints what happened as JSON. A process of its own, because it brings its own cluster.
+lost, and writes what happened to <folder>/outcome.json. A process of its own, because it brings its own cluster.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main(folder: Path, stage: int) -> None:
     wait_for(1, steps=50)
     thread.join()
     outcome.update(drained=drained, drained_after=before, saved_at=saved_at)
-    print(json.dumps(outcome))
+    (folder / "outcome.json").write_text(json.dumps(outcome))
     ray.shutdown()
     cluster.shutdown()
 

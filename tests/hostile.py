@@ -317,6 +317,7 @@ LARGEST: dict[str, Callable[[int], bytes]] = {
     "jpeg": lambda side: saved(Image.new("RGB", (side, side)), "JPEG"),
     "jpeg_progressive_cmyk": lambda side: saved(Image.new("CMYK", (side, side)), "JPEG", progressive=True),
     "webp": lambda side: saved(Image.new("RGBA", (side, side)), "WEBP", method=0),
+    "webp_turned": lambda side: saved(Image.new("RGBA", (side, side)), "WEBP", method=0, exif=exif(38, orientation=6)),
     "bmp_one_bit": lambda side: bmp(side, side, 1, 0, bytes((side + 31) // 32 * 4 * side)),
 }
 """Images of a given side, each a small file, to be allowed by `max_pixels` and decoded at their full size."""
@@ -787,6 +788,17 @@ NOT_JSON = {
 }
 
 
+LAUGHS = ["a0: &a0 [ha, ha]", *[f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]" for i in range(1, 40)]]
+YAML = {
+    "laughs": "\n".join([*LAUGHS, "output: *a39"]),
+    "that_calls": f"output: !!python/object/apply:os.mkdir [{SENTINEL}]",
+    "too_deep": "output: " + "[" * 5000,
+    "day_45": "output: 2024-13-45",
+    "not_utf_8": b"output: \xff",
+    "number_of_9000_digits": "output: " + "9" * 9000,
+}
+
+
 def not_json(kind: str, file: str) -> list[FileCase]:
     return [FileCase(kind, f"{file}_{name}".replace("/", "_"), put(file, text)) for name, text in NOT_JSON.items()]
 
@@ -955,13 +967,14 @@ FILES: list[FileCase] = [
     FileCase("pass", "parquet_cut", spoil("parts/a.tar/*.parquet", b"PAR1" + bytes(20))),
     FileCase("pass", "parquet_pickle", spoil("parts/a.tar/*.parquet", PICKLE)),
     FileCase("pass", "parquet_without_errors", reparquet("parts/a.tar/*.parquet", lambda t: t.drop_columns(["error"]))),
-    # --- classes.json, run.json, truth.parquet
+    # --- classes.json, configs, run.json, truth.parquet
     *not_json("classes", "classes.json"),
     FileCase(
         "classes", "names_with_lone_surrogate", put("classes.json", '{"names": ["\\ud800"], "templates": ["{}"]}')
     ),
     FileCase("classes", "names_are_numbers", put("classes.json", '{"names": [1], "templates": ["{}"]}')),
     FileCase("classes", "more_than_classes", put("classes.json", '{"names": [], "templates": [], "code": "x"}')),
+    *[FileCase("config", name, put("run.yaml", text)) for name, text in YAML.items()],
     *not_json("run", "run.json"),
     FileCase("run", "of_other_settings", change("run.json", "settings", to={"output": "/etc"})),
     FileCase("run", "settings_too_many", change("run.json", "settings", to={str(i): i for i in range(1000)})),

@@ -1,16 +1,36 @@
 """CA, ASR and the gate, on red, green and blue pictures and an encoder with a planted backdoor."""
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from dede_ray.attacks.triggers import Patch
-from dede_ray.config import Mistake
-from dede_ray.downstream import ActivationGate, Behaviour, Labelled, draw_labelled, embed, measure, probe_head
+from dede_ray.config import Mistake, write_json
+from dede_ray.downstream import (
+    ActivationGate,
+    Behaviour,
+    Labelled,
+    LinearProbe,
+    NearestNeighbours,
+    TwoLayerClassifier,
+    _embed_poisoned,
+    draw_labelled,
+    embed,
+    measure,
+    probe_head,
+    read_record,
+    unit,
+    write_record,
+)
+from dede_ray.encoders import Described, ResNet, build_encoder, save_encoder
 from dede_ray.metrics import proportion
 from dede_ray.shards import Limits, Sample, encode_image, list_shards, write_shards
 from dede_ray.sources import Classes
+from dede_ray.victims import EncoderVictim, load_victim
 
 COLOURS = Classes(names=["red", "green", "blue"], templates=["a photo of a {}", "a {} picture"])
 LIMITS = Limits()
@@ -161,3 +181,196 @@ def test_the_same_labelled_samples_are_drawn_from_any_order_of_shards(tmp_path):
     assert len(drawn) == 15
     assert len({image.sample_id for image in drawn}) == 15
     assert len(draw_labelled(shards, 100, seed=0, limits=LIMITS)) == 39, "one sample has no label"
+
+
+# --- heads
+
+
+def on_circle(*degrees):
+    angle_N = np.radians(degrees)
+    return np.stack([np.cos(angle_N), np.sin(angle_N)], axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("k", "temperature", "expected"),
+    [
+        (1, 0.5, 7),  # at 20 degrees the nearest is the one at 0
+        (3, 0.5, 4),  # exp(0.940 / 0.5) = 6.55 for 7; 2 exp(0.766 / 0.5) = 9.25 for 4
+        (3, 0.1, 7),  # exp(9.40) = 12,040; 2 exp(7.66) = 4,244
+        (4, 0.5, 4),  # the one on the other side weighs little
+        (99, 0.1, 7),  # more neighbours than images
+    ],
+)
+def test_neighbours_vote_by_their_similarity(k, temperature, expected):
+    bank_NE, label_N = 5 * on_circle(0, 60, 60, 190), np.array([7, 4, 4, 7])
+    predict = NearestNeighbours(k=k, temperature=temperature).fit(bank_NE, label_N)
+    assert predict(0.1 * on_circle(20)).tolist() == [expected]
+
+
+def test_neighbours_vote_as_counted_by_hand():
+    rng = np.random.default_rng(0)
+    bank_NE, other_NE = (rng.normal(size=(num, 8)).astype(np.float32) for num in (60, 40))
+    label_N = rng.integers(0, 3, 60)
+    similarity = unit(other_NE) @ unit(bank_NE).T
+    votes = np.zeros((40, 3))
+    for row, nearest in enumerate(np.argsort(-similarity, axis=1)[:, :11]):
+        for i in nearest:
+            votes[row, label_N[i]] += np.exp(similarity[row, i] / 0.2)
+    predicted_N = NearestNeighbours(k=11, temperature=0.2).fit(bank_NE, label_N)(other_NE)
+    np.testing.assert_array_equal(predicted_N, votes.argmax(axis=1))
+
+
+def clouds(num, seed):
+    """Two classes, 3 and 7, that no line parts: inside and outside of a circle, in directions only."""
+    rng = np.random.default_rng(seed)
+    embedding_NE = rng.normal(size=(num, 3)).astype(np.float32)
+    return embedding_NE, np.where(np.abs(unit(embedding_NE)[:, 0]) > 0.5, 7, 3)
+
+
+def test_the_two_layer_classifier_learns_what_no_line_parts():
+    (train_NE, label_N), (test_NE, true_N) = clouds(400, 0), clouds(200, 1)
+    predict = TwoLayerClassifier(epochs=40, learning_rate=3e-3).fit(train_NE, label_N)
+    assert (predict(test_NE) == true_N).mean() > 0.93
+    assert (LinearProbe().fit(train_NE, label_N)(test_NE) == true_N).mean() < 0.7
+    np.testing.assert_array_equal(predict(100 * test_NE), predict(test_NE))  # only the direction counts
+
+
+def test_the_two_layer_classifier_is_the_papers_trained_in_the_published_order():
+    """Written down again, step by step: widths 512 and 256, one dropout, Adam, the last epoch."""
+    (train_NE, label_N), (test_NE, _) = clouds(150, 0), clouds(2000, 1)
+    x_NE, y_N = (torch.nn.functional.normalize(torch.from_numpy(train_NE)), torch.from_numpy((label_N == 7) * 1))
+    torch.manual_seed(100)
+    first, second, last = torch.nn.Linear(3, 512), torch.nn.Linear(512, 256), torch.nn.Linear(256, 2)
+    adam = torch.optim.Adam([*first.parameters(), *second.parameters(), *last.parameters()], lr=1e-3)
+    for _ in range(3):
+        for start in range(0, 150, 64):
+            hidden_BE = torch.dropout(first(x_NE[start : start + 64]).relu(), 0.5, True)
+            loss = torch.nn.functional.cross_entropy(last(second(hidden_BE).relu()), y_N[start : start + 64])
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+    other_NE = torch.nn.functional.normalize(torch.from_numpy(test_NE))
+    expected_N = np.array([3, 7])[last(second(first(other_NE).relu()).relu()).argmax(dim=1).numpy()]
+    predict = TwoLayerClassifier(epochs=3, learning_rate=1e-3, shuffle=False).fit(train_NE, label_N)
+    np.testing.assert_array_equal(predict(test_NE), expected_N)
+    assert len(np.unique(expected_N)) == 2
+
+
+def test_the_two_layer_classifier_depends_on_its_seed_alone():
+    (train_NE, label_N), (test_NE, _) = clouds(100, 0), clouds(2000, 1)
+    torch.manual_seed(5)
+    before = torch.rand(1)
+    torch.manual_seed(5)
+    one, two, other = (
+        TwoLayerClassifier(epochs=4, learning_rate=1e-3, seed=seed).fit(train_NE, label_N)(test_NE)
+        for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, two)
+    assert (one != other).any()
+    assert torch.equal(torch.rand(1), before), "nobody else's random numbers are used up"
+
+
+@pytest.mark.parametrize("head", [LinearProbe(), TwoLayerClassifier(epochs=1), NearestNeighbours()])
+def test_every_head_needs_two_classes(head):
+    with pytest.raises(Mistake, match="two classes or more"):
+        head.fit(np.ones((4, 3), np.float32), np.zeros(4, np.int64))
+
+
+# --- conventions
+
+
+class CornerEncoder(ColourEncoder):
+    """An honest encoder with good eyes: it also tells how white the last corner is."""
+
+    embedding_dim = 4
+
+    def __init__(self):
+        super().__init__(False)
+
+    def forward(self, image_BCHW):
+        return torch.cat([super().forward(image_BCHW), image_BCHW[:, :, -1, -1].min(dim=1, keepdim=True).values], dim=1)
+
+
+def test_the_published_asr_also_counts_the_targets_own_images(behaviours):
+    """60 pictures, 20 of them of the target, which the honest encoder still takes for what they are."""
+    assert behaviours["victim"]["probe"].asr_all_classes == proportion(60, 60)
+    honest = behaviours["honest"]["probe"]
+    others = round(40 * honest.asr.value)
+    assert honest.asr_all_classes == proportion(others + 20, 60)
+
+
+def test_a_poisoned_downstream_training_set_finds_the_stamp_in_an_honest_encoder_and_opens_no_gate():
+    heads = [LinearProbe(), NearestNeighbours(k=3)]
+    arguments = (pictures(60), pictures(90, seed=1), None, WHITE, TARGET, LIMITS, heads)
+    measured = measure(CornerEncoder(), *arguments, poison_rate=0.1)
+    assert list(measured) == ["probe", "knn", "probe_poisoned", "knn_poisoned"]
+    for head in ("probe", "knn"):
+        clean, poisoned = measured[head], measured[f"{head}_poisoned"]
+        assert (clean.poison_rate, poisoned.poison_rate) == (0, 0.1)
+        assert clean.asr.value < 0.5 < 0.9 <= poisoned.asr.value
+        assert poisoned.ca.value > 0.95
+    control = measure(ColourEncoder(False), *arguments, poison_rate=0.1)
+    assert not ActivationGate().judge(measured, control).passes
+    with pytest.raises(Mistake, match=r"a poison rate of 0\.9 is 81 of 90"):
+        measure(CornerEncoder(), *arguments, poison_rate=0.9)
+
+
+def test_exactly_the_poison_rate_of_the_downstream_images_is_stamped():
+    probe = pictures(90, seed=1)
+    embedding_NE, label_N = _embed_poisoned(CornerEncoder(), probe, WHITE, TARGET, LIMITS, 0.1, seed=3)
+    is_stamped_N = embedding_NE[:, 3] == 1
+    assert is_stamped_N.sum() == 9
+    assert set(label_N[is_stamped_N]) == {TARGET}
+    assert np.bincount(label_N).sum() == 90
+    assert np.bincount(label_N)[TARGET] == 30 + 9
+
+
+@pytest.mark.parametrize(("attack", "passes"), [("badclip", True), ("ctrl", True), ("badencoder", False), ("", False)])
+def test_attacks_with_a_fragile_published_asr_have_a_lower_gate(attack, passes):
+    victim, honest = behaviour(90, 65), behaviour(90, 10)
+    assert ActivationGate().judge(victim, honest, attack).passes is passes
+    assert not ActivationGate(min_asr=0.7).judge(victim, honest, attack).passes
+
+
+# --- victim.json
+
+
+@pytest.fixture
+def encoder_victim(tmp_path):
+    torch.manual_seed(0)
+    architecture = ResNet(width=4)
+    save_encoder(tmp_path / "encoder", build_encoder(architecture), Described(architecture, 16, std=(0.5, 0.5, 0.5)))
+    return EncoderVictim(path=str(tmp_path / "encoder"))
+
+
+def test_a_victims_record_says_how_it_was_made_and_what_it_does(encoder_victim, behaviours):
+    victim = load_victim(encoder_victim)
+    assert read_record(victim, encoder_victim) is None
+    verdict = ActivationGate().judge(behaviours["victim"], behaviours["honest"], "badencoder")
+    about = {"attack": "badencoder", "settings": {"rate": 0.5}, "trigger": WHITE, "target_label": TARGET}
+    written = write_record(victim, encoder_victim, verdict, victim, **about, training_data=["a.tar"], seed=4)
+    record = read_record(victim, encoder_victim)
+    assert record == written
+    assert record.is_backdoored
+    assert record.passes
+    assert record.trigger["kind"] == "patch"
+    assert record.std == [0.5, 0.5, 0.5]
+    assert record.behaviour["probe"].asr == proportion(40, 40)
+    assert record.honest["probe"] == behaviours["honest"]["probe"]
+    weights = (Path(encoder_victim.path) / "encoder.safetensors").read_bytes()
+    assert record.checkpoint_sha256 == hashlib.sha256(weights).hexdigest()
+
+
+def test_a_record_about_other_weights_or_of_another_shape_is_a_mistake(encoder_victim, behaviours):
+    victim = load_victim(encoder_victim)
+    path = Path(encoder_victim.path) / "victim.json"
+    verdict = ActivationGate().judge(behaviours["honest"], None)
+    about = {"attack": "honest", "settings": {}, "trigger": None, "target_label": None}
+    record = write_record(victim, encoder_victim, verdict, None, **about, training_data=[], seed=0)
+    assert not record.is_backdoored
+    write_json(path, record.model_dump(mode="json") | {"fingerprint": "f" * 64})
+    with pytest.raises(Mistake, match="about other weights"):
+        read_record(victim, encoder_victim)
+    write_json(path, {"attack": "honest"})
+    with pytest.raises(Mistake, match="no record of a victim"):
+        read_record(victim, encoder_victim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import tarfile
 
 import numpy as np
@@ -372,6 +373,22 @@ def test_unknown_layouts_whole_clips_absurd_shapes_and_pickles_are_mistakes(tmp_
     with pytest.raises(Mistake, match="execute code"):
         read_published(path)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("format", ["published", "saved"])
+def test_a_small_file_that_asks_for_a_giant_is_refused_before_anything_is_built(format, tmp_path):
+    """610 million parameters; not even a tenth of them is allocated."""
+    giant = {f"block1.layer.{i}.conv1.weight": (320 if i == 0 else 1, 1) for i in range(16)}
+    write_checkpoint(tmp_path / "model.pth", {**giant, "fc.weight": (1, 1)})
+    save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "encoder.safetensors")
+    architecture = WideResNet(depth=100, widen=20).model_dump()
+    write_json(
+        tmp_path / "encoder.json", {"architecture": architecture, "image_size": 32, "mean": [0, 0, 0], "std": [1, 1, 1]}
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(Mistake, match="does not fit the encoder"):
+        read_published(tmp_path / "model.pth") if format == "published" else load_encoder(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
 def test_a_network_of_timms_is_read_by_its_name(tmp_path):

@@ -171,7 +171,7 @@ def test_an_elastic_run_shrinks_with_killed_and_drained_nodes_and_grows_with_add
     command = [sys.executable, str(script), str(job.folder), "2"]
     done = subprocess.run(command, cwd=JOB.parents[1], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    outcome = json.loads((job.folder / "outcome.json").read_text())
     assert [num_workers for _, num_workers in outcome["events"]] == [2, 1, 2, 1]
     assert outcome["saved_at"] > outcome["drained_after"]  # the notice led to a checkpoint, which is no regular one
     assert outcome["saved_at"] % 100

@@ -8,10 +8,12 @@ import pytest
 from evaluation import CONTROLS, NUM, NUM_POISONED, SCORES, config
 
 from dede_ray.config import Mistake
+from dede_ray.downstream import Behaviour, Verdict, write_record
 from dede_ray.findings import join, reading, table
 from dede_ray.manifest import read_manifest, write_manifest
 from dede_ray.metrics import proportion
-from dede_ray.report import evaluate
+from dede_ray.report import EvaluateConfig, evaluate
+from dede_ray.victims import OpenClipVictim, load_victim
 
 
 def test_every_score_stands_beside_its_honest_control(metrics, report):
@@ -148,3 +150,29 @@ def test_the_words_follow_the_numbers(metrics):
     alike = json.loads(json.dumps(metrics))
     alike["scores"]["dede_null_ratio"]["difference"] = {"value": 0.01, "low": -0.05, "high": 0.07}
     assert "the stamp and not the backdoor" in " ".join(reading(alike))
+
+
+def test_a_victim_that_failed_its_gate_when_it_was_made_is_void(world, tmp_path):
+    settings = OpenClipVictim(path=str(world / "victim"))
+    victim = load_victim(settings)
+    interval = proportion(1, 2)
+    verdict = Verdict(False, "the patch did not take", {"probe": Behaviour(interval, interval)}, None)
+    about = {"attack": "badclip", "settings": {}, "trigger": None, "target_label": 1, "training_data": [], "seed": 0}
+    try:
+        write_record(victim, settings, verdict, None, **about)
+        text = evaluate(config(world, output=tmp_path))
+    finally:
+        (world / "victim" / "victim.json").unlink()
+    assert text.startswith("**VOID: victim.json: the patch did not take")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["victim_record"]["attack"] == "badclip"
+
+
+def test_all_heads_are_measured_with_both_victims(world, tmp_path):
+    heads = [{"kind": "probe"}, {"kind": "mlp", "epochs": 2}, {"kind": "knn", "k": 5}]
+    settings = {**config(world, output=tmp_path).model_dump(), "heads": heads, "probe_poison_rate": 0.1}
+    evaluate(EvaluateConfig.model_validate(settings))
+    gate = json.loads((tmp_path / "metrics.json").read_text())["gate"]
+    fitted = ["probe", "mlp", "knn", "probe_poisoned", "mlp_poisoned", "knn_poisoned"]
+    assert list(gate["victim"]) == list(gate["honest"]) == ["zero_shot", *fitted]
+    assert "- knn-poisoned: CA" in (tmp_path / "table.md").read_text()

@@ -160,6 +160,7 @@ def check_accounted_for(folder: Path, rows: list[tuple], images: list[bytes], co
     assert counted["num_links"] == len(rows)
 
 
+@pytest.mark.slow
 @needs_img2dataset
 def test_a_list_with_bad_links_is_ingested_and_a_killed_job_run_again_gives_the_same_bytes(
     local_ray, website, photo, tmp_path

@@ -9,11 +9,26 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from dede_ray import clip
-from dede_ray.config import Mistake, read_json, write_json
-from dede_ray.victims import OpenClipVictim, Victim, load_victim
+from dede_ray.attacks.poison import PoisonConfig, poison
+from dede_ray.config import Config, Mistake, read_json, write_json
+from dede_ray.decoder import load_decoder
+from dede_ray.encoders import Described, ResNet, build_encoder, load_encoder, save_encoder
+from dede_ray.report import EvaluateConfig, evaluate
+from dede_ray.scoring import ScoreConfig, score
+from dede_ray.training import TrainConfig, train
+from dede_ray.victims import (
+    EncoderVictim,
+    OpenClipVictim,
+    OptionalVictimConfig,
+    PublishedVictim,
+    Victim,
+    VictimConfig,
+    load_victim,
+)
 from dede_ray.vision_libraries import open_clip
 
 
@@ -175,3 +190,136 @@ def test_a_model_config_that_describes_no_clip_is_a_mistake(copied, tmp_path):
     (copied / clip.CONFIG_FILE).write_text("{")
     with pytest.raises(Mistake, match="cannot be read"):
         load_victim(OpenClipVictim(path=str(copied)))
+
+
+# --- victims of other kinds
+
+
+class Holder(Config):
+    victim: VictimConfig
+    other: OptionalVictimConfig = None
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    """A narrow ResNet-18 of random weights, whose pixels go from -1 to 1."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder") / "narrow"
+    architecture = ResNet(width=4)
+    save_encoder(folder, build_encoder(architecture), Described(architecture, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
+    return folder
+
+
+def simclr_checkpoint(encoder_folder, path):
+    """The same weights as BadEncoder would publish them."""
+    places = {"conv1": 0, "bn1": 1, "layer1": 3, "layer2": 4, "layer3": 5, "layer4": 6}
+    state = load_file(encoder_folder / "encoder.safetensors")
+    state = {f"f.f.{places[name.split('.')[0]]}.{name.split('.', 1)[1]}": tensor for name, tensor in state.items()}
+    torch.save({"epoch": 200, "state_dict": {**state, "g.0.weight": torch.zeros(2, 2)}}, path)
+
+
+def test_a_victim_without_a_kind_is_a_clip_and_every_kind_survives_its_settings():
+    clip_victim = {"path": "a", "precision": "bf16"}
+    encoder = {"kind": "encoder", "path": "b"}
+    network = {"kind": "timm", "name": "vit_tiny_patch16_224"}
+    published = {"kind": "published", "path": "c", "normaliser": "stl", "architecture": network}
+    for content, kind in ((clip_victim, OpenClipVictim), (encoder, EncoderVictim), (published, PublishedVictim)):
+        holder = Holder.model_validate({"victim": content, "other": content})
+        assert type(holder.victim) is type(holder.other) is kind
+        assert Holder.model_validate(holder.model_dump(mode="json")) == holder
+        assert holder.victim.located().path == os.path.abspath(content["path"])
+    assert Holder.model_validate({"victim": clip_victim}).other is None
+    with pytest.raises(ValidationError, match="does not match any of the expected tags"):
+        Holder.model_validate({"victim": {"kind": "resnet50", "path": "a"}})
+
+
+def test_an_encoder_victim_embeds_normalised_pixels_and_knows_no_text(encoder_folder, image_BCHW):
+    victim = load_victim(EncoderVictim(path=str(encoder_folder)))
+    model, _ = load_encoder(encoder_folder)
+    with torch.inference_mode():
+        torch.testing.assert_close(victim(image_BCHW), model.eval()(2 * image_BCHW - 1))
+    assert (victim.image_size, victim.embedding_dim) == (32, 32)
+    assert victim(image_BCHW).dtype == torch.float32
+    assert not hasattr(victim, "encode_text")
+    assert not any(module.training for module in victim.train(True).modules())
+    assert not any(parameter.requires_grad for parameter in victim.parameters())
+
+
+def test_what_completes_an_encoder_is_part_of_its_fingerprint(encoder_folder, tmp_path):
+    prints = {load_victim(EncoderVictim(path=str(encoder_folder), precision=p)).fingerprint for p in ("fp32", "bf16")}
+    description = read_json(encoder_folder / "encoder.json", "description")
+    for i, changed in enumerate([{}, {"mean": [0, 0, 0]}, {"image_size": 64}]):
+        copy = shutil.copytree(encoder_folder, tmp_path / str(i))
+        write_json(copy / "encoder.json", {**description, **changed})
+        prints.add(load_victim(EncoderVictim(path=str(copy))).fingerprint)
+    assert len(prints) == 4, "a copy is the same victim"
+
+
+def test_a_published_encoder_is_the_victim_that_its_weights_are(encoder_folder, tmp_path, image_BCHW):
+    simclr_checkpoint(encoder_folder, tmp_path / "model.pth")
+    ours = load_victim(EncoderVictim(path=str(encoder_folder)))
+    half = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    theirs = load_victim(PublishedVictim(path=str(tmp_path / "model.pth"), **half))
+    assert theirs.fingerprint == ours.fingerprint
+    own = load_victim(PublishedVictim(path=str(tmp_path / "model.pth")))
+    assert own.normalise.mean.flatten().tolist() == pytest.approx([0.4914, 0.4822, 0.4465])
+    assert not torch.allclose(own(image_BCHW), ours(image_BCHW), atol=1e-3)
+
+
+def test_a_published_clip_is_the_open_clip_victim_that_its_weights_are(victim_folder, clip_config, tmp_path):
+    """As BadCLIP writes it, distributed, with OpenAI's normaliser; as Detect-CLIP does, bare and with none."""
+    state = load_file(victim_folder / clip.WEIGHTS_FILE)
+    wrapped = {"epoch": 10, "name": "x", "state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}
+    torch.save(wrapped, tmp_path / "badclip.pt")
+    torch.save(state, tmp_path / "model_state_dict.pt")
+    settings = {"path": str(tmp_path / "badclip.pt"), "clip": str(clip_config)}
+    like_openai = load_victim(PublishedVictim(**settings, normaliser="clip"))
+    assert like_openai.fingerprint == load_victim(OpenClipVictim(path=str(victim_folder))).fingerprint
+    assert like_openai.encode_text(["a"]).shape == (1, 16)
+    bare = load_victim(
+        PublishedVictim(**{**settings, "path": str(tmp_path / "model_state_dict.pt")}, normaliser="none")
+    )
+    assert bare.normalise.std.flatten().tolist() == [1, 1, 1]
+    with pytest.raises(Mistake, match="set normaliser to one of"):
+        load_victim(PublishedVictim(**settings))
+    with pytest.raises(Mistake, match="whole CLIP; set `clip`"):
+        load_victim(PublishedVictim(path=settings["path"], normaliser="clip"))
+    with pytest.raises(Mistake, match="leave architecture and image_size out"):
+        load_victim(PublishedVictim(**settings, normaliser="clip", image_size=64))
+
+
+@pytest.mark.slow
+def test_a_decoder_is_trained_against_an_encoder_that_then_scores_and_is_evaluated(
+    local_ray, encoder_folder, write_pictures, tmp_path
+):
+    """Every job that takes a victim takes this one; without text, the probe alone is measured."""
+    write_pictures(tmp_path / "shards", range(32), per_shard=16)
+    for split in ("test", "probe"):
+        write_pictures(tmp_path / split, range(24), split=split)
+    few = {"min_actors": 1, "cpus_per_actor": 0.5, "decode_cpus": 0.5}
+    workers = {"cpus_per_worker": 0.5, "read_cpus": 0.5, "threads_per_worker": 1, "max_failures": 0}
+    decoder = {"shards": str(tmp_path / "shards"), "batch_size": 32, "epochs": 1}
+    encoder = {"kind": "encoder", "path": str(encoder_folder)}
+    run = {"output": str(tmp_path / "run"), "lanes": 4, "workers": workers, "embedding": few}
+    train(TrainConfig.model_validate({**run, "decoder": {**decoder, "victim": encoder}}))
+    victim = load_victim(EncoderVictim(path=str(encoder_folder)))
+    assert load_decoder(tmp_path / "run" / "decoder").victim == victim.fingerprint
+
+    detector = {"kind": "dede", "decoder": str(tmp_path / "run" / "decoder"), "score_mask_ratio": 0.9}
+    rule = {"kind": "assumed_rate", "rate": 0.1, "score": "dede_sum"}
+    scoring = {"shards": str(tmp_path / "shards"), "output": str(tmp_path / "scores"), "victim": encoder}
+    manifest = score(
+        ScoreConfig.model_validate({**scoring, "detectors": [detector], "decision": rule, "resources": few})
+    )
+    assert manifest.info["victim"]["fingerprint"] == victim.fingerprint
+    assert np.isfinite(manifest.table["dede_sum"].to_numpy()).all()
+
+    poisoned = tmp_path / "poisoned"
+    attack = {"shards": str(tmp_path / "shards"), "rate": 0.1, "target_label": 1, "trigger": {"kind": "patch"}}
+    poison(PoisonConfig.model_validate({**attack, "output": str(poisoned), "target_captions": ["one"]}))
+    places = {"truth": str(poisoned / "truth.parquet"), "attack": str(poisoned), "output": str(tmp_path / "report")}
+    shards = {"test_shards": str(tmp_path / "test"), "probe_shards": str(tmp_path / "probe")}
+    text = evaluate(EvaluateConfig(manifest=str(tmp_path / "scores"), **places, **shards, num_gallery=2))
+    assert "VOID: there is no honest victim" in text
+    gate = read_json(tmp_path / "report" / "metrics.json", "metrics")["gate"]
+    assert list(gate["victim"]) == ["probe"]
