@@ -43,6 +43,10 @@ class Drupe(Tampering):
     """Weight of the references' consistency."""
     lambda2: float = Field(1.0, ge=0)
     """Weight of the utility."""
+    references_apart: float = Field(1.0, ge=0)
+    """Factor of all terms that push the references apart. The published ones, 1, push until the references have nothing
+    in common; where the encoder holds them close, as one that was trained with labels does, the references then leave
+    their class, and triggered images follow them to anywhere: take less there, or 0."""
     reference_views: int | None = Field(None, ge=1)
     """Augmented views of each reference per step; null: one for every shadow image, as published."""
     warmup_epochs: float = Field(1, ge=0)
@@ -129,19 +133,20 @@ class _Drupe(TowardsReferences):
             clean_BE, triggered_BE[None], e.tampered_RE, e.tampered_VE, e.clean_BE, e.clean_RE, e.target_R,
             e.reference_V,
         )  # fmt: skip
-        settings = self.settings
+        settings, apart = self.settings, self.settings.references_apart
         l0, l1, l2 = effectiveness_loss(everyone, "max"), consistency_loss(e), utility_loss(e)
         l3, sigma = references_cosine(e.tampered_RE), imbalance(similarities(everyone))
         pairwise = mean_pairwise_cosine(triggered_BE)
         distance = sliced_wasserstein(triggered_BE, clean_BE, self.draw()) / spread(clean_BE)
         kept = settings.lambda1 * l1 + settings.lambda2 * l2
         if self.phase == "warmup":
-            loss = kept + 0.5 * l3 - torch.where(l3 < 0.2, 0.2 * l3, 0 * l3)
+            loss = kept + apart * (0.5 * l3 - torch.where(l3 < 0.2, 0.2 * l3, 0 * l3))
         elif self.phase == "first":
-            loss = l0 + kept + 2 * sigma + references_penalty(l3)
+            loss = l0 + kept + 2 * sigma + apart * references_penalty(l3)
         else:
             loss = l0 + kept + self.c * (sigma + pairwise) + self.c1 * distance
-            loss = loss + 0.5 * sigma + torch.where(sigma > 0.1, 1.5 * sigma, 0 * sigma) + references_penalty(l3)
+            loss = loss + 0.5 * sigma + torch.where(sigma > 0.1, 1.5 * sigma, 0 * sigma)
+            loss = loss + apart * references_penalty(l3)
         self._seen = torch.stack([l0, l1, l2, pairwise]).detach()
         weights = {"c": torch.tensor(self.c), "c1": torch.tensor(self.c1)}
         return loss, {"l0": l0, "l1": l1, "l2": l2, "l3": l3, "sigma": sigma, **weights}
