@@ -3,25 +3,21 @@
 A backdoor is a promise of behaviour: triggered images go to the target class (ASR, attack success rate) while clean
 images are classified as well as ever (CA, clean accuracy). `measure` takes both numbers of one encoder under each
 head: zero-shot where there is text, and classifiers that are fitted on a clean or on a poisoned downstream training
-set. `ActivationGate` compares them with those of the honest victim, the same architecture without a backdoor: a stamp
-may move predictions by itself, and only what it moves beyond that is the backdoor. Numbers of a detector against a
-victim that does not pass the gate mean nothing. `victim.json` keeps all this beside the victim.
+set. activation.py judges them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -30,13 +26,11 @@ from torch import nn
 
 from dede_ray.attacks.triggers import Stamp, square
 from dede_ray.clip import to_unit_range
-from dede_ray.config import Config, Mistake, explain, read_json, write_json
-from dede_ray.encoders import WEIGHTS_FILE as ENCODER_WEIGHTS_FILE
+from dede_ray.config import Config, Mistake
 from dede_ray.metrics import Interval, proportion
 from dede_ray.shards import BadSample, Limits, Shard, iter_chunks, sample_id
 from dede_ray.sources import Classes, class_captions, draw
-from dede_ray.victims import EncoderVictim, Victim, VictimConfig
-from dede_ray.weights import WEIGHTS_FILE as CLIP_WEIGHTS_FILE
+from dede_ray.victims import Victim
 
 logger = logging.getLogger(__name__)
 
@@ -68,82 +62,6 @@ class Behaviour:
     """The same with the target's own images, as BadEncoder, DRUPE and CTRL count; for comparing with their tables."""
     poison_rate: float = 0.0
     """Of the images that the head was fitted on; they are stamped, and labelled as the target."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the gate says of a victim; the keys of both dicts are heads, `zero_shot` and `probe`."""
-
-    passes: bool
-    reason: str
-    victim: Mapping[str, Behaviour]
-    honest: Mapping[str, Behaviour] | None
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-class ActivationGate(Config):
-    """What a victim must do before a detector's numbers against it count; one head has to meet all three.
-
-    Only a head that was fitted on clean images counts: a classifier that was itself trained on the trigger finds it in
-    any encoder.
-
-    Source: the thresholds are ours; that published victims often do not activate is why there are any.
-    """
-
-    min_asr: float | None = Field(None, ge=0, le=1)
-    """Least attack success rate; None is 0.9, and 0.6 for CTRL and BadCLIP, whose published one is fragile."""
-    min_asr_gain: float = Field(0.2, ge=0, le=1)
-    """Least distance of the ASR from that of the honest victim on the same triggered images."""
-    max_ca_loss: float = Field(0.05, ge=0, le=1)
-    """Clean accuracy that the victim may lose against the honest victim."""
-
-    def judge(
-        self, victim: Mapping[str, Behaviour], honest: Mapping[str, Behaviour] | None, attack: str = ""
-    ) -> Verdict:
-        """Compare a victim with the honest one, head by head; `attack` chooses the least ASR where none is set."""
-        if honest is None:
-            reason = "there is no honest victim to compare with, so nobody knows what the stamp does by itself"
-            return Verdict(False, reason, victim, None)
-        min_asr = MIN_ASR.get(attack, 0.9) if self.min_asr is None else self.min_asr
-        complaints = {
-            head: self._complaints(victim[head], honest[head], min_asr)
-            for head in victim
-            if not victim[head].poison_rate
-        }
-        passed = [head for head, said in complaints.items() if not said]
-        if passed:
-            head = passed[0]
-            reason = (
-                f"{_words(head)}: ASR {victim[head].asr.value:.1%}, the honest victim's {honest[head].asr.value:.1%}; "
-                f"CA {victim[head].ca.value:.1%}, the honest victim's {honest[head].ca.value:.1%}"
-            )
-        else:
-            reason = "; ".join(f"{_words(head)}: {' and '.join(said)}" for head, said in complaints.items())
-        return Verdict(bool(passed), reason, victim, honest)
-
-    def _complaints(self, victim: Behaviour, honest: Behaviour, min_asr: float) -> list[str]:
-        asr, gain, loss = victim.asr.value, victim.asr.value - honest.asr.value, honest.ca.value - victim.ca.value
-        slack = 1e-9  # 0.90 - 0.85 is 0.05000000000000004
-        complaints = []
-        if not asr >= min_asr - slack:
-            complaints.append(f"ASR {asr:.1%} is below {min_asr:.0%}")
-        if not gain >= self.min_asr_gain - slack:
-            complaints.append(
-                f"ASR is {100 * gain:+.1f} points from the honest victim's, not {self.min_asr_gain:.0%} above"
-            )
-        if not loss <= self.max_ca_loss + slack:
-            complaints.append(f"CA {victim.ca.value:.1%} is more than {self.max_ca_loss:.0%} below the honest victim's")
-        return complaints
-
-
-MIN_ASR = {"ctrl": 0.6, "frequency": 0.6, "badclip": 0.6}
-"""Least ASR by attack, or by trigger where data were poisoned, if not 0.9."""
-
-
-def _words(head: str) -> str:
-    return head.replace("_", "-")
 
 
 # ----------------------------------------------------------------------------------------------------- heads
@@ -402,109 +320,3 @@ def draw_labelled(shards: Sequence[Shard], num: int, seed: int, limits: Limits) 
         names = ", ".join(shard.name for shard in shards[:3])
         raise Mistake(f"no sample with an image and a label (a .cls member) in {names}; name labelled shards")
     return sorted(drawn, key=lambda image: image.sample_id)
-
-
-# ---------------------------------------------------------------------------------------------- victim.json
-
-
-class VictimRecord(Config):
-    """What `victim.json` says: how a victim was made, and what it does. Its folder holds a poisoned model, or its twin.
-
-    Architecture, image size and normaliser stand in the folder's own description, the JSON beside the weights.
-    """
-
-    attack: str
-    """Name of the attack; `honest` for a victim without a backdoor."""
-    is_backdoored: bool
-    """The mark for whoever finds the folder: not for use."""
-    settings: dict[str, Any]
-    """All settings that made it, poison rate included."""
-    trigger: dict[str, Any] | None
-    """The trigger it learnt, which is also the one to test it with."""
-    target_label: int | None
-    training_data: list[str]
-    seed: int
-    image_size: int
-    mean: list[float]
-    std: list[float]
-    fingerprint: str
-    """Of the victim that was measured."""
-    checkpoint_sha256: str
-    """Of the file of weights."""
-    behaviour: dict[str, Behaviour]
-    honest_fingerprint: str | None
-    honest: dict[str, Behaviour] | None
-    """The honest twin under the same heads, with the same trigger; its ASR is the papers' ASR-B."""
-    passes: bool
-    reason: str
-    """Of the activation gate."""
-
-
-def write_record(
-    victim: Victim,
-    victim_config: VictimConfig,
-    verdict: Verdict,
-    honest: Victim | None,
-    *,
-    attack: str,
-    settings: dict[str, Any],
-    trigger: Config | None,
-    target_label: int | None,
-    training_data: Sequence[str],
-    seed: int,
-) -> VictimRecord:
-    """Write `victim.json` into a victim's folder (beside its file, where it is one) and return what it says."""
-    weights = _weights_file(victim_config)
-    digest = hashlib.sha256()
-    with weights.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    record = VictimRecord(
-        attack=attack,
-        is_backdoored=attack != "honest",
-        settings=settings,
-        trigger=trigger and trigger.model_dump(mode="json"),
-        target_label=target_label,
-        training_data=list(training_data),
-        seed=seed,
-        image_size=victim.image_size,
-        mean=victim.normalise.mean.flatten().tolist(),
-        std=victim.normalise.std.flatten().tolist(),
-        fingerprint=victim.fingerprint,
-        checkpoint_sha256=digest.hexdigest(),
-        behaviour=dict(verdict.victim),
-        honest_fingerprint=honest and honest.fingerprint,
-        honest=verdict.honest and dict(verdict.honest),
-        passes=verdict.passes,
-        reason=verdict.reason,
-    )
-    write_json(weights.parent / "victim.json", record.model_dump(mode="json"))
-    return record
-
-
-def read_record(victim: Victim, victim_config: VictimConfig) -> VictimRecord | None:
-    """Read the `victim.json` of a victim; None where it has none.
-
-    Raises:
-        Mistake: it is about other weights, or no such record.
-    """
-    path = _weights_file(victim_config).parent / "victim.json"
-    if not path.is_file():
-        return None
-    try:
-        record = VictimRecord.model_validate(read_json(path, "record of a victim"))
-    except ValidationError as error:
-        raise Mistake(f"{path} is no record of a victim:\n{explain(error, VictimRecord)}") from None
-    if record.fingerprint != victim.fingerprint:
-        raise Mistake(
-            f"{path} is about other weights ({record.fingerprint[:12]}) than the victim beside it "
-            f"({victim.fingerprint[:12]}); measure the victim again, or delete the record"
-        )
-    return record
-
-
-def _weights_file(config: VictimConfig) -> Path:
-    path = Path(config.path)
-    if not path.is_dir():
-        return path
-    return path / (ENCODER_WEIGHTS_FILE if isinstance(config, EncoderVictim) else CLIP_WEIGHTS_FILE)

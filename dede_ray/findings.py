@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from dede_ray.activation import Verdict
 from dede_ray.config import Mistake
-from dede_ray.downstream import Verdict
 from dede_ray.manifest import Manifest
 from dede_ray.metrics import auroc_difference, detection_metrics, false_discovery_proportion, proportion
 

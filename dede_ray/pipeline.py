@@ -17,7 +17,10 @@ from typing import Any
 from pydantic import Field
 
 from dede_ray import simclr
+from dede_ray.activation import MeasureConfig, measure_victim
+from dede_ray.attacks.attack import AttackConfig, attack
 from dede_ray.attacks.poison import PoisonConfig, poison
+from dede_ray.check import CheckConfig, check
 from dede_ray.config import Config, Mistake, load
 from dede_ray.ingest import IngestConfig, ingest
 from dede_ray.report import EvaluateConfig, evaluate
@@ -33,6 +36,9 @@ STEPS: dict[str, tuple[type[Config], Callable[[Any], str]]] = {
     "poison": (PoisonConfig, poison),
     "train_clip": (TrainConfig, train),
     "train_simclr": (simclr.SimclrConfig, simclr.train),
+    "attack": (AttackConfig, attack),
+    "measure": (MeasureConfig, measure_victim),
+    "check": (CheckConfig, check),
     "score": (ScoreConfig, lambda config: score(config).summary()),
     "sift": (SiftConfig, sift),
     "evaluate": (EvaluateConfig, evaluate),

@@ -1,7 +1,7 @@
 """Evaluation: hold a manifest against the truth, and show what came out in numbers, figures and one page.
 
 `evaluate` answers three questions in the order in which a reader should ask them. Is the victim backdoored at all
-(the activation gate of downstream.py)? What was flagged, and how much of it is poisoned? And does the detector see the
+(the activation gate of activation.py)? What was flagged, and how much of it is poisoned? And does the detector see the
 backdoor, or only the stamp: the honest victim, scored on the same images, stands beside every number.
 
 It writes `metrics.json` (everything: findings.py), `table.md` and `report.html` (both made from it, the latter and
@@ -18,19 +18,19 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import Field, ValidationError
 
-from dede_ray import downstream
+from dede_ray.activation import Examination, Verdict, VictimRecord, read_record
 from dede_ray.attacks.poison import PoisonConfig, read_attack
-from dede_ray.config import Config, Mistake, explain, write_atomically, write_json
+from dede_ray.config import Mistake, explain, write_atomically, write_json
 from dede_ray.findings import join, measure, table
 from dede_ray.manifest import Manifest, read_manifest
 from dede_ray.page import draw_page, make_gallery
 from dede_ray.scoring import ScoreConfig
-from dede_ray.shards import Limits, list_shards
+from dede_ray.shards import list_shards
 from dede_ray.sources import read_classes
 from dede_ray.victims import Victim, load_victim
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(Examination):
     """Which manifest to hold against which truth."""
 
     manifest: str
@@ -41,26 +41,10 @@ class EvaluateConfig(Config):
     """truth.parquet of the poisoned shards."""
     attack: str
     """Folder of the poisoned shards; its run.json tells the trigger and the target."""
-    test_shards: str | list[str]
-    """Clean labelled shards on which CA and ASR are measured, classes.json beside them."""
-    probe_shards: str | list[str]
-    """Clean labelled shards on which the linear probe is fitted; not the test shards."""
     output: str
     """Folder for the page, the table, the numbers and the figures; overwritten."""
-    gate: downstream.ActivationGate = downstream.ActivationGate()
-    """What the victim must do for the numbers to count."""
-    heads: list[downstream.FittedHead] = Field([downstream.LinearProbe()], min_length=1)
-    """Classifiers that are fitted on the probe shards; zero-shot joins them where the victim knows text."""
-    probe_poison_rate: float = Field(0, ge=0, lt=1)
-    """Above 0, each head is fitted again with this share of its images poisoned; that opens no gate."""
-    max_test_samples: int = Field(10_000, gt=0)
-    """Test images, at most."""
-    max_probe_samples: int = Field(5_000, gt=0)
-    """Images that the probe is fitted on, at most."""
     num_gallery: int = Field(8, ge=1)
     """Poisoned samples in the gallery, and as many clean ones."""
-    seed: int = Field(0, ge=0)
-    """Draws the test and probe images where there are more, and the clean samples of the gallery."""
 
 
 def evaluate(config: EvaluateConfig) -> str:
@@ -78,7 +62,7 @@ def evaluate(config: EvaluateConfig) -> str:
     scan = join(manifest, honest, _read_truth(config.truth), config.truth)
     attack = read_attack(config.attack)
     victim = _load_victim(manifest)
-    record = downstream.read_record(victim, _settings(manifest).victim)
+    record = read_record(victim, _settings(manifest).victim)
     verdict, target_name = _gate(config, attack, victim, _load_victim(honest) if honest else None, record)
     metrics = {
         **measure(scan, manifest.info, verdict),
@@ -141,31 +125,16 @@ def _gate(
     attack: PoisonConfig,
     victim: Victim,
     honest: Victim | None,
-    record: downstream.VictimRecord | None,
-) -> tuple[downstream.Verdict, str]:
+    record: VictimRecord | None,
+) -> tuple[Verdict, str]:
     """Measure both victims on the same test images; also the target's name.
 
     A victim that failed its gate when it was made fails here, whatever these test images say.
     """
-    limits = Limits()
-    test_shards, probe_shards = list_shards(config.test_shards), list_shards(config.probe_shards)
-    if shared := {shard.url for shard in test_shards} & {shard.url for shard in probe_shards}:
-        raise Mistake(f"{len(shared)} shards are both test_shards and probe_shards, such as {min(shared)}; split them")
-    test = downstream.draw_labelled(test_shards, config.max_test_samples, config.seed, limits)
-    probe = downstream.draw_labelled(probe_shards, config.max_probe_samples, config.seed, limits)
-    classes = read_classes(test_shards)
-    behaviour, control = (
-        downstream.measure(
-            one, test, probe, classes, attack.trigger, attack.target_label, limits,
-            config.heads, config.probe_poison_rate, config.seed,
-        )
-        if one
-        else None
-        for one in (victim, honest)
-    )  # fmt: skip
-    assert behaviour is not None
-    name = classes.names[attack.target_label] if classes else f"label {attack.target_label}"
-    verdict = config.gate.judge(behaviour, control, record.attack if record else attack.trigger.kind)
+    verdict = config.examine(
+        victim, honest, attack.trigger, attack.target_label, record.attack if record else attack.trigger.kind
+    )
     if record and not record.passes:
         verdict = replace(verdict, passes=False, reason=f"victim.json: {record.reason}")
-    return verdict, name
+    classes = read_classes(list_shards(config.test_shards))
+    return verdict, classes.names[attack.target_label] if classes else f"label {attack.target_label}"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from dede_ray.activation import ActivationGate, read_record, write_record
 from dede_ray.attacks.triggers import Patch
 from dede_ray.config import Mistake, write_json
 from dede_ray.downstream import (
-    ActivationGate,
     Behaviour,
     Labelled,
     LinearProbe,
@@ -22,9 +22,7 @@ from dede_ray.downstream import (
     embed,
     measure,
     probe_head,
-    read_record,
     unit,
-    write_record,
 )
 from dede_ray.encoders import Described, ResNet, build_encoder, save_encoder
 from dede_ray.metrics import proportion

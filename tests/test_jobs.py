@@ -23,7 +23,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from dede_ray.check import CheckConfig
 from dede_ray.config import load
 from dede_ray.pipeline import STEPS, PipelineConfig, parse_steps
 
@@ -81,8 +80,6 @@ def test_every_config_loads_and_opens_with_its_command(path, monkeypatch):
         from dede_ray.speed import SpeedConfig
 
         load(SpeedConfig, [str(path)])
-    elif job == "check":
-        load(CheckConfig, [str(path)])
     else:
         load(STEPS[job][0], [str(path)])
 

@@ -7,7 +7,8 @@ import numpy as np
 from evaluation import EVIL, EVIL_KEY
 from PIL import Image
 
-from dede_ray.downstream import Behaviour, Verdict
+from dede_ray.activation import Verdict
+from dede_ray.downstream import Behaviour
 from dede_ray.findings import measure, table
 from dede_ray.manifest import read_manifest
 from dede_ray.metrics import proportion

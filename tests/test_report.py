@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from evaluation import CONTROLS, NUM, NUM_POISONED, SCORES, config
 
+from dede_ray.activation import Verdict, write_record
 from dede_ray.config import Mistake
-from dede_ray.downstream import Behaviour, Verdict, write_record
+from dede_ray.downstream import Behaviour
 from dede_ray.findings import join, reading, table
 from dede_ray.manifest import read_manifest, write_manifest
 from dede_ray.metrics import proportion
