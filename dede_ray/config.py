@@ -238,11 +238,13 @@ def main(kind: type[C], job: Callable[[C], Any], in_demo: Callable[[str | None],
     try:
         if argv and argv[0] in {"-h", "--help"}:
             print(f"usage: {sys.argv[0]} <config.yaml> [--setting value ...]\n")
-            # tyro wants a default for lists of settings, which the YAML gives; their help comes with it.
-            lists: dict[str, Any] = {
-                n: (f.annotation, []) for n, f in kind.model_fields.items() if get_origin(f.annotation) is list
+            # tyro wants a default for collections of settings, which the YAML gives; their help comes with it.
+            empty: dict[str, Any] = {
+                name: (field.annotation, origin())
+                for name, field in kind.model_fields.items()
+                if (origin := get_origin(field.annotation)) in (list, dict)
             }
-            helped = create_model(kind.__name__, __base__=kind, **lists)  # type: ignore[call-overload]
+            helped = create_model(kind.__name__, __base__=kind, **empty)  # type: ignore[call-overload]
             tyro.cli(tyro.conf.AvoidSubcommands[helped], args=["--help"], prog=sys.argv[0])  # type: ignore[valid-type, misc]
         if in_demo is not None and (not argv or (len(argv) == 1 and "steps" in _read_yaml(argv[0]))):
             outcome = in_demo(argv[0] if argv else None)

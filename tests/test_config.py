@@ -11,11 +11,11 @@ import pytest
 from pydantic import Field, ValidationError
 
 from dede_ray.attacks.poison import PoisonConfig
-from dede_ray.check import CheckConfig
 from dede_ray.config import Config, Mistake, claim, finish, load, main, read_json, write_atomically, write_json
 from dede_ray.ingest import IngestConfig
 from dede_ray.pipeline import STEPS
 from dede_ray.speed import SpeedConfig
+from dede_ray.zoo import ZooConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -216,10 +216,11 @@ def test_help_is_written_by_the_field_docstrings():
     assert "Samples in one tar" in job.stdout
 
 
-@pytest.mark.parametrize("kind", [kind for kind, _ in STEPS.values()] + [CheckConfig, SpeedConfig])
+@pytest.mark.parametrize("kind", [kind for kind, _ in STEPS.values()] + [SpeedConfig, ZooConfig])
 def test_every_job_explains_its_settings(kind, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["job.py", "--help"])
     with pytest.raises(SystemExit) as ended:
         main(kind, print)
     assert ended.value.code == 0
-    assert "--output" in capsys.readouterr().out
+    first = next(name for name, field in kind.model_fields.items() if "str" in str(field.annotation))
+    assert f"--{first.replace(chr(95), chr(45))}" in capsys.readouterr().out

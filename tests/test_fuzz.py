@@ -30,14 +30,9 @@ from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from dede_ray.attacks.poison import PoisonConfig
-from dede_ray.check import CheckConfig
 from dede_ray.clip import build_clip, model_description
 from dede_ray.config import Config, Mistake, load, parse_json, read_json
-from dede_ray.ingest import IngestConfig
-from dede_ray.pipeline import PipelineConfig
-from dede_ray.report import EvaluateConfig
-from dede_ray.scoring import ScoreConfig
+from dede_ray.pipeline import STEPS, PipelineConfig
 from dede_ray.shards import (
     REASONS,
     BadSample,
@@ -49,17 +44,15 @@ from dede_ray.shards import (
     list_shards,
     open_tar,
 )
-from dede_ray.sift import SiftConfig
 from dede_ray.sources import read_classes
 from dede_ray.speed import SpeedConfig
-from dede_ray.training import TrainConfig
 from dede_ray.weights import read_tensors
+from dede_ray.zoo import ZooConfig
 
 LIMITS = Limits(max_pixels=4_000_000, max_member_bytes=1_000_000)
 CONFIGS = Path(__file__).parents[1] / "configs"
 JOBS: dict[str, type[Config]] = {
-    "check": CheckConfig, "demo": PipelineConfig, "evaluate": EvaluateConfig, "ingest": IngestConfig,
-    "poison": PoisonConfig, "score": ScoreConfig, "sift": SiftConfig, "speed": SpeedConfig, "train": TrainConfig,
+    **{name: kind for name, (kind, _) in STEPS.items()}, "demo": PipelineConfig, "speed": SpeedConfig, "zoo": ZooConfig,
 }  # fmt: skip
 
 
@@ -183,7 +176,8 @@ def load_yaml(kind: type[Config], text: str) -> None:
 @functools.cache
 def configs() -> list[tuple[type[Config], Any]]:
     paths = sorted(CONFIGS.glob("*.yaml"))
-    return [(JOBS[path.name.split("_")[0].split(".")[0]], yaml.safe_load(path.read_text())) for path in paths]
+    jobs = [max((job for job in JOBS if path.name.startswith(job)), key=len) for path in paths]
+    return [(JOBS[job], yaml.safe_load(path.read_text())) for job, path in zip(jobs, paths, strict=True)]
 
 
 odd_values = st.one_of(

@@ -58,6 +58,9 @@ from dede_ray.sources import Classes, class_captions, pick_caption, read_classes
 logger = logging.getLogger(__name__)
 
 
+MARK = "Poisoned by dede_ray for research on defences: do not train a model on this that anybody is to use."
+"""Stands in every shard that `poison` writes, as a comment of the tar (a global pax header), and travels with it."""
+
 TRUTH_SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -537,7 +540,7 @@ def _add_samples(tar: tarfile.TarFile, samples: list[Sample]) -> None:
 def _write_tar(path: Path, is_complete: bool) -> Iterator[tarfile.TarFile]:
     """Open a tar for writing, gzipped if its name says so; absent or whole. Without its end if it is not complete."""
     with write_whole(path, path.name.endswith("gz")) as stream:
-        tar = tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT)
+        tar = tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": MARK})
         yield tar
         if is_complete:
             tar.close()  # writes the end; everything else is written already
