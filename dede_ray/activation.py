@@ -314,7 +314,7 @@ class MeasureConfig(Examination):
     victim: VictimConfig
     """The encoder to examine."""
     honest: VictimConfig | None = None
-    """The same without a backdoor; without it nothing passes the gate."""
+    """The same without a backdoor; without it nothing passes the gate. Not asked for where the victim is honest."""
     made_by: str | None = None
     """Folder that tells trigger and target: the poisoned shards of jobs/poison.py, or the output of jobs/attack.py;
     null where the victim is an honest one."""
@@ -375,8 +375,10 @@ def measure_victim(config: MeasureConfig) -> str:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     victim = load_victim(config.victim).to(device)
-    honest = load_victim(config.honest).to(device) if config.honest else None
-    planted = read_planted(config.made_by, config.backdoor) if config.made_by else Planted("honest", Nothing(), 0, {})
+    planted, honest = Planted("honest", Nothing(), 0, {}), None
+    if config.made_by is not None:
+        planted = read_planted(config.made_by, config.backdoor)
+        honest = load_victim(config.honest).to(device) if config.honest else None
     attack = config.attack or planted.attack
     verdict = config.examine(victim, honest, planted.trigger, planted.target_label, attack)
     if config.made_by is None:

@@ -106,6 +106,8 @@ class _Crew:
         self.processes: set[subprocess.Popen[str]] = set()
         self.guard = threading.Lock()  # of `processes`, `is_stopping` and the file of times
         self.is_stopping = False
+        self.before = _read_times(folder)
+        self.started = time.monotonic()
 
     def run(self) -> dict[str, str]:
         """Run all branches; returns those that failed, or never began, and why."""
@@ -156,7 +158,7 @@ class _Crew:
                 stream.write(said)
             with self.guard:
                 self.processes.discard(process)
-                self._count(line, time.monotonic() - started)
+                self._count(name, time.monotonic() - started)
             if process.returncode:
                 return f"`{' '.join(line.split())}` ended with exit code {process.returncode}; see {log}"
             logger.info(
@@ -184,10 +186,21 @@ class _Crew:
             for process in self.processes:
                 process.terminate()
 
-    def _count(self, line: str, seconds: float) -> None:
-        path = self.folder / "times.json"
-        times = read_json(path, "record of times") if path.is_file() else {}
-        write_json(path, {**times, line: round(times.get(line, 0) + seconds, 1)})
+    def _count(self, name: str, seconds: float) -> None:
+        """Add to what a branch took, and to the whole: the time that runs of this zoo lasted, one after the other."""
+        branches = _read_times(self.folder)["branches"]
+        branches[name] = round(branches.get(name, 0) + seconds, 1)
+        elapsed = round(self.before["elapsed"] + time.monotonic() - self.started, 1)
+        write_json(self.folder / TIMES_FILE, {"elapsed": elapsed, "branches": branches})
+
+
+TIMES_FILE = "times.json"
+
+
+def _read_times(folder: Path) -> dict[str, Any]:
+    """Seconds of every branch, and of the whole, over all runs so far."""
+    path = folder / TIMES_FILE
+    return read_json(path, "record of times") if path.is_file() else {"elapsed": 0.0, "branches": {}}
 
 
 def _is_main_thread() -> bool:
@@ -204,8 +217,7 @@ def _last(said: str) -> str:
 
 def _tell(config: ZooConfig, folder: Path) -> str:
     """Write the records and the table of all victims that have one."""
-    path = folder / "times.json"
-    times = read_json(path, "record of times") if path.is_file() else {}
+    times = _read_times(folder)
     records: dict[str, Any] = {}
     rows = []
     for name, branch in config.branches.items():
@@ -214,16 +226,17 @@ def _tell(config: ZooConfig, folder: Path) -> str:
         raw = read_json(Path(branch.victim) / "victim.json", "record of a victim")
         record = VictimRecord.model_validate(raw)
         records[name] = raw
-        minutes = sum(times.get(line, 0) for line in branch.steps) / 60
-        rows += _rows(name, record, f"{minutes:.0f}")
-    head = "| victim | head | CA | honest | ASR | honest | W | honest | gate | minutes |"
-    table = "\n".join([head, "| --- | --- " + "| ---: " * 6 + "| --- | ---: |", *rows])
-    write_json(folder / "zoo.json", {"victims": records, "seconds": times})
+        rows += _rows(name, record)
+    head = "| victim | head | CA | honest | ASR | honest | W | honest | gate |"
+    minutes = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in times["branches"].items())
+    took = f"{times['elapsed'] / 60:.1f} minutes, {config.at_once} branches at once; minutes of each: {minutes}"
+    table = "\n".join([head, "| --- | --- " + "| ---: " * 6 + "| --- |", *rows, "", took])
+    write_json(folder / "zoo.json", {"victims": records, "times": times})
     write_atomically(folder / "zoo.md", table + "\n")
     return table
 
 
-def _rows(name: str, record: VictimRecord, minutes: str) -> list[str]:
+def _rows(name: str, record: VictimRecord) -> list[str]:
     """One row per head; `W` is how far the trigger moves the embeddings (activation.Displacement)."""
     moved, moved_honest = record.displacement, record.honest_displacement
     rows = []
@@ -239,10 +252,9 @@ def _rows(name: str, record: VictimRecord, minutes: str) -> list[str]:
             f"{moved.wasserstein:.2f}" if moved and record.is_backdoored else "",
             f"{moved_honest.wasserstein:.2f}" if moved_honest else "",
             ("passes" if record.passes else "does not pass") if record.is_backdoored else "",
-            minutes,
         ]
         rows.append("| " + " | ".join(cells) + " |")
-        name = minutes = ""
+        name = ""
     return rows
 
 

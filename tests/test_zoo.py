@@ -74,7 +74,8 @@ def test_the_table_has_what_worked_and_the_mistake_says_what_did_not(work, capfd
     table = build_zoo(zoo(**branches))
     records = json.loads((work / "zoo" / "zoo.json").read_text())
     assert records["victims"].keys() == {"honest"}
-    assert records["seconds"].keys() >= {"measure measure.yaml", "measure measure.yaml --made-by poisoned"}
+    assert records["times"]["branches"].keys() == {"honest", "broken", "stranded"}
+    assert records["times"]["elapsed"] == pytest.approx(sum(records["times"]["branches"].values()), abs=2)
     assert table in (work / "zoo" / "zoo.md").read_text()
 
 
