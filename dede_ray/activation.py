@@ -27,7 +27,7 @@ from dede_ray.downstream import Behaviour, FittedHead, Labelled, LinearProbe, dr
 from dede_ray.encoders import WEIGHTS_FILE as ENCODER_WEIGHTS_FILE
 from dede_ray.shards import Limits, list_shards
 from dede_ray.sources import Classes, read_classes
-from dede_ray.victims import EncoderVictim, Victim, VictimConfig, load_victim
+from dede_ray.victims import EncoderVictim, OptionalVictimConfig, Victim, VictimConfig, load_victim
 from dede_ray.weights import WEIGHTS_FILE as CLIP_WEIGHTS_FILE
 
 # ---------------------------------------------------------------------------------------------------- the gate
@@ -313,7 +313,7 @@ class MeasureConfig(Examination):
 
     victim: VictimConfig
     """The encoder to examine."""
-    honest: VictimConfig | None = None
+    honest: OptionalVictimConfig = None
     """The same without a backdoor; without it nothing passes the gate. Not asked for where the victim is honest."""
     made_by: str | None = None
     """Folder that tells trigger and target: the poisoned shards of jobs/poison.py, or the output of jobs/attack.py;
