@@ -319,7 +319,8 @@ class MeasureConfig(Examination):
     """Folder that tells trigger and target: the poisoned shards of jobs/poison.py, or the output of jobs/attack.py;
     null where the victim is an honest one."""
     attack: str | None = None
-    """Name of the attack in `victim.json`; null takes the method's, or that of the trigger of poisoned shards."""
+    """Name of the attack in `victim.json`; null takes the method's, or that of the trigger of poisoned shards. An honest
+    victim's is `honest`."""
     backdoor: int = Field(0, ge=0)
     """Which backdoor, where `made_by` planted several: 0 is the first."""
 
@@ -379,7 +380,7 @@ def measure_victim(config: MeasureConfig) -> str:
     if config.made_by is not None:
         planted = read_planted(config.made_by, config.backdoor)
         honest = load_victim(config.honest).to(device) if config.honest else None
-    attack = config.attack or planted.attack
+    attack = config.attack if config.attack and config.made_by else planted.attack
     verdict = config.examine(victim, honest, planted.trigger, planted.target_label, attack)
     if config.made_by is None:
         verdict = Verdict(False, "an honest victim has no backdoor that could be active", verdict.victim, None)

@@ -72,7 +72,7 @@ def test_a_victim_that_is_not_backdoored_is_recorded_and_does_not_pass(world):
 
 
 def test_an_honest_victim_has_no_backdoor_that_could_be_active(world):
-    said = measure_victim(config(world, made_by=None, honest=None, victim=config(world).honest))
+    said = measure_victim(config(world, made_by=None, attack="ctrl", victim=config(world).honest))
     assert said.startswith("honest: does not pass its gate (an honest victim has no backdoor")
     record = json.loads((world / "honest" / "victim.json").read_text())
     assert not record["is_backdoored"]

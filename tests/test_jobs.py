@@ -25,6 +25,7 @@ from PIL import Image
 
 from dede_ray.config import load
 from dede_ray.pipeline import STEPS, PipelineConfig, parse_steps
+from dede_ray.zoo import ZooConfig
 
 ROOT = Path(__file__).parents[1]
 SMOKE = "configs/demo_smoke.yaml"
@@ -80,6 +81,9 @@ def test_every_config_loads_and_opens_with_its_command(path, monkeypatch):
         from dede_ray.speed import SpeedConfig
 
         load(SpeedConfig, [str(path)])
+    elif job == "zoo":
+        for branch in load(ZooConfig, [str(path)]).branches.values():
+            parse_steps(PipelineConfig(steps=list(branch.steps)))
     else:
         load(STEPS[job][0], [str(path)])
 
