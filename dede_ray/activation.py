@@ -319,8 +319,8 @@ class MeasureConfig(Examination):
     """Folder that tells trigger and target: the poisoned shards of jobs/poison.py, or the output of jobs/attack.py;
     null where the victim is an honest one."""
     attack: str | None = None
-    """Name of the attack in `victim.json`; null takes the method's, or that of the trigger of poisoned shards. An honest
-    victim's is `honest`."""
+    """Name of the attack in `victim.json`; null takes the method's, or that of the trigger of poisoned shards. That of
+    an honest victim is `honest`."""
     backdoor: int = Field(0, ge=0)
     """Which backdoor, where `made_by` planted several: 0 is the first."""
 

@@ -157,11 +157,15 @@ def _without_nan(content: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------- words and table
 
 
+REFUSED = "no number of the detector is quoted, as it would say nothing about the detector; metrics.json has them all"
+
+
 def table(metrics: Numbers) -> str:
-    """The short Markdown table: the gate, the decision, one row per score with its honest control."""
-    lines = (
-        [f"**VOID: {metrics['void']}. The numbers below say nothing about the detector.**\n"] if metrics["void"] else []
-    )
+    """The short Markdown table: the gate, the decision, one row per score with its honest control.
+
+    Where the victim did not pass its gate there is nothing that a detector could have found, and no number to quote.
+    """
+    lines = [f"**VOID: {metrics['void']}.**\n"] if metrics["void"] else []
     for head, one in metrics["gate"]["victim"].items():
         control = (metrics["gate"]["honest"] or {}).get(head)
         lines.append(
@@ -173,6 +177,9 @@ def table(metrics: Numbers) -> str:
             )
         )
     lines.append(f"- activation gate: {'passed' if metrics['gate']['passes'] else 'NOT passed'}")
+    if metrics["void"]:
+        lines.append(f"- {REFUSED}")
+        return "\n".join(lines)
     lines.append(f"- decision: {decision_in_words(metrics)}\n")
     lines.append("| score | victim AUROC | honest AUROC | difference | AP | TPR at FPR 1 % | TPR at FPR 0.1 % |")
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")

@@ -31,6 +31,7 @@ from dede_ray.config import Mistake
 from dede_ray.decoder import sample_keys
 from dede_ray.detectors import DeDe
 from dede_ray.findings import (
+    REFUSED,
     Numbers,
     Scan,
     auroc_text,
@@ -115,19 +116,19 @@ def draw_page(scan: Scan, metrics: Numbers, gallery: Gallery) -> tuple[str, dict
     """Make the page, one HTML file that needs nothing else, no network and no script; and the figures, PNGs by name.
 
     Whatever comes from shards or file names passes through `_text`; the content security policy of the page, which
-    allows no script at all, is a second wall behind it.
+    allows no script at all, is a second wall behind it. Without an active backdoor it quotes no number of the detector.
     """
-    figures = {
-        "roc": _draw_roc(scan, metrics),
-        "histograms": _draw_histograms(scan, metrics),
-        "gallery": _draw_gallery(gallery),
-        "overview": _draw_overview(scan, metrics, gallery),
-    }
+    figures = {"gallery": _draw_gallery(gallery)}
+    numbers = []
+    if not metrics["void"]:
+        figures["roc"], figures["histograms"] = _draw_roc(scan, metrics), _draw_histograms(scan, metrics)
+        figures["overview"] = _draw_overview(scan, metrics, gallery)
+        curves = {name: _as_svg(figures[name], name) for name in ("roc", "histograms")}
+        numbers = [_trust_section(metrics), _figure_section(curves)]
     pictures = {name: _as_png(figure) for name, figure in figures.items()}
     sections = [
         _verdict_section(metrics),
-        _trust_section(metrics),
-        _figure_section({name: _as_svg(figures[name], name) for name in ("roc", "histograms")}),
+        *numbers,
         _gallery_section(scan, metrics, gallery),
         _list_section(scan, metrics),
         _made_section(metrics),
@@ -354,16 +355,20 @@ def _text(content: Any) -> str:
 def _verdict_section(metrics: Numbers) -> str:
     decision, counts, gate = metrics["decision"], metrics["counts"], metrics["gate"]
     found, flagged = decision["num_flagged_poisoned"], decision["num_flagged"]
-    tiles = [
-        _tile("flagged", f"{flagged:,}", f"of {counts['samples']:,} samples scanned", ""),
-        _tile("of these, poisoned", f"{found:,}", _of_the_list(decision), "poisoned"),
-        _tile(
-            "of all poisoned, found",
-            _percent(decision["recall"]),
-            f"{found:,} of {_num_scored_poisoned(counts):,}",
-            "poisoned",
-        ),
-    ]
+    tiles = [_tile("flagged", f"{flagged:,}", f"of {counts['samples']:,} samples scanned", "")]
+    tiles += (
+        []
+        if metrics["void"]
+        else [
+            _tile("of these, poisoned", f"{found:,}", _of_the_list(decision), "poisoned"),
+            _tile(
+                "of all poisoned, found",
+                _percent(decision["recall"]),
+                f"{found:,} of {_num_scored_poisoned(counts):,}",
+                "poisoned",
+            ),
+        ]
+    )
     for head, one in gate["victim"].items():
         control = (gate["honest"] or {}).get(head)
         beside = f"honest victim {_percent(control['asr'])}" if control else "no honest victim"
@@ -375,7 +380,7 @@ def _verdict_section(metrics: Numbers) -> str:
     if metrics["void"]:
         void = (
             f'<p class="void" role="alert"><strong>Void: {escape(metrics["void"])}.</strong> The victim does not pass '
-            "its activation gate, so nothing on this page says anything about the detector.</p>"
+            f"its activation gate: {REFUSED}.</p>"
         )
     about, attack = "", metrics.get("attack")
     if attack:
@@ -385,13 +390,14 @@ def _verdict_section(metrics: Numbers) -> str:
             f"image for {_text(attack['target'])}. The detector was not told.</p>"
         )
     word = "is backdoored" if gate["passes"] else "did not pass the activation gate"
+    decided = "" if metrics["void"] else f" Decision: {escape(decision_in_words(metrics))}."
     return f"""
 <section aria-labelledby="verdict">
 <h2 id="verdict">The verdict</h2>{void}
 <p class="lead">{_headline(metrics)}</p>{about}
 <div class="tiles">{"".join(tiles)}</div>
 <p class="small">The victim <strong>{word}</strong>: {escape(gate["reason"])}. CA is the accuracy on clean test images,
-ASR the share of triggered test images taken for the target. Decision: {escape(decision_in_words(metrics))}.</p>
+ASR the share of triggered test images taken for the target.{decided}</p>
 </section>"""
 
 
@@ -405,7 +411,7 @@ def _headline(metrics: Numbers) -> str:
         words += "; the declared error rate could not be certified"
     else:
         words += f" by the rule &ldquo;{escape(rule_text(decision))}&rdquo;, which promises no error rate for the list"
-    if decision["num_flagged"]:
+    if decision["num_flagged"] and not metrics["void"]:
         num_clean = decision["num_flagged"] - decision["num_flagged_poisoned"]
         words += (
             f". <strong>{decision['num_flagged_poisoned']:,} of them are poisoned</strong>, {num_clean:,} are clean "

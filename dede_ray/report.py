@@ -81,6 +81,8 @@ def evaluate(config: EvaluateConfig) -> str:
     gallery = make_gallery(scan, settings, victim, judged, config.num_gallery, config.seed)
     page, figures = draw_page(scan, metrics, gallery)
     output = Path(config.output)
+    for stale in (output / "figures").glob("*.png"):
+        stale.unlink()
     for name, picture in figures.items():
         write_atomically(output / "figures" / f"{name}.png", picture)
     write_json(output / "metrics.json", metrics)

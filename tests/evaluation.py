@@ -32,12 +32,13 @@ TINY = {
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
 TRIGGER = Patch(size_px=6, pattern="white")
+LENIENT = {"min_asr": 0, "min_asr_gain": 0, "max_ca_loss": 1}  # lets even two random victims through
 
 
 def plant(folder):
     """Poisoned shards, their truth, and two scored victims: the planted scores see poison with the first only.
 
-    Both victims are random, so the activation gate must refuse them.
+    Both victims are random, so the usual activation gate must refuse them.
     """
     rng = np.random.default_rng(0)
     is_poisoned = np.arange(NUM) % 5 == 0
@@ -120,5 +121,6 @@ def config(world, **changed):
         "probe_shards": world / "clean" / "probe-*.tar",
         "output": world / "report",
     }
+    nested = {name: changed.pop(name) for name in ("gate",) if name in changed}
     settings = {name: value and str(value) for name, value in (settings | changed).items()}
-    return EvaluateConfig(**settings, num_gallery=3)
+    return EvaluateConfig.model_validate({"gate": LENIENT, **settings, **nested, "num_gallery": 3})

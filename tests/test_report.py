@@ -62,9 +62,21 @@ def test_the_decision_is_held_against_the_truth(metrics, scan):
     assert decision["honest"]["num_flagged_poisoned"] < found
 
 
-def test_a_void_evaluation_says_so_first(metrics, report):
+def test_of_a_victim_below_its_gate_no_number_of_the_detector_is_quoted(world, tmp_path):
+    evaluate(config(world, output=tmp_path))
+    assert (tmp_path / "figures" / "roc.png").is_file()
+    text = evaluate(config(world, output=tmp_path, gate={}))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["void"] == metrics["gate"]["reason"]
-    assert (report / "table.md").read_text().startswith(f"**VOID: {metrics['void']}")
+    assert text.startswith(f"**VOID: {metrics['void']}")
+    assert metrics["scores"].keys() >= {"dede_sum"}
+    page = (tmp_path / "report.html").read_text()
+    for quoted in (text, page):
+        assert "no number of the detector is quoted" in quoted
+        assert "AUROC" not in quoted
+        assert "recall" not in quoted
+        assert "of them are poisoned" not in quoted
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["gallery.png"]
 
 
 def test_equal_inputs_give_equal_bytes(world, report):
@@ -76,6 +88,7 @@ def test_equal_inputs_give_equal_bytes(world, report):
 
 def test_without_an_honest_victim_the_evaluation_is_void(world, tmp_path):
     text = evaluate(config(world, honest_manifest=None, output=tmp_path))
+    assert "no number of the detector is quoted" in text
     assert "VOID: there is no honest victim" in text
     assert str(tmp_path / "report.html") in text
     assert json.loads((tmp_path / "metrics.json").read_text())["scores"]["dede_sum"]["honest"] is None
