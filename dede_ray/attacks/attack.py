@@ -66,10 +66,11 @@ def attack(config: AttackConfig) -> str:
         about = {"attack": config.attack.kind, "seed": config.seed, **record, **prints, "settings": settings}
         write_json(output / "attack.json", about)
         done = finish(output, config.identity(), {**done, **prints})
-    told = [f"{name} {done['metrics'][name]:.3f}" for name in ("l0", "l1", "l2") if name in done["metrics"]]
+    told = [f"{done['steps']:,} steps"]
+    told += [f"{name} {done['metrics'][name]:.3f}" for name in ("l0", "l1", "l2") if name in done["metrics"]]
     cosine = done["metrics"].get("triggered_cosine")
     told += [] if cosine is None else [f"triggered images at cosine {cosine:.3f} to the target"]
-    return f"{config.attack.kind}: {done['steps']:,} steps, {', '.join(told)} -> {config.output}"
+    return f"{config.attack.kind}: {', '.join(told)} -> {config.output}"
 
 
 def _plant(config: AttackConfig, output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
