@@ -85,9 +85,9 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> str:
     """Say each validation error in one line: the field, what was found, what was expected."""
     lines = []
     for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"]) or kind.__name__
+        parts, names = _place(kind, problem["loc"])
+        field = ".".join(parts) or kind.__name__
         if problem["type"] == "extra_forbidden":
-            names = _field_names(kind, problem["loc"][:-1])
             near = difflib.get_close_matches(str(problem["loc"][-1]), names, 1)
             hint = f"did you mean `{near[0]}`?" if near else f"known settings: {', '.join(names)}"
             lines.append(f"  {field}: unknown setting; {hint}")
@@ -98,17 +98,23 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> str:
     return "\n".join(lines)
 
 
-def _field_names(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Names of the settings at a place of the tree; all candidates where a union makes it ambiguous."""
-    kinds: list[type[BaseModel]] = [kind]
+def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
+    """Say a place of the tree as people write it, without the tags of unions; and the names of the settings beside it.
+
+    Where a union makes it ambiguous, these are all candidates.
+    """
+    kinds, parts, names = [kind], list[str](), list[str]()
     for part in location:
+        names = sorted({name for one in kinds for name in one.model_fields})
         fields = [k.model_fields[part].annotation for k in kinds if part in k.model_fields]
+        tagged = [k for k in kinds if part == getattr(k.model_fields.get("kind"), "default", None)]
         if fields:
             kinds = [inner for field in fields for inner in _models_in(field)]
-        else:  # an index of a list, or the tag of a union
-            tagged = [k for k in kinds if str(part) == getattr(k.model_fields.get("kind"), "default", None)]
-            kinds = tagged or kinds
-    return sorted({name for k in kinds for name in k.model_fields})
+        elif tagged:
+            kinds = tagged
+            continue
+        parts.append(str(part))
+    return parts, names
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
