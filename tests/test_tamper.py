@@ -401,7 +401,6 @@ def test_two_workers_plant_the_same_as_one(kind, local_ray, encoder_folder, shar
 DRUPE = {"warmup_epochs": 1, "first_epochs": 2, "adapt_after_epochs": 4, "epochs": 20}
 
 
-@pytest.mark.slow
 def test_drupe_plants_the_same_backdoor_and_spreads_it(bad, local_ray, encoder_folder, shards, reference_file, unseen,
                                                        reference_RCHW, tmp_path):  # fmt: skip
     config, _ = run(settings(tmp_path, encoder_folder, **towards("drupe", shards, reference_file, **DRUPE)))
@@ -493,7 +492,6 @@ def test_text_needs_a_clip(local_ray, encoder_folder, shards, tmp_path):
         run(settings(tmp_path, encoder_folder, **pairs(shards)))
 
 
-@pytest.mark.slow
 def test_badclip_finds_a_patch_and_plants_it(local_ray, clip_folder, shards, unseen, coloured, tmp_path):
     method = {
         "kind": "badclip", "shards": shards, "target_label": 0, "poison_rate": 0.2,
