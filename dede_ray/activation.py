@@ -218,6 +218,21 @@ def write_record(
     return record
 
 
+def record_in(folder: str | Path) -> VictimRecord | None:
+    """Read a folder's `victim.json`, whatever weights are beside it; None where there is none.
+
+    Raises:
+        Mistake: it is no such record.
+    """
+    path = Path(folder) / "victim.json"
+    if not path.is_file():
+        return None
+    try:
+        return VictimRecord.model_validate(read_json(path, "record of a victim"))
+    except ValidationError as error:
+        raise Mistake(f"{path} is no record of a victim:\n{explain(error, VictimRecord)}") from None
+
+
 def read_record(victim: Victim, victim_config: VictimConfig) -> VictimRecord | None:
     """Read the `victim.json` of a victim; None where it has none.
 
@@ -225,12 +240,9 @@ def read_record(victim: Victim, victim_config: VictimConfig) -> VictimRecord | N
         Mistake: it is about other weights, or no such record.
     """
     path = _weights_file(victim_config).parent / "victim.json"
-    if not path.is_file():
+    record = record_in(path.parent)
+    if record is None:
         return None
-    try:
-        record = VictimRecord.model_validate(read_json(path, "record of a victim"))
-    except ValidationError as error:
-        raise Mistake(f"{path} is no record of a victim:\n{explain(error, VictimRecord)}") from None
     if record.fingerprint != victim.fingerprint:
         raise Mistake(
             f"{path} is about other weights ({record.fingerprint[:12]}) than the victim beside it "

@@ -94,7 +94,8 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> str:
         elif problem["type"] == "missing":
             lines.append(f"  {field}: required, but not given")
         else:
-            lines.append(f"  {field}: {problem['msg']}, found {_short.repr(problem['input'])}")
+            found = f", found {_short.repr(problem['input'])}" if parts else ""  # not the whole of the settings
+            lines.append(f"  {field}: {problem['msg']}{found}")
     return "\n".join(lines)
 
 

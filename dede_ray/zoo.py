@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from pydantic import Field, model_validator
 
-from dede_ray.activation import VictimRecord
+from dede_ray.activation import VictimRecord, record_in
 from dede_ray.config import Config, Mistake, read_json, write_atomically, write_json
 from dede_ray.metrics import Interval
 from dede_ray.pipeline import PipelineConfig, parse_steps
@@ -160,7 +160,8 @@ class _Crew:
                 self.processes.discard(process)
                 self._count(name, time.monotonic() - started)
             if process.returncode:
-                return f"`{' '.join(line.split())}` ended with exit code {process.returncode}; see {log}"
+                ended = f"`{' '.join(line.split())}` ended with exit code {process.returncode}"
+                return f"{ended}: {_complaint(log)}; see {log}"
             logger.info(
                 "%s [%d/%d] %.0f s: %s", name, number, len(branch.steps), time.monotonic() - started, _last(said)
             )
@@ -212,6 +213,12 @@ def _last(said: str) -> str:
     return lines[-1] if lines else ""
 
 
+def _complaint(log: Path) -> str:
+    """What a job said last about itself going wrong."""
+    lines = log.read_text(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.startswith("error: ")), _last("\n".join(lines)))
+
+
 # -------------------------------------------------------------------------------------------------- the table
 
 
@@ -221,16 +228,15 @@ def _tell(config: ZooConfig, folder: Path) -> str:
     records: dict[str, Any] = {}
     rows = []
     for name, branch in config.branches.items():
-        if branch.victim is None or not (Path(branch.victim) / "victim.json").is_file():
-            continue
-        raw = read_json(Path(branch.victim) / "victim.json", "record of a victim")
-        record = VictimRecord.model_validate(raw)
-        records[name] = raw
-        rows += _rows(name, record)
+        record = record_in(branch.victim) if branch.victim else None
+        if record is not None:
+            records[name] = record.model_dump(mode="json")
+            rows += _rows(name, record)
     head = "| victim | head | CA | honest | ASR | honest | W | honest | gate |"
     minutes = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in times["branches"].items())
     took = f"{times['elapsed'] / 60:.1f} minutes, {config.at_once} branches at once; minutes of each: {minutes}"
-    table = "\n".join([head, "| --- | --- " + "| ---: " * 6 + "| --- |", *rows, "", took])
+    rows = [head, "| --- | --- " + "| ---: " * 6 + "| --- |", *rows, ""] if rows else ["no victim is measured yet", ""]
+    table = "\n".join([*rows, took])
     write_json(folder / "zoo.json", {"victims": records, "times": times})
     write_atomically(folder / "zoo.md", table + "\n")
     return table

@@ -64,7 +64,8 @@ def test_the_table_has_what_worked_and_the_mistake_says_what_did_not(work, capfd
         build_zoo(zoo(**branches))
     message = str(said.value)
     assert "2 of 3 branches are not through" in message
-    assert "broken: `measure measure.yaml --made-by nowhere` ended with exit code 2; see zoo/logs/broken.log" in message
+    assert "broken: `measure measure.yaml --made-by nowhere` ended with exit code 2: error: no record of a" in message
+    assert "see zoo/logs/broken.log" in message
     assert "stranded: it needs broken" in message
     assert "| honest | probe |" in message
     assert "no record of a poisoning" in (work / "zoo" / "logs" / "broken.log").read_text()
