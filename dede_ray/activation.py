@@ -114,7 +114,7 @@ def _words(head: str) -> str:
 
 @dataclass(frozen=True)
 class Displacement:
-    """Where triggered images lie among clean ones in embedding space: what DRUPE conceals (specs: W / dev, S_bb)."""
+    """Where triggered images lie among clean ones in embedding space: what DRUPE conceals (its W over dev, and S)."""
 
     wasserstein: float
     """Sliced 2-Wasserstein distance of triggered embeddings to the clean ones of the same images, in units of the clean
