@@ -187,6 +187,7 @@ def test_a_mistake_is_one_message_and_no_traceback(mistaken, monkeypatch, job, c
     assert expected in message
 
 
+@pytest.mark.slow
 def test_a_decoder_of_another_victim_does_not_score(mistaken, monkeypatch, tmp_path):
     from dede_ray.clip import build_clip, model_description, save_clip
 
@@ -276,6 +277,7 @@ def submit(head: Head, folder: Path, *argv: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_a_submitted_job_needs_no_config_and_names_what_it_exported(head, smoke, checkout):
     job = submit(head, checkout, "train_clip")
     assert job.returncode == 0, job.stdout
@@ -307,6 +309,7 @@ def test_a_submitted_job_takes_a_config_and_overrides(head, smoke, checkout, tmp
     assert list((tmp_path / "clip").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_scoring_on_a_running_cluster_gives_the_same_manifest(head, smoke, checkout, tmp_path):
     """Without a config; the cluster's processes stand in another folder than the job."""
     scores = checkout / "runs/smoke/scores"

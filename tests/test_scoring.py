@@ -308,6 +308,7 @@ def test_shards_that_are_rubbish_stop_the_job(local_ray, settings, write_tar, tm
         score(settings(tmp_path / "scores", **rubbish, max_error_fraction=1))
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_the_job_with_one_message_and_exit_code_2(
     write_pictures, victim_folder, decoder_folder, clip_config, tmp_path
 ):

@@ -281,6 +281,7 @@ def test_the_same_command_again_has_nothing_to_do(trained):
     assert {path: path.stat().st_mtime_ns for path in Path(config.output).rglob("*") if path.is_file()} == files
 
 
+@pytest.mark.slow
 def test_two_workers_begin_as_one_does(trained, tmp_path):
     """The first steps; rounding grows quickly, as images that look alike leave many activations at the edge of ReLU."""
     config, _ = trained

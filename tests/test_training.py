@@ -139,6 +139,7 @@ VICTIM = OpenClipVictim(path="nowhere")
 # --- what must not matter
 
 
+@pytest.mark.slow
 def test_two_workers_train_the_same_decoder_as_one(trained, monkeypatch, tmp_path):
     config, _ = trained
     monkeypatch.chdir(config.output)  # Ray's workers run elsewhere
@@ -208,6 +209,7 @@ def test_checkpoints_that_a_kill_left_half_uploaded_are_swept_up(tmp_path, caplo
 # --- stopping for a reason
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(trained, tmp_path):
     config, _ = trained
     wild = config.clip.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0, "clip_norm": 0.0})
@@ -249,6 +251,7 @@ def test_a_mistake_that_only_a_worker_can_find_arrives_as_one(trained, png, tmp_
     assert "can be used" in left  # told by the first attempt, so that there is one restart and not three
 
 
+@pytest.mark.slow
 def test_too_many_unusable_samples_stop_the_run_and_fewer_are_counted(trained, png, tmp_path):
     config, _ = trained
     samples = [
@@ -269,6 +272,7 @@ def test_too_many_unusable_samples_stop_the_run_and_fewer_are_counted(trained, p
     assert account["samples"] == 1024
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_on(trained, write_pictures, tmp_path):
     """SigLIP, accumulation, bf16, two sources, a robust method, validation, TensorBoard; then opened by open_clip."""
     config, _ = trained
