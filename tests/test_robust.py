@@ -222,6 +222,7 @@ def spread(rank: int, world: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_no_way_of_spreading_a_batch_changes_loss_gradients_or_memory(tmp_path):
     """1 x 64, 2 x 32 (workers x micro-batch), accumulation 4 x 16 on one worker and 2 x 16 on two."""
     for world in (1, 2):

@@ -177,6 +177,7 @@ def test_what_stands_in_the_manifest_is_what_the_models_give_by_hand(scored, set
             assert row[name] == pytest.approx(float(value[0]), rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_relative_paths_begin_where_the_job_was_started_also_for_workers_that_run_elsewhere(
     scored, settings, shards, victim_folder, monkeypatch, tmp_path
 ):

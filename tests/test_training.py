@@ -240,6 +240,7 @@ def test_shards_without_captions_or_images_are_a_mistake_at_once(trained, png, t
         train(on_shards(config, tmp_path / "unseen", unseen))
 
 
+@pytest.mark.slow
 def test_a_mistake_that_only_a_worker_can_find_arrives_as_one(trained, png, tmp_path):
     config, _ = trained
     rubbish = [Sample(f"{i}", i, png(i)[:50], "png", caption="half an image") for i in range(64)]
