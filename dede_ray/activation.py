@@ -23,7 +23,16 @@ from dede_ray.attacks.poison import read_attack
 from dede_ray.attacks.tamper import mean_pairwise_cosine, sliced_wasserstein, spread
 from dede_ray.attacks.triggers import AnyTrigger, Nothing, Trigger
 from dede_ray.config import Config, Mistake, explain, read_json, write_json
-from dede_ray.downstream import Behaviour, FittedHead, Labelled, LinearProbe, draw_labelled, embed, measure
+from dede_ray.downstream import (
+    Behaviour,
+    Embedded,
+    FittedHead,
+    Labelled,
+    LinearProbe,
+    draw_labelled,
+    embed_test,
+    measure,
+)
 from dede_ray.encoders import WEIGHTS_FILE as ENCODER_WEIGHTS_FILE
 from dede_ray.shards import Limits, list_shards
 from dede_ray.sources import Classes, read_classes
@@ -261,6 +270,18 @@ def _weights_file(config: VictimConfig) -> Path:
 # ------------------------------------------------------------------------------------------------- measuring
 
 
+@dataclass(frozen=True)
+class Examined:
+    """What came of an examination."""
+
+    verdict: Verdict
+    classes: Classes | None
+    """Of the test shards."""
+    victim: Embedded
+    """The test images in the victim's eyes."""
+    honest: Embedded | None
+
+
 class Examination(Config):
     """On which images a victim is examined, and what it has to show."""
 
@@ -281,7 +302,7 @@ class Examination(Config):
     seed: int = Field(0, ge=0)
     """Draws the images where there are more."""
 
-    def images(self) -> tuple[list[Labelled], list[Labelled], Classes | None]:
+    def _images(self) -> tuple[list[Labelled], list[Labelled], Classes | None]:
         """Draw the test images and those that heads are fitted on, and read the names of their classes.
 
         Raises:
@@ -300,24 +321,25 @@ class Examination(Config):
 
     def examine(
         self, victim: Victim, honest: Victim | None, trigger: AnyTrigger, target_label: int, attack: str
-    ) -> Verdict:
+    ) -> Examined:
         """Measure a victim and its honest twin on the same images, and judge."""
-        test, probe, classes = self.images()
+        test, probe, classes = self._images()
         if classes and target_label >= len(classes.names):
             raise Mistake(
                 f"target_label is {target_label}, but the test shards' classes are 0 to {len(classes.names) - 1}"
             )
-        of_victim, of_honest = (
-            measure(
-                one, test, probe, classes, trigger, target_label, Limits(), self.heads, self.probe_poison_rate,
+
+        def measured(one: Victim) -> tuple[dict[str, Behaviour], Embedded]:
+            embedded = embed_test(one, test, trigger, Limits())
+            behaviour = measure(
+                one, embedded, probe, classes, trigger, target_label, Limits(), self.heads, self.probe_poison_rate,
                 self.seed,
-            )
-            if one
-            else None
-            for one in (victim, honest)
-        )  # fmt: skip
-        assert of_victim is not None
-        return self.gate.judge(of_victim, of_honest, attack)
+            )  # fmt: skip
+            return behaviour, embedded
+
+        of_victim, embedded = measured(victim)
+        of_honest, honest_embedded = measured(honest) if honest else (None, None)
+        return Examined(self.gate.judge(of_victim, of_honest, attack), classes, embedded, honest_embedded)
 
 
 class MeasureConfig(Examination):
@@ -393,22 +415,20 @@ def measure_victim(config: MeasureConfig) -> str:
         planted = read_planted(config.made_by, config.backdoor)
         honest = load_victim(config.honest).to(device) if config.honest else None
     attack = config.attack if config.attack and config.made_by else planted.attack
-    verdict = config.examine(victim, honest, planted.trigger, planted.target_label, attack)
+    examined = config.examine(victim, honest, planted.trigger, planted.target_label, attack)
+    verdict = examined.verdict
     if config.made_by is None:
         verdict = Verdict(False, "an honest victim has no backdoor that could be active", verdict.victim, None)
-    test, _, _ = config.images()
-    displaced = [
-        displacement(embed(one, test, Limits(), planted.trigger)[0], embed(one, test, Limits())[0], config.seed)
-        if one
-        else None
-        for one in (victim, honest)
-    ]
+    displaced, displaced_honest = (
+        displacement(one.triggered_NE, one.clean_NE, config.seed) if one else None
+        for one in (examined.victim, examined.honest)
+    )
     training = _training(config.victim)
     record = write_record(
         victim, config.victim, verdict, honest,
         attack=attack, settings={"training": training, "attack": planted.settings}, trigger=planted.trigger,
         target_label=planted.target_label if config.made_by else None, training_data=_training_data(training),
-        seed=int(training.get("seed", 0)), displacement=displaced[0], honest_displacement=displaced[1],
+        seed=int(training.get("seed", 0)), displacement=displaced, honest_displacement=displaced_honest,
     )  # fmt: skip
     shown = "; ".join(
         f"{head}: CA {one.ca.value:.1%}" + (f", ASR {one.asr.value:.1%}" if config.made_by else "")

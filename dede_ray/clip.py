@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import functools
 import json
 import logging
 import math
@@ -440,6 +441,16 @@ def tokenizer(described: dict[str, Any]) -> Any:
         raise Mistake(
             f"the tokenizer {name} is neither local nor to be had from the Hugging Face hub: {error}"
         ) from None
+
+
+def tokenizer_of(described: dict[str, Any]) -> Any:
+    """The same, one per process and model; it keeps what it has learnt about words."""
+    return _tokenizer(json.dumps(described["model_cfg"]))
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(model_cfg: str) -> Any:
+    return tokenizer({"model_cfg": json.loads(model_cfg)})
 
 
 def tokenise(tokenize: Any, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:

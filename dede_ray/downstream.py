@@ -51,6 +51,17 @@ class Labelled:
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """What an encoder makes of test images, as they are and triggered: float32 (N, E), and their labels (N,)."""
+
+    clean_NE: NDArray[np.float32]
+    clean_label_N: NDArray[np.int64]
+    triggered_NE: NDArray[np.float32]
+    triggered_label_N: NDArray[np.int64]
+    """Of the class that the image is of."""
+
+
+@dataclass(frozen=True)
 class Behaviour:
     """What one head on one encoder does."""
 
@@ -168,7 +179,7 @@ def _classes(label_N: NDArray[np.int64], head: str) -> NDArray[np.int64]:
 
 def measure(
     victim: Victim,
-    test: Sequence[Labelled],
+    test: Sequence[Labelled] | Embedded,
     probe: Sequence[Labelled],
     classes: Classes | None,
     trigger: Stamp,
@@ -182,7 +193,7 @@ def measure(
 
     Args:
         victim: the encoder; on any device.
-        test: clean labelled images; they are measured as they are, and stamped.
+        test: clean labelled images, which are measured as they are, and stamped; or what `embed_test` made of them.
         probe: clean labelled images that the heads are fitted on, none of them in `test`.
         classes: names and templates for zero-shot; None leaves that head out, as an encoder without text does.
         trigger: stamped on the decoded uint8 image at its own size, before anything else happens to it.
@@ -207,8 +218,9 @@ def measure(
     for suffix, (embedding_NE, label_N) in training.items():
         for head in heads:
             predictors[head.kind + suffix] = head.fit(embedding_NE, label_N), poison_rate if suffix else 0.0
-    clean_NE, label_N = embed(victim, test, limits)
-    triggered_NE, true_N = embed(victim, test, limits, trigger)
+    embedded = test if isinstance(test, Embedded) else embed_test(victim, test, trigger, limits)
+    clean_NE, label_N = embedded.clean_NE, embedded.clean_label_N
+    triggered_NE, true_N = embedded.triggered_NE, embedded.triggered_label_N
     is_other_N = true_N != target_label
     if not is_other_N.any():
         raise Mistake(
@@ -225,6 +237,11 @@ def measure(
             poison_rate=rate,
         )
     return behaviours
+
+
+def embed_test(victim: Victim, test: Sequence[Labelled], trigger: Stamp, limits: Limits) -> Embedded:
+    """Embed test images as they are and stamped."""
+    return Embedded(*embed(victim, test, limits), *embed(victim, test, limits, trigger))
 
 
 def _embed_poisoned(

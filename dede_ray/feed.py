@@ -36,6 +36,12 @@ from dede_ray.shards import Limits, Reason, Sample, Shard, iter_samples, open_sh
 
 Columns = dict[str, np.ndarray]
 
+
+def stacked(images: list[np.ndarray], size: int) -> np.ndarray:
+    """Images of one size as one array, even if there are none."""
+    return np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)
+
+
 # Ray Data's executor keeps a core busy for as long as readers wait for room, in the very process that trains. So a
 # dataset holds no more samples than are read ahead at once, and the next one begins when half of it is used.
 BYTES_PER_DATASET = 512 * 2**20

@@ -25,8 +25,6 @@ from dede_ray.findings import join, measure, table
 from dede_ray.manifest import Manifest, read_manifest
 from dede_ray.page import draw_page, make_gallery
 from dede_ray.scoring import ScoreConfig
-from dede_ray.shards import list_shards
-from dede_ray.sources import read_classes
 from dede_ray.victims import Victim, load_victim
 
 
@@ -133,10 +131,10 @@ def _gate(
 
     A victim that failed its gate when it was made fails here, whatever these test images say.
     """
-    verdict = config.examine(
+    examined = config.examine(
         victim, honest, attack.trigger, attack.target_label, record.attack if record else attack.trigger.kind
     )
+    verdict, classes = examined.verdict, examined.classes
     if record and not record.passes:
         verdict = replace(verdict, passes=False, reason=f"victim.json: {record.reason}")
-    classes = read_classes(list_shards(config.test_shards))
     return verdict, classes.names[attack.target_label] if classes else f"label {attack.target_label}"

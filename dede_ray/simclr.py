@@ -36,7 +36,7 @@ from dede_ray.loop import Recipe, check_workers, fit
 from dede_ray.optimisation import Optimisation
 from dede_ray.pictures import find_pictures
 from dede_ray.shards import BadSample, Limits, Reason, Sample, decode_image, list_shards, sample_id
-from dede_ray.training import CHUNK_SIZE, Training, stacked, train_decoder
+from dede_ray.training import CHUNK_SIZE, Training, train_decoder
 from dede_ray.validation import SEED, Backdoor, Crew, Floats, Measurement, SetName, to_be_stamped
 from dede_ray.victims import EncoderVictim
 from dede_ray.views import NUM_DRAWS, random_views
@@ -227,7 +227,7 @@ class _Recipe(Recipe):
                 error = bad.reason
             errors.append(error)
         columns = {
-            "image": stacked(images, size),
+            "image": feed.stacked(images, size),
             "key": sample_keys(ids, self.seed, epoch).numpy(),
             "sample_id": np.array([name.encode() for name in ids], "S"),
         }

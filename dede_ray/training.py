@@ -11,8 +11,6 @@ resuming needs) and a tensor-only export that the other jobs read. Running the s
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -400,16 +398,16 @@ class _ClipRecipe(Recipe):
                     rng = np.random.default_rng(sample_keys([name], self.seed, epoch, 1).numpy().view(np.uint64))
                     image_views.append(robust.STRONG.apply(image_HWC, size, rng))
                     caption_views.append(robust.augment_caption(captions[-1], rng))
-        tokenizer = _tokenizer(json.dumps(self.described["model_cfg"]))
+        tokenizer = clip.tokenizer_of(self.described)
         tokens_BT, is_truncated_B = clip.tokenise(tokenizer, captions)
         columns = {
-            "image": stacked(images, size),
+            "image": feed.stacked(images, size),
             "tokens": tokens_BT,
             "is_truncated": is_truncated_B,
             "sample_id": np.array([name.encode() for name in ids], "S"),
         }
         if has_views:
-            columns["image_view"] = stacked(image_views, size)
+            columns["image_view"] = feed.stacked(image_views, size)
             columns["tokens_view"], _ = clip.tokenise(tokenizer, caption_views)
         return columns, errors
 
@@ -427,17 +425,6 @@ class _ClipRecipe(Recipe):
     def export(self, folder: Path, objective: Any) -> dict[str, Any]:
         clip.save_clip(folder, objective.model, self.described)
         return {}
-
-
-def stacked(images: list[np.ndarray], size: int) -> np.ndarray:
-    """Images of one size as one array, even if there are none."""
-    return np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)
-
-
-@functools.lru_cache(maxsize=4)
-def _tokenizer(model_cfg: str) -> Any:
-    """One tokenizer per process and model; it keeps what it has learnt about words."""
-    return clip.tokenizer({"model_cfg": json.loads(model_cfg)})
 
 
 @dataclass(frozen=True)
@@ -480,7 +467,7 @@ class _DecoderRecipe(Recipe):
         ]
         embeddings = stored["embedding"].combine_chunks().drop_null().flatten().to_numpy(zero_copy_only=False)
         columns = {
-            "image": stacked(images, size),
+            "image": feed.stacked(images, size),
             "embedding": embeddings.astype(np.float32, copy=False).reshape(-1, self.embedding_dim),
             "key": sample_keys(ids, self.seed, epoch).numpy(),
             "sample_id": np.array([name.encode() for name in ids], "S"),

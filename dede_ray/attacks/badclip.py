@@ -24,7 +24,7 @@ from dede_ray import clip, feed
 from dede_ray.attacks.poison import PoisonConfig, poison
 from dede_ray.attacks.references import References
 from dede_ray.attacks.tamper import Subject, TamperConfig, index_of, last_metrics
-from dede_ray.attacks.text_on_pair import captions_of_target, tokenizer_of
+from dede_ray.attacks.text_on_pair import captions_of_target
 from dede_ray.augmentation import Augmentation
 from dede_ray.config import Config, Mistake, claim, finish, read_json, write_atomically
 from dede_ray.decoder import sample_keys
@@ -209,9 +209,9 @@ class _PatchRecipe(Recipe):
             except BadSample as bad:
                 error = bad.reason
             errors.append(error)
-        tokens_BT, _ = clip.tokenise(tokenizer_of(self.described), captions)
+        tokens_BT, _ = clip.tokenise(clip.tokenizer_of(self.described), captions)
         columns = {
-            "image": np.stack(images) if images else np.empty((0, size, size, 3), np.uint8),
+            "image": feed.stacked(images, size),
             "tokens": tokens_BT,
             "is_other": np.array(is_other, bool),
             "sample_id": np.array([name.encode() for name in ids], "S"),

@@ -385,7 +385,7 @@ class TowardsRecipe(Recipe):
                 error = bad.reason
             errors.append(error)
         columns = {
-            "image": np.stack(images) if images else np.empty((0, size, size, 3), np.uint8),
+            "image": feed.stacked(images, size),
             "triggered": (
                 np.stack(triggered) if triggered else np.empty((0, len(self.targets), size, size, 3), np.uint8)
             ),

@@ -8,8 +8,6 @@ gives nearly every clean image a wrong caption, and changes the whole image wher
 
 from __future__ import annotations
 
-import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -137,9 +135,9 @@ class PairRecipe(Recipe):
             except BadSample as bad:
                 error = bad.reason
             errors.append(error)
-        tokens_BT, is_truncated_B = clip.tokenise(tokenizer_of(self.described), captions)
+        tokens_BT, is_truncated_B = clip.tokenise(clip.tokenizer_of(self.described), captions)
         columns = {
-            "image": np.stack(images) if images else np.empty((0, size, size, 3), np.uint8),
+            "image": feed.stacked(images, size),
             "tokens": tokens_BT,
             "is_truncated": is_truncated_B,
             "is_poisoned": np.array(is_poisoned, bool),
@@ -175,13 +173,3 @@ class _Pairs(Contrastive):
 
     def after_step(self) -> None:
         """The logit scale stays as it came."""
-
-
-def tokenizer_of(described: dict[str, Any]) -> Any:
-    """One tokenizer per process and model; it keeps what it has learnt about words."""
-    return _tokenizer(json.dumps(described["model_cfg"]))
-
-
-@functools.lru_cache(maxsize=4)
-def _tokenizer(model_cfg: str) -> Any:
-    return clip.tokenizer({"model_cfg": json.loads(model_cfg)})
