@@ -28,8 +28,8 @@ from scipy import stats
 
 from dede_ray.clip import to_unit_range
 from dede_ray.config import Mistake
-from dede_ray.decoder import sample_keys
-from dede_ray.detectors import DeDe
+from dede_ray.decoder import load_decoder, sample_keys
+from dede_ray.detectors.dede import DeDe
 from dede_ray.findings import (
     REFUSED,
     Numbers,
@@ -86,7 +86,7 @@ def make_gallery(scan: Scan, settings: ScoreConfig, victim: Victim, judged: str,
     dede = next((detector for detector in settings.detectors if isinstance(detector, DeDe)), None)
     if not rows or dede is None:
         return {group: [] for group in chosen}
-    decoder = dede.open(victim).decoder  # type: ignore[attr-defined]
+    decoder = load_decoder(dede.decoder)
     ids = scan.table["sample_id"].take(pa.array(rows)).to_pylist()
     image_BCHW = to_unit_range(torch.from_numpy(np.stack(_read_images(scan, rows, settings, victim.image_size))))
     device = next((tensor.device for tensor in victim.state_dict().values()), torch.device("cpu"))

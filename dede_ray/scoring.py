@@ -20,7 +20,8 @@ from pydantic import Field
 from dede_ray.clip import to_unit_range
 from dede_ray.config import Config, Mistake
 from dede_ray.decisions import Conformal, Decision
-from dede_ray.detectors import CONTROLS, Batch, Detector
+from dede_ray.detectors.contract import Batch
+from dede_ray.detectors.detector import Detector
 from dede_ray.ledger import Chunk, PassResources, PassSummary, read_parts, run_pass
 from dede_ray.manifest import DECISION_COLUMNS, Manifest, write_manifest
 from dede_ray.shards import Limits, Shard, list_shards
@@ -56,13 +57,14 @@ def score(config: ScoreConfig) -> Manifest:
     """
     output = Path(config.output).absolute()
     victim = load_victim(config.victim)
-    scorers = [detector.open(victim) for detector in config.detectors]
+    scorers = [detector.open(victim, {}) for detector in config.detectors]
+    controls = [column for scorer in scorers for column in scorer.controls]
     columns = [column for scorer in scorers for column in scorer.columns]
     twice = [name for name, count in Counter(columns).items() if count > 1]
     if twice:
         raise Mistake(f"two detectors give the column {twice[0]}; name each kind once")
-    if config.decision.score not in columns or config.decision.score in CONTROLS:
-        judged = [column for column in columns if column not in CONTROLS]
+    if config.decision.score not in columns or config.decision.score in controls:
+        judged = [column for column in columns if column not in controls]
         raise Mistake(
             f"decision.score is {config.decision.score!r}; the detectors of this run give {', '.join(judged)}"
         )
@@ -86,7 +88,7 @@ def score(config: ScoreConfig) -> Manifest:
         if pass_shards
     ]  # fmt: skip
     calibration = _column(output / "calibration", calibration_shards, config.decision.score)
-    return _decide(config, output, shards, calibration, columns, summaries[-1], made_with)
+    return _decide(config, output, shards, calibration, columns, controls, summaries[-1], made_with)
 
 
 class ScoreWork:
@@ -95,16 +97,13 @@ class ScoreWork:
     def __init__(self, victim_config: VictimConfig, detectors: list[Detector]):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.victim = load_victim(victim_config).to(self.device)
-        self.scorers = [detector.open(self.victim) for detector in detectors]
-        for scorer in self.scorers:
-            if hasattr(scorer, "decoder"):
-                scorer.decoder.to(self.device)
+        self.scorers = [detector.open(self.victim, {}) for detector in detectors]
         self.image_size = self.victim.image_size
         self.columns = {column: pa.float32() for scorer in self.scorers for column in scorer.columns}
 
     def __call__(self, chunk: Chunk) -> dict[str, np.ndarray]:
         image_BCHW = to_unit_range(torch.tensor(chunk.image_BHWC).to(self.device))
-        batch = Batch(chunk.sample_ids, image_BCHW, self.victim(image_BCHW))
+        batch = Batch(chunk.sample_ids, self.victim(image_BCHW), image_BCHW)
         return {name: column for scorer in self.scorers for name, column in scorer.score(batch).items()}
 
 
@@ -121,6 +120,7 @@ def _decide(
     shards: list[Shard],
     calibration: np.ndarray | None,
     columns: list[str],
+    controls: list[str],
     summary: PassSummary,
     made_with: dict[str, Any],
 ) -> Manifest:
@@ -155,7 +155,7 @@ def _decide(
         "detectors": made_with["detectors"],
         "versions": made_with["versions"],
         "score_columns": columns,
-        "controls": [column for column in columns if column in CONTROLS],
+        "controls": controls,
         "decision": verdict.report,
         "counts": {
             "samples": summary.num_samples,

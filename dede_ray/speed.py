@@ -35,7 +35,7 @@ from dede_ray import clip, feed, training
 from dede_ray.baseline import TrainerSpeed, compare_trainers, photographs
 from dede_ray.config import Config, Mistake
 from dede_ray.decoder import PRESETS, MaskedDecoder, Reconstruction, save_decoder
-from dede_ray.detectors import DeDe
+from dede_ray.detectors.dede import DeDe
 from dede_ray.ingest import IngestConfig, ingest
 from dede_ray.ledger import BASE_SCHEMA, Chunk, PassResources, run_pass
 from dede_ray.manifest import DECISION_COLUMNS, write_manifest

@@ -131,6 +131,10 @@ class Victim(nn.Module):
         self.fingerprint = fingerprint(model, transform)
         self.model.to(dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def train(self, mode: bool = True) -> Victim:
         """Stay in eval mode: a victim in train mode would rewrite its BatchNorm statistics."""
         return super().train(False)

@@ -13,7 +13,8 @@ from dede_ray.clip import build_clip, save_clip
 from dede_ray.config import write_json
 from dede_ray.decisions import Conformal
 from dede_ray.decoder import DecoderShape, MaskedDecoder, save_decoder
-from dede_ray.detectors import DeDe, ImageStatistics
+from dede_ray.detectors.dede import DeDe
+from dede_ray.detectors.statistics import ImageStatistics
 from dede_ray.manifest import write_manifest
 from dede_ray.report import EvaluateConfig
 from dede_ray.scoring import ScoreConfig

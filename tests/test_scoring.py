@@ -23,7 +23,9 @@ from dede_ray.clip import to_unit_range
 from dede_ray.config import Mistake
 from dede_ray.decisions import AssumedPoisonRate, Conformal
 from dede_ray.decoder import load_decoder, save_decoder
-from dede_ray.detectors import CONTROLS, Batch, DeDe, ImageStatistics
+from dede_ray.detectors.contract import Batch
+from dede_ray.detectors.dede import DeDe
+from dede_ray.detectors.statistics import ImageStatistics
 from dede_ray.ledger import PassResources
 from dede_ray.manifest import Manifest, read_manifest
 from dede_ray.scoring import ScoreConfig, score
@@ -123,7 +125,7 @@ def test_the_counts_and_the_summary_are_those_of_the_rows(scored):
     assert counts["unreadable"] == {"image_unreadable": 1, "no_image": 1}
     assert counts["flagged"] == sum(row["flagged"] for row in rows(scored))
     assert scored.info["decision"]["num_calibration"] == 60
-    assert scored.info["controls"] == [name for name in scored.score_columns if name in CONTROLS]
+    assert scored.info["controls"] == ["dede_null", "stat_contrast", "stat_edges"]
     said = f"{counts['flagged']} of 43 samples flagged by dede_null_ratio (conformal); 2 unreadable"
     assert scored.summary().startswith(said)
 
@@ -170,10 +172,10 @@ def test_what_stands_in_the_manifest_is_what_the_models_give_by_hand(scored, set
     config = settings(scored.folder)
     victim = load_victim(config.victim)
     image_BCHW = to_unit_range(torch.from_numpy(picture(3)[None]))
-    batch = Batch(["train-00000.tar/0003"], image_BCHW, victim(image_BCHW))
+    batch = Batch(["train-00000.tar/0003"], victim(image_BCHW), image_BCHW)
     [row] = [row for row in rows(scored) if row["sample_id"] == "train-00000.tar/0003"]
     for detector in config.detectors:
-        for name, value in detector.open(victim).score(batch).items():
+        for name, value in detector.open(victim, {}).score(batch).items():
             assert row[name] == pytest.approx(float(value[0]), rel=1e-5, abs=1e-6), name
 
 

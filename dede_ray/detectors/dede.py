@@ -1,23 +1,18 @@
-"""Detectors: scores per sample, higher always means more likely poisoned.
+"""DeDe: rebuild the image from the victim's embedding; a triggered image carries somebody else's (decoder.py).
 
-A detector is a settings class whose `open(victim)` gives a scorer. A scorer names its columns and turns a batch into
-one float32 number per sample and column. A score depends on the sample, the models, the settings and the seed; never
-on the other samples of the batch. Columns named in `controls` are not detectors but what detectors must beat.
+Hou et al., "DeDe: Detecting Backdoor Samples for SSL Encoders via Decoders", CVPR 2025, arXiv:2411.16154.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from dede_ray.config import Config, Mistake
+from dede_ray.config import Mistake
 from dede_ray.decoder import (
     MaskedDecoder,
     load_decoder,
@@ -26,29 +21,11 @@ from dede_ray.decoder import (
     reconstruction_error,
     sample_keys,
 )
+from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, State, as_scores
 from dede_ray.victims import Victim, fingerprint
 
 
-@dataclass
-class Batch:
-    """What every detector sees of some samples: decoded once, embedded once.
-
-    Shapes: image_BCHW float32 in [0, 1] at the victim's size, embedding_BE float32 as the victim gives it.
-    """
-
-    sample_ids: Sequence[str]
-    image_BCHW: Tensor
-    embedding_BE: Tensor
-
-
-class Scorer(Protocol):
-    columns: tuple[str, ...]
-    fingerprint: str
-
-    def score(self, batch: Batch) -> dict[str, np.ndarray]: ...
-
-
-class DeDe(Config):
+class DeDe(DetectorSettings):
     """Reconstruction error of the DeDe decoder (Hou et al., CVPR 2025, arXiv:2411.16154).
 
     `dede_sum` is the published score: squared error summed over the hidden pixels, here in [0, 1] pixel units (the
@@ -59,6 +36,7 @@ class DeDe(Config):
     """
 
     kind: Literal["dede"] = "dede"
+    needs: ClassVar[frozenset[Need]] = frozenset({"image"})
     decoder: str
     """Folder that train_clip's decoder section exported."""
     score_mask_ratio: float = Field(0.99, gt=0, lt=1)
@@ -67,7 +45,7 @@ class DeDe(Config):
     """Masks averaged where patches are visible; without visible patches one is exact."""
     seed: int = 0
 
-    def open(self, victim: Victim) -> Scorer:
+    def open(self, victim: Victim, state: State) -> Scorer:
         return _DeDeScorer(self, victim)
 
     def located(self) -> DeDe:
@@ -77,7 +55,7 @@ class DeDe(Config):
 
 class _DeDeScorer:
     def __init__(self, config: DeDe, victim: Victim):
-        self.decoder: MaskedDecoder = load_decoder(config.decoder)
+        self.decoder: MaskedDecoder = load_decoder(config.decoder).to(victim.device)
         decoder, self.config = self.decoder, config
         if (decoder.embedding_dim, decoder.image_size) != (victim.embedding_dim, victim.image_size):
             raise Mistake(
@@ -95,11 +73,12 @@ class _DeDeScorer:
         self.num_hidden = decoder.num_patches - num_visible_patches(decoder.num_patches, config.score_mask_ratio)
         self.fingerprint = fingerprint(decoder, config.model_dump(exclude={"decoder"}))
         null = ("dede_null_ratio", "dede_null") if decoder.has_null else ()
-        self.columns = ("dede_sum", "dede_mean", *null)
+        self.columns: tuple[str, ...] = ("dede_sum", "dede_mean", *null)
+        self.controls: tuple[str, ...] = null[1:]
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> dict[str, np.ndarray]:
-        decoder, image_BCHW = self.decoder, batch.image_BCHW
+        decoder, image_BCHW = self.decoder, batch.images
         target_BLP = decoder.patchify(image_BCHW)
         error_B = torch.zeros(len(image_BCHW), device=image_BCHW.device)
         null_B = torch.zeros_like(error_B)
@@ -116,35 +95,4 @@ class _DeDeScorer:
         if decoder.has_null:
             scores["dede_null_ratio"] = (mean_B + 1e-8).log() - (null_B + 1e-8).log()
             scores["dede_null"] = null_B
-        return {name: value.float().cpu().numpy() for name, value in scores.items()}
-
-
-class ImageStatistics(Config):
-    """Controls that never look at the victim: what the pixels alone give away."""
-
-    kind: Literal["image_statistics"] = "image_statistics"
-
-    def open(self, victim: Victim) -> Scorer:
-        return _ImageStatisticsScorer()
-
-    def located(self) -> ImageStatistics:
-        return self
-
-
-class _ImageStatisticsScorer:
-    columns: tuple[str, ...] = ("stat_contrast", "stat_edges")
-    fingerprint = "image_statistics"
-
-    @torch.inference_mode()
-    def score(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Standard deviation of the grey levels, and mean squared difference of neighbouring ones."""
-        grey_BHW = batch.image_BCHW.mean(dim=1)
-        edges_B = grey_BHW.diff(dim=1).square().mean(dim=(1, 2)) + grey_BHW.diff(dim=2).square().mean(dim=(1, 2))
-        contrast_B = grey_BHW.flatten(1).std(dim=1)
-        return {"stat_contrast": contrast_B.cpu().numpy(), "stat_edges": edges_B.cpu().numpy()}
-
-
-Detector = Annotated[DeDe | ImageStatistics, Field(discriminator="kind")]
-
-CONTROLS = ("dede_null", *_ImageStatisticsScorer.columns)
-"""Columns that say how much is visible without the victim; no decision may be made on them alone."""
+        return as_scores(scores)

@@ -1,0 +1,136 @@
+"""What every detector sees, and what it promises.
+
+A detector is a frozen settings class. `fit` learns from a keyed sample of the suspected corpus (and, where there is
+one, from a clean set) and returns tensors, which become a state file; `open` makes a scorer from them. A scorer names
+its columns and turns a batch into one float32 number per sample and column: **higher always means more likely
+poisoned**. A score depends on the sample, the models, the state, the settings and the seed; never on the other samples
+of the batch. Columns named in `controls` are no detectors but what detectors must beat.
+
+Shapes: B samples, E width of the victim's embedding, R width of the reference encoder's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dede_ray.config import Config
+from dede_ray.victims import Victim
+
+Need = Literal["image", "reference", "caption"]
+"""What a detector looks at beside the victim's embedding: the picture, the embedding of an independent encoder that
+the user trusts, the victim's embedding of the caption."""
+
+State = dict[str, Tensor]
+"""What fitting leaves behind; empty where there is nothing to fit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some samples: decoded once, embedded once. The parts that no detector of the run needs are None.
+
+    A fitting set is a batch without pictures. Rows of `caption_BE` and `reference_caption_BR` are NaN where a sample
+    has no caption.
+    """
+
+    sample_ids: Sequence[str]
+    embedding_BE: Tensor
+    """float32, as the victim gives it: not of length one."""
+    image_BCHW: Tensor | None = None
+    """float32 in [0, 1], at the victim's size."""
+    reference_BR: Tensor | None = None
+    """float32, the reference encoder's embedding of the same pixels."""
+    caption_BE: Tensor | None = None
+    """float32, the victim's text tower."""
+    reference_caption_BR: Tensor | None = None
+    """float32, the reference encoder's text tower, where it has one."""
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding_BE.device
+
+    @property
+    def images(self) -> Tensor:
+        """The pictures, which this detector said it needs."""
+        assert self.image_BCHW is not None, "needs image"
+        return self.image_BCHW
+
+    @property
+    def references(self) -> Tensor:
+        """The reference embeddings, which this detector said it needs."""
+        assert self.reference_BR is not None, "needs reference"
+        return self.reference_BR
+
+    def part(self, rows: Sequence[int]) -> Batch:
+        """Some of the samples, in this order."""
+        index = torch.as_tensor(list(rows), dtype=torch.long)
+        tensors = {
+            field.name: getattr(self, field.name)[index]
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return replace(self, sample_ids=[self.sample_ids[row] for row in index.tolist()], **tensors)
+
+
+class Scorer(Protocol):
+    """A detector ready to score."""
+
+    columns: tuple[str, ...]
+    controls: tuple[str, ...]
+    """Those of the columns that no decision may be made on."""
+    fingerprint: str
+    """Equal fingerprints give equal scores."""
+
+    def score(self, batch: Batch) -> dict[str, np.ndarray]: ...
+
+
+class DetectorSettings(Config):
+    """What the settings of all detectors share."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    fits: ClassVar[bool] = False
+    """Whether `fit` has something to learn."""
+
+    def fit(self, suspected: Batch, clean: Batch | None) -> State:
+        """Learn from a keyed sample of the suspected corpus, sorted by sample id, and from clean samples if given.
+
+        Raises:
+            Mistake: too few samples, or no clean ones where it takes them.
+        """
+        return {}
+
+    def open(self, victim: Victim, state: State) -> Scorer:
+        """Make the scorer, on the victim's device.
+
+        Raises:
+            Mistake: a state or a file that does not fit the victim.
+        """
+        raise NotImplementedError
+
+    def located(self) -> DetectorSettings:
+        """The same with absolute paths, for Ray's workers, whose working folder may be another."""
+        return self
+
+
+def state_fingerprint(settings: Config, state: State) -> str:
+    """SHA-256 over settings and tensors: what a fitted detector's scores depend on, beside the victim."""
+    digest = hashlib.sha256(settings.model_dump_json().encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def as_scores(columns: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Columns of numbers as the score pass wants them: float32 on the CPU."""
+    return {name: column_B.float().cpu().numpy() for name, column_B in columns.items()}
