@@ -4,6 +4,10 @@ After Hou et al., "DeDe: Detecting Backdoor Samples for SSL Encoders via Decoder
 masked autoencoder whose decoder reads the victim's embedding in place of the class token: the patch features never
 see the embedding, the decoder has to. A triggered image carries somebody else's embedding, so it is rebuilt badly.
 
+The same network run backwards is ours: from some visible patches, its encoder predicts the embedding. Wherever the
+trigger is not among them, what they show belongs to the image and the embedding to somebody else. The error is
+measured where the victim's information is, in embedding space, and not in pixels, of which an embedding says little.
+
 Shapes: B images, L patches, P = 3 * patch_px**2 pixels of one patch, V visible patches, E embedding width, D width.
 Masks are boolean, True = hidden. Pixels are in [0, 1], before and after.
 """
@@ -80,9 +84,16 @@ class MaskedDecoder(nn.Module):
             block(width, shape.heads, mlp_ratio=4, qkv_bias=True) for _ in range(shape.decoder_depth)
         )
         self.to_pixels = nn.Linear(width, pixels)
+        self.to_embedding = nn.Sequential(
+            nn.Linear(2 * width, 2 * width), nn.GELU(), nn.Linear(2 * width, embedding_dim)
+        )
         # Linear in z, so a fixed scale only makes victims of different embedding norms start alike.
         self.embedding_scale: Tensor
         self.register_buffer("embedding_scale", torch.tensor(float(embedding_scale)))
+        self.embedding_mean: Tensor
+        self.register_buffer("embedding_mean", torch.zeros(embedding_dim))
+        self.embedding_std: Tensor
+        self.register_buffer("embedding_std", torch.ones(embedding_dim))
         for parameter in (self.encoder_position, self.class_token, self.mask_token, self.decoder_position):
             nn.init.trunc_normal_(parameter, std=0.02)
         nn.init.normal_(self.null_embedding)
@@ -98,18 +109,8 @@ class MaskedDecoder(nn.Module):
         Returns:
             (B, L, P), pixels around [0, 1], not clipped.
         """
-        patches_BLP = (self.patchify(image_BCHW) - 0.5) / 0.25
-        num_visible = int((~mask_BL[0]).sum())
-        visible_BV = mask_BL.int().argsort(dim=1, stable=True)[:, :num_visible]
-        token_BLD = self.embed_patch(patches_BLP) + self.encoder_position
-        token_BVD = token_BLD.gather(1, visible_BV.unsqueeze(-1).expand(-1, -1, token_BLD.shape[-1]))
+        x, visible_BV = self._encode(image_BCHW, mask_BL)
         batch = len(image_BCHW)
-
-        x = torch.cat([self.class_token.expand(batch, -1, -1), token_BVD], dim=1)
-        for block in self.encoder:
-            x = block(x)
-        x = self.encoder_norm(x)
-
         embedding_B1D = self.embed_embedding(embedding_BE.to(x.dtype) * self.embedding_scale.to(x.dtype)).unsqueeze(1)
         all_BLD = self.mask_token.to(x.dtype).expand(batch, self.num_patches, -1)
         all_BLD = all_BLD.scatter(1, visible_BV.unsqueeze(-1).expand(-1, -1, x.shape[-1]), x[:, 1:])
@@ -117,6 +118,27 @@ class MaskedDecoder(nn.Module):
         for block in self.decoder:
             x = block(x)
         return 0.5 + 0.25 * self.to_pixels(x[:, 1:])
+
+    def predict(self, image_BCHW: Tensor, mask_BL: Tensor) -> Tensor:
+        """Predict the victim's embeddings, standardised (B, E), from the patches that the mask leaves visible."""
+        x, _ = self._encode(image_BCHW, mask_BL)
+        return self.to_embedding(torch.cat([x[:, 0], x[:, 1:].mean(dim=1)], dim=1))
+
+    def standardise(self, embedding_BE: Tensor) -> Tensor:
+        """Embeddings in units of each dimension's spread over the training data."""
+        return (embedding_BE - self.embedding_mean) / self.embedding_std
+
+    def _encode(self, image_BCHW: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of class token and visible patches (B, 1 + V, D), and which patches those are (B, V)."""
+        patches_BLP = (self.patchify(image_BCHW) - 0.5) / 0.25
+        num_visible = int((~mask_BL[0]).sum())
+        visible_BV = mask_BL.int().argsort(dim=1, stable=True)[:, :num_visible]
+        token_BLD = self.embed_patch(patches_BLP) + self.encoder_position
+        token_BVD = token_BLD.gather(1, visible_BV.unsqueeze(-1).expand(-1, -1, token_BLD.shape[-1]))
+        x = torch.cat([self.class_token.expand(len(image_BCHW), -1, -1), token_BVD], dim=1)
+        for block in self.encoder:
+            x = block(x)
+        return self.encoder_norm(x), visible_BV
 
     def null(self, batch: int) -> Tensor:
         """The learned embedding that stands for "no embedding": (batch, E)."""
@@ -213,9 +235,17 @@ class Reconstruction(nn.Module):
     rebuilt share of each global batch out of the loss keeps it from ever learning them, without knowing which they are.
     """
 
-    def __init__(self, decoder: MaskedDecoder, mask_ratio: float, null_rate: float, trim_rate: float = 0.0):
+    def __init__(
+        self,
+        decoder: MaskedDecoder,
+        mask_ratio: float,
+        null_rate: float,
+        trim_rate: float = 0.0,
+        reverse_weight: float = 0.0,
+    ):
         super().__init__()
         self.decoder, self.mask_ratio, self.null_rate, self.trim_rate = decoder, mask_ratio, null_rate, trim_rate
+        self.reverse_weight = reverse_weight
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Shapes: image uint8 (B, H, W, 3), embedding float (B, E), key int64 (B,); returns loss () and metrics."""

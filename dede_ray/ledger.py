@@ -17,7 +17,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from dede_ray.shards import (
     open_shard,
     sample_id,
 )
+from dede_ray.sources import keyed_generator
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,31 @@ BASE_SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
+
+
+Select = Callable[[str], bool]
+"""Which samples a pass is about, by their ids; must travel to Ray's workers."""
+
+
+@dataclass(frozen=True)
+class KeyedShare:
+    """A share of all samples, each by its own id: the same ones in any order, and of any other shards."""
+
+    share: float
+    seed: int
+
+    def __call__(self, sample_id: str) -> bool:
+        return self.share >= 1 or keyed_generator(self.seed, sample_id).random() < self.share
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """These samples."""
+
+    sample_ids: frozenset[str]
+
+    def __call__(self, sample_id: str) -> bool:
+        return sample_id in self.sample_ids
 
 
 class PassResources(Config):
@@ -110,6 +136,14 @@ class Work(Protocol):
     def __call__(self, chunk: Chunk) -> dict[str, np.ndarray]: ...
 
 
+class PartWork(Protocol):
+    """The same for a pass over parts: gets the rows of one part that have no error."""
+
+    columns: dict[str, pa.DataType]
+
+    def __call__(self, table: pa.Table) -> dict[str, np.ndarray]: ...
+
+
 @dataclass
 class PassSummary:
     """Counts over all parts of a finished pass."""
@@ -132,6 +166,7 @@ def run_pass(
     resources: PassResources,
     max_error_fraction: float,
     name: str,
+    select: Select | None = None,
 ) -> PassSummary:
     """Do a pass, or what remains of it; Ray must be running.
 
@@ -143,6 +178,7 @@ def run_pass(
         made_with: everything that the rows depend on; stored, and compared when a pass is continued.
         max_error_fraction: stop when more than this share of the samples cannot be used.
         name: for the log.
+        select: leave out the samples for which it says False; None takes all. `made_with` has to tell it.
 
     Raises:
         Mistake: the folder holds parts of another pass, or too many samples are unusable.
@@ -156,7 +192,8 @@ def run_pass(
         if skipped or any(todo.values()):
             logger.info("%s: continuing; %d of %d shards stand", name, skipped, len(shards))
         open_shards = [shard for shard in shards if shard.name in todo]
-        receipts = _stream(open_shards, todo, folder, work, work_arguments, image_size, chunk_size, limits, resources)
+        reading = _Reading(folder, image_size, chunk_size, limits, select)
+        receipts = _stream(open_shards, todo, reading, work, work_arguments, resources)
         _watch(receipts, len(open_shards), max_error_fraction, name)
         unfinished = [shard.name for shard in open_shards if not _is_done(folder, shard)]
         if unfinished:
@@ -168,6 +205,77 @@ def run_pass(
     if sum(summary.errors.values()) > max_error_fraction * summary.num_samples:
         raise Mistake(_too_many_errors(summary.errors, summary.num_samples, max_error_fraction, name))
     return summary
+
+
+def run_over_parts(
+    shards: list[Shard],
+    source: Path,
+    folder: str | Path,
+    work: type[PartWork],
+    work_arguments: dict[str, Any],
+    *,
+    made_with: dict[str, Any],
+    resources: PassResources,
+    max_error_fraction: float,
+    name: str,
+) -> PassSummary:
+    """Do a pass over the parts of a finished one instead of over images; a rerun does what remains.
+
+    Args:
+        shards: those of the finished pass, see `standing_shards`.
+        source: its folder.
+        work: built in each actor as `work(**work_arguments)`, then called with one part's readable rows at a time.
+
+    Raises:
+        Mistake: the source is not finished, or the folder holds parts of another pass.
+    """
+    folder = Path(folder).absolute()
+    _claim_parts(folder, made_with, shards)
+    unfinished = [shard.name for shard in shards if not _is_done(source, shard)]
+    if unfinished:
+        raise Mistake(f"{source} is not finished: {unfinished[0]} lacks parts; run the job that wrote it again")
+    todo = [
+        {"shard": shard.name, "number": number}
+        for shard in shards
+        if not _is_done(folder, shard)
+        for number in sorted(_standing_chunks(source, shard) - _standing_chunks(folder, shard))
+    ]
+    if todo:
+        resources = resources.on(ray.cluster_resources())
+        threads = resources.threads_per_actor or max(1, int(resources.cpus_per_actor))
+        data = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+            _PartWorker,
+            fn_constructor_args=(source, folder, work, work_arguments, threads),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=resources.cpus_per_actor,
+            num_gpus=resources.gpus_per_actor,
+            compute=ActorPoolStrategy(min_size=resources.min_actors, max_size=resources.max_actors),
+        )
+        batches = data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        receipts = (row for batch in batches for row in batch.to_pylist())  # type: ignore[union-attr]
+        _watch(receipts, len(shards), max_error_fraction, name)
+    for shard in shards:
+        write_json(folder / "parts" / shard.name / "end.json", asdict(_read_end(source, shard.name)))
+    return _summarise(shards, folder)
+
+
+def standing_shards(folder: Path) -> list[Shard]:
+    """The shards that a pass was made of.
+
+    Raises:
+        Mistake: no pass there, or a damaged record.
+    """
+    path = folder / "pass.json"
+    made_of: Any = read_json(path, "record of a pass").get("shards")
+    try:
+        shards = []
+        for shard_name, told in made_of.items():
+            url, _, size = told.rpartition(", ")
+            shards.append(Shard(shard_name, url, int(size.removesuffix(" bytes").replace(",", ""))))
+    except (AttributeError, ValueError):
+        raise Mistake(f"{path} is damaged; run the job that wrote it again") from None
+    return sorted(shards, key=lambda shard: shard.name)
 
 
 def read_parts(folder: str | Path, shard_name: str, columns: list[str] | None = None) -> pa.Table:
@@ -261,23 +369,26 @@ def _summarise(shards: list[Shard], folder: Path) -> PassSummary:
 # ------------------------------------------------------------------------------------------------ the stream
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """How shards are read."""
+
+    folder: Path
+    image_size: int
+    chunk_size: int
+    limits: Limits
+    select: Select | None
+
+
 class _ChunkSource(Datasource):
     """Ray Data source whose rows are chunks: `chunk_size` consecutive samples of one shard, decoded.
 
     One row, one chunk: Ray Data may merge and split blocks, never a row, so a chunk stays whole through every stage.
     """
 
-    def __init__(
-        self,
-        shards: list[Shard],
-        todo: dict[str, set[int]],
-        folder: Path,
-        image_size: int,
-        chunk_size: int,
-        limits: Limits,
-    ):
+    def __init__(self, shards: list[Shard], todo: dict[str, set[int]], reading: _Reading):
         super().__init__()
-        self._arguments = [(shard, todo[shard.name], folder, image_size, chunk_size, limits) for shard in shards]
+        self._arguments = [(shard, todo[shard.name], reading) for shard in shards]
 
     def estimate_inmemory_data_size(self) -> int:
         return sum(shard.num_bytes for shard, *_ in self._arguments)
@@ -295,40 +406,58 @@ class _ChunkSource(Datasource):
         return tasks
 
 
-def _read_and_decode(
-    shard: Shard, standing: set[int], folder: Path, image_size: int, chunk_size: int, limits: Limits
-) -> Iterator[pa.Table]:
-    end, number = ShardEnd(), 0
+def _read_and_decode(shard: Shard, standing: set[int], reading: _Reading) -> Iterator[pa.Table]:
+    """Chunks of the selected samples; a shard without any still has one part, without rows."""
+    end, select = ShardEnd(), reading.select
+    num_selected, number = 0, 0
     with open_shard(shard) as stream:
-        samples = iter_samples(stream, limits, end=end)
-        for number, chunk in itertools.groupby(samples, lambda sample: sample.index // chunk_size):
+        samples = iter_samples(stream, reading.limits, end=end)
+        selected = (s for s in samples if select is None or select(sample_id(shard.name, s.key)))
+        placed = enumerate(selected)
+        for number, chunk in itertools.groupby(placed, lambda one: one[0] // reading.chunk_size):
+            passed = _Counted(sample for _, sample in chunk)
             if number not in standing:  # else its bytes pass by; nothing is decoded
-                yield _decode(shard, number, chunk, image_size, chunk_size, limits)
-    if end.num_samples == 0 and 0 not in standing:  # a shard without samples still has one part, without rows
-        yield _decode(shard, 0, [], image_size, chunk_size, limits)
-    marker = _End(end.num_samples, number + 1, end.is_complete)
-    write_json(folder / "parts" / shard.name / "end.json", asdict(marker))
+                yield _decode(shard, number, passed, reading)
+            num_selected += passed.finish()
+    if num_selected == 0 and 0 not in standing:
+        yield _decode(shard, 0, [], reading)
+    marker = _End(num_selected, number + 1, end.is_complete)
+    write_json(reading.folder / "parts" / shard.name / "end.json", asdict(marker))
 
 
-def _decode(
-    shard: Shard, number: int, samples: Iterable[Sample], image_size: int, chunk_size: int, limits: Limits
-) -> pa.Table:
+class _Counted:
+    """Iterates, and knows how many there were, iterated over or not."""
+
+    def __init__(self, samples: Iterable[Sample]):
+        self._samples, self._num = iter(samples), 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        for sample in self._samples:
+            self._num += 1
+            yield sample
+
+    def finish(self) -> int:
+        return self._num + sum(1 for _ in self._samples)
+
+
+def _decode(shard: Shard, number: int, samples: Iterable[Sample], reading: _Reading) -> pa.Table:
     """One chunk as a row; holds one encoded image at a time, as 256 of them may be 16 GB."""
-    images, hashes = [], []
+    images, hashes, places = [], [], []
     rows: list[tuple[str, str | None, str | None]] = []
     for sample in samples:
         if sample.error is None:
             try:
-                images.append(decode_image(sample.image or b"", limits, image_size).tobytes())
+                images.append(decode_image(sample.image or b"", reading.limits, reading.image_size).tobytes())
             except BadSample as bad:
                 sample.error = bad.reason
         hashes.append(sample.content_hash())
+        places.append(sample.index)
         rows.append((sample.key, sample.caption, sample.error))
     return pa.table(
         {
             "shard": [shard.name],
             "number": [number],
-            "first_index": [number * chunk_size],
+            "index": pa.array([places], pa.list_(pa.int64())),
             "key": _strings(key for key, _, _ in rows),
             "caption": _strings(caption for _, caption, _ in rows),
             "error": _strings(error for _, _, error in rows),
@@ -365,37 +494,73 @@ class _Worker:
         if good:
             image_BHWC = np.frombuffer(row["pixels"], np.uint8).reshape(len(good), size, size, 3)
             columns = self.work(Chunk([ids[i] for i in good], image_BHWC, [row["caption"][i] for i in good]))
-            is_finite = _are_finite(columns, len(good))
-            if not is_finite.all():
-                errors = [*errors]
-                for i in np.flatnonzero(~is_finite).tolist():
-                    errors[good[i]] = "not_finite"
-                columns = {name: [*itertools.compress(column, is_finite)] for name, column in columns.items()}
-                good = [*itertools.compress(good, is_finite)]
-        table = pa.table(
+        base = pa.table(
             {
                 "sample_id": ids,
                 "content_hash": row["content_hash"],
                 "shard": [row["shard"]] * len(ids),
-                "index": range(row["first_index"], row["first_index"] + len(ids)),
+                "index": row["index"],
                 "error": errors,
             },
             schema=BASE_SCHEMA,
         )
-        for name, kind in self.work.columns.items():
-            values: list[Any] = [None] * len(ids)
-            for i, value in zip(good, columns.get(name, ()), strict=True):
-                values[i] = value
-            table = table.append_column(pa.field(name, kind), pa.array(values, kind))
+        table = _completed(base, columns, self.work.columns)
         write_parquet(table, part_path(self.folder, row["shard"], row["number"]))
-        return {"shard": row["shard"], "num_samples": len(ids), "errors": [e for e in errors if e is not None]}
+        return _receipt(row["shard"], table)
+
+
+class _PartWorker:
+    """The same over parts that stand."""
+
+    def __init__(self, source: Path, folder: Path, work: type[PartWork], work_arguments: dict[str, Any], threads: int):
+        import torch
+
+        torch.set_num_threads(threads)
+        self.source, self.folder, self.work = source, folder, work(**work_arguments)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self._one(row["shard"], row["number"]) for row in rows.to_pylist()])
+
+    def _one(self, shard: str, number: int) -> dict[str, Any]:
+        stored = pq.read_table(part_path(self.source, shard, number))
+        good = stored.filter(stored["error"].is_null())
+        columns = self.work(good) if len(good) else {}
+        table = _completed(stored.select(BASE_SCHEMA.names), columns, self.work.columns)
+        write_parquet(table, part_path(self.folder, shard, number))
+        return _receipt(shard, table)
+
+
+def _completed(base: pa.Table, columns: dict[str, Any], kinds: dict[str, pa.DataType]) -> pa.Table:
+    """Put what the work gave for the rows without an error beside all rows; what is no number becomes an error."""
+    errors = base["error"].to_pylist()
+    good = [i for i, error in enumerate(errors) if error is None]
+    if good:
+        is_finite = _are_finite(columns, len(good))
+        for i in np.flatnonzero(~is_finite).tolist():
+            errors[good[i]] = "not_finite"
+        columns = {name: [*itertools.compress(column, is_finite)] for name, column in columns.items()}
+        good = [*itertools.compress(good, is_finite)]
+        base = base.set_column(base.schema.get_field_index("error"), "error", pa.array(errors, pa.string()))
+    for name, kind in kinds.items():
+        values: list[Any] = [None] * len(base)
+        for i, value in zip(good, columns.get(name, ()), strict=True):
+            values[i] = value
+        base = base.append_column(pa.field(name, kind), pa.array(values, kind))
+    return base
+
+
+def _receipt(shard: str, table: pa.Table) -> dict[str, Any]:
+    return {"shard": shard, "num_samples": len(table), "errors": table["error"].drop_null().to_pylist()}
 
 
 def _are_finite(columns: dict[str, Any], num: int) -> np.ndarray:
-    """Which of the samples got numbers only; a score that is none would never be flagged."""
+    """Which of the samples got numbers only, or nothing; a score that is none would never be flagged."""
     is_finite = np.ones(num, bool)
     for column in columns.values():
-        is_finite &= np.isfinite(np.asarray(column)).reshape(num, -1).all(axis=1)
+        if any(value is None for value in column):
+            is_finite &= [value is None or bool(np.isfinite(value).all()) for value in column]
+        else:
+            is_finite &= np.isfinite(np.asarray(column)).reshape(num, -1).all(axis=1)
     return is_finite
 
 
@@ -410,12 +575,9 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 def _stream(
     shards: list[Shard],
     todo: dict[str, set[int]],
-    folder: Path,
+    reading: _Reading,
     work: type[Work],
     work_arguments: dict[str, Any],
-    image_size: int,
-    chunk_size: int,
-    limits: Limits,
     resources: PassResources,
 ) -> Iterable[dict[str, Any]]:
     """Read, decode and work, overlapping; yields receipts."""
@@ -423,17 +585,17 @@ def _stream(
     context = ray.data.DataContext.get_current()
     block_bytes = context.target_max_block_size
     # Chunks leave a shard's read task as soon as there are a few, not when the shard is through.
-    context.target_max_block_size = max(2 * chunk_size * image_size * image_size * 3, 1 << 20)
+    context.target_max_block_size = max(2 * reading.chunk_size * reading.image_size**2 * 3, 1 << 20)
     try:
         threads = resources.threads_per_actor or max(1, int(resources.cpus_per_actor))
         data = ray.data.read_datasource(
-            _ChunkSource(shards, todo, folder, image_size, chunk_size, limits),
+            _ChunkSource(shards, todo, reading),
             override_num_blocks=len(shards),
             num_cpus=resources.decode_cpus,
         )
         data = data.map_batches(
             _Worker,
-            fn_constructor_args=(folder, work, work_arguments, threads),
+            fn_constructor_args=(reading.folder, work, work_arguments, threads),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=resources.cpus_per_actor,

@@ -1,46 +1,98 @@
 """The score pass: shards x victim x detectors -> manifest.
 
-One decode, one victim forward, then every detector (ledger.py does the passing, and the recovery). Calibration shards
-go through the same pass; the decision then turns scores into a list with a declared error rate.
+First, detectors that learn from the corpus are fitted on a keyed sample of it. Then one decode, one forward of the
+victim, and every detector (ledger.py does the passing, and the recovery); calibration shards go through the same pass.
+Costly detectors look at the worst candidates only, in a second stage. The decision turns scores into a list with a
+declared error rate.
+
+    <output>/fitting/       embeddings of the fitting sets, one state file per detector
+    <output>/calibration/   parts of the calibration shards
+    <output>/scores/        parts of the shards
+    <output>/second_stage/  parts of the candidates
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field
+from safetensors.torch import save_file
 
-from dede_ray.clip import to_unit_range
-from dede_ray.config import Config, Mistake
+from dede_ray.config import Config, Mistake, read_json, write_json
 from dede_ray.decisions import Conformal, Decision
-from dede_ray.detectors.contract import Batch
+from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, State, open_scorer
 from dede_ray.detectors.detector import Detector
-from dede_ray.ledger import Chunk, PassResources, PassSummary, read_parts, run_pass
+from dede_ray.embedding import Encoders, Encoding, fitting_set, gathered, restored, stored
+from dede_ray.ledger import (
+    BASE_SCHEMA,
+    Chosen,
+    Chunk,
+    KeyedShare,
+    PassResources,
+    PassSummary,
+    read_parts,
+    run_over_parts,
+    run_pass,
+    standing_shards,
+)
 from dede_ray.manifest import DECISION_COLUMNS, Manifest, write_manifest
 from dede_ray.shards import Limits, Shard, list_shards
-from dede_ray.victims import VictimConfig, load_victim
+from dede_ray.victims import OptionalVictimConfig, Victim, VictimConfig, load_victim
+from dede_ray.weights import read_tensors
+
+logger = logging.getLogger(__name__)
 
 VERSIONS_OF = ("torch", "open_clip_torch", "timm", "numpy", "pillow", "pyarrow")
+
+
+class Fitting(Config):
+    """What detectors with statistics learn from, before anything is scored."""
+
+    shards: str | list[str] | None = None
+    """The suspected corpus; None takes what is scored."""
+    clean: str | list[str] | None = None
+    """Clean samples for detectors that want some; neither the victim's training data nor the calibration set."""
+    num_samples: int = Field(20_000, ge=1)
+    """About so many are drawn from each, every sample by its own key."""
+    seed: int = 0
+
+
+class SecondStage(Config):
+    """Detectors that take many forward passes for each sample, for those that look worst."""
+
+    detectors: list[Detector] = Field(min_length=1)
+    num_candidates: int = Field(1000, ge=1)
+    """Samples with the highest scores."""
 
 
 class ScoreConfig(Config):
     """Settings of jobs/score.py."""
 
-    shards: str | list[str]
+    shards: str | list[str] = Field([])
     """What to score: paths, folders, patterns or URLs."""
+    embeddings: str | None = None
+    """Instead of shards: the output of an earlier run with `store_embeddings`. No image is read again, so only
+    detectors that need none can score; scores differ by the rounding to float16."""
     output: str
     victim: VictimConfig
+    reference: OptionalVictimConfig = None
+    """An encoder that the user trusts, from other hands and other data, for the detectors that compare."""
     detectors: list[Detector] = Field(min_length=1)
+    fitting: Fitting = Fitting()
+    second_stage: SecondStage | None = None
     calibration: str | list[str] | None = None
     """Clean shards that nothing was fitted on; conformal decisions need them."""
     decision: Decision = Field(Conformal(), discriminator="kind")
+    store_embeddings: bool = False
+    """Keep each sample's embeddings as float16 beside its scores, to score it again without its image."""
     chunk_size: int = Field(256, ge=1)
     """Samples that are scored, written and recovered together."""
     limits: Limits = Limits()
@@ -55,56 +107,226 @@ def score(config: ScoreConfig) -> Manifest:
     Raises:
         Mistake: settings, shards, victim, decoder or output folder that do not fit.
     """
-    output = Path(config.output).absolute()
-    victim = load_victim(config.victim)
-    scorers = [detector.open(victim, {}) for detector in config.detectors]
-    controls = [column for scorer in scorers for column in scorer.controls]
-    columns = [column for scorer in scorers for column in scorer.columns]
-    twice = [name for name, count in Counter(columns).items() if count > 1]
-    if twice:
-        raise Mistake(f"two detectors give the column {twice[0]}; name each kind once")
-    if config.decision.score not in columns or config.decision.score in controls:
-        judged = [column for column in columns if column not in controls]
-        raise Mistake(
-            f"decision.score is {config.decision.score!r}; the detectors of this run give {', '.join(judged)}"
-        )
-    shards = list_shards(config.shards)
-    calibration_shards = list_shards(config.calibration) if config.calibration else []
-    made_with = {
-        "victim": victim.fingerprint,
-        "detectors": {
-            detector.kind: scorer.fingerprint for detector, scorer in zip(config.detectors, scorers, strict=True)
-        },
-        "versions": _versions(),
-    }
-    summaries = [
-        run_pass(
-            pass_shards, output / name, ScoreWork,
-            {"victim_config": config.victim.located(), "detectors": [each.located() for each in config.detectors]},
-            image_size=victim.image_size, made_with=made_with, chunk_size=config.chunk_size, limits=config.limits,
-            resources=config.resources, max_error_fraction=config.max_error_fraction, name=name,
-        )
-        for name, pass_shards in (("calibration", calibration_shards), ("scores", shards))
-        if pass_shards
-    ]  # fmt: skip
-    calibration = _column(output / "calibration", calibration_shards, config.decision.score)
-    return _decide(config, output, shards, calibration, columns, controls, summaries[-1], made_with)
+    run = _Run(config)
+    run.fit()
+    summary = run.score()
+    return run.decide(summary)
 
 
-class ScoreWork:
-    """What a scoring actor does with a chunk: one forward of the victim, then every detector."""
+class _Run:
+    """One run of the score job: its settings resolved, its folders, its three steps."""
 
-    def __init__(self, victim_config: VictimConfig, detectors: list[Detector]):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.victim = load_victim(victim_config).to(self.device)
-        self.scorers = [detector.open(self.victim, {}) for detector in detectors]
-        self.image_size = self.victim.image_size
-        self.columns = {column: pa.float32() for scorer in self.scorers for column in scorer.columns}
+    def __init__(self, config: ScoreConfig):
+        self.config, self.output = config, Path(config.output).absolute()
+        self.detectors: list[DetectorSettings] = [*config.detectors]
+        second = config.second_stage.detectors if config.second_stage else []
+        needs: frozenset[Need] = frozenset().union(*(one.needs for one in [*self.detectors, *second]))
+        reference = config.reference and config.reference.located()
+        self.encoding = Encoding(config.victim.located(), reference, needs)
+        self.victim = load_victim(config.victim)
+        self.encoding.check(self.victim)
+        self.source = Path(config.embeddings).absolute() if config.embeddings else None
+        if (self.source is None) == (not config.shards):
+            raise Mistake("name either `shards` to read or `embeddings` of an earlier run, not both or none")
+        self.shards = list_shards(config.shards) if self.source is None else standing_shards(self.source / "scores")
+        self.calibration = self._calibration_shards()
+        if self.source is not None and "image" in needs:
+            lacking = [one.label for one in [*self.detectors, *second] if "image" in one.needs]
+            raise Mistake(f"{', '.join(lacking)} look at images, and stored embeddings have none; name shards instead")
 
-    def __call__(self, chunk: Chunk) -> dict[str, np.ndarray]:
-        image_BCHW = to_unit_range(torch.tensor(chunk.image_BHWC).to(self.device))
-        batch = Batch(chunk.sample_ids, self.victim(image_BCHW), image_BCHW)
+    def _calibration_shards(self) -> list[Shard]:
+        if self.source is not None:
+            stands = (self.source / "calibration" / "pass.json").is_file()
+            return standing_shards(self.source / "calibration") if stands else []
+        return list_shards(self.config.calibration) if self.config.calibration else []
+
+    # ---------------------------------------------------------------------------------------------- fitting
+
+    def fit(self) -> None:
+        """Let every detector that fits something leave its state; then open them all, which checks them."""
+        config = self.config
+        fits = [one for one in self._all_detectors() if one.fits]
+        if fits:
+            suspected, clean = self._suspected(), None
+            if config.fitting.clean is not None:
+                clean = self._fitting_set("clean", list_shards(config.fitting.clean))
+            inputs = _digest(suspected) + (_digest(clean) if clean else "")
+            for detector in fits:
+                fit_state(detector, suspected, clean, inputs, self._state_path(detector))
+        self.scorers = [open_scorer(one, self.victim, self._state(one)) for one in self.detectors]
+        self.columns = [column for scorer in self.scorers for column in scorer.columns]
+        self.controls = [column for scorer in self.scorers for column in scorer.controls]
+        twice = [name for name, count in Counter(self.columns).items() if count > 1]
+        if twice:
+            raise Mistake(f"two detectors give the column {twice[0]}; name each kind once, or set `name` of one")
+        if config.decision.score not in self.columns or config.decision.score in self.controls:
+            judged = [column for column in self.columns if column not in self.controls]
+            raise Mistake(
+                f"decision.score is {config.decision.score!r}; the detectors of this run give {', '.join(judged)}"
+            )
+
+    def _all_detectors(self) -> list[DetectorSettings]:
+        return [*self.detectors, *(self.config.second_stage.detectors if self.config.second_stage else [])]
+
+    def _suspected(self) -> Batch:
+        fitting = self.config.fitting
+        if fitting.shards is not None:
+            return self._fitting_set("suspected", list_shards(fitting.shards))
+        if self.source is None:
+            return self._fitting_set("suspected", self.shards)
+        everyone = gathered(self.source / "scores", self.shards)
+        share = KeyedShare(min(1.0, fitting.num_samples / len(everyone)), fitting.seed)
+        return everyone.part([row for row, name in enumerate(everyone.sample_ids) if share(name)])
+
+    def _fitting_set(self, name: str, shards: list[Shard]) -> Batch:
+        config = self.config
+        return fitting_set(
+            shards, self.output / "fitting" / name, self.encoding, config.fitting.num_samples, config.fitting.seed,
+            chunk_size=config.chunk_size, limits=config.limits, resources=config.resources,
+            max_error_fraction=config.max_error_fraction, name=f"fitting, {name}",
+        )  # fmt: skip
+
+    def _state_path(self, detector: DetectorSettings) -> Path:
+        return self.output / "fitting" / f"{detector.label}.safetensors"
+
+    def _state(self, detector: DetectorSettings) -> State:
+        return read_tensors(self._state_path(detector)) if detector.fits else {}
+
+    # ---------------------------------------------------------------------------------------------- scoring
+
+    def score(self) -> PassSummary:
+        """Pass over calibration shards and shards; then the second stage over what looks worst."""
+        passes = [("calibration", self.calibration), ("scores", self.shards)]
+        summary = [self._pass(name, shards) for name, shards in passes if shards][-1]
+        second = self.config.second_stage
+        if second:
+            self.second_scorers = [open_scorer(one, self.victim, self._state(one)) for one in second.detectors]
+            chosen = self._candidates(second.num_candidates)
+            run_pass(
+                self.shards, self.output / "second_stage", ScoreWork, self._work([*second.detectors]),
+                image_size=self.victim.image_size, chunk_size=self.config.chunk_size, limits=self.config.limits,
+                made_with={**self.made_with(second.detectors, self.second_scorers), "candidates": _hash(chosen)},
+                resources=self.config.resources, max_error_fraction=self.config.max_error_fraction,
+                name="second stage", select=Chosen(frozenset(chosen)),
+            )  # fmt: skip
+        return summary
+
+    def _pass(self, name: str, shards: list[Shard]) -> PassSummary:
+        config, work = self.config, self._work(self.detectors)
+        common: dict[str, Any] = {
+            "made_with": self.made_with(self.detectors, self.scorers),
+            "resources": config.resources,
+            "max_error_fraction": config.max_error_fraction,
+            "name": name,
+        }
+        if self.source is not None:
+            return run_over_parts(shards, self.source / name, self.output / name, RescoreWork, work, **common)
+        return run_pass(
+            shards, self.output / name, ScoreWork, {**work, "store_embeddings": config.store_embeddings},
+            image_size=self.victim.image_size, chunk_size=config.chunk_size, limits=config.limits, **common,
+        )  # fmt: skip
+
+    def _work(self, detectors: list[DetectorSettings]) -> dict[str, Any]:
+        states = [str(self._state_path(one)) if one.fits else None for one in detectors]
+        return {"encoding": self.encoding, "detectors": [one.located() for one in detectors], "states": states}
+
+    def made_with(self, detectors: Sequence[DetectorSettings], scorers: Sequence[Scorer]) -> dict[str, Any]:
+        """What scores depend on."""
+        return {
+            **self.encoding.made_with(self.victim),
+            "detectors": {one.label: scorer.fingerprint for one, scorer in zip(detectors, scorers, strict=True)},
+            "versions": _versions(),
+        }
+
+    def _candidates(self, num: int) -> list[str]:
+        """Ids of the samples with the highest scores, equal scores by id."""
+        scores = _column(self.output / "scores", self.shards, self.config.decision.score)
+        assert scores is not None
+        ids = np.array(_strings(self.output / "scores", self.shards, "sample_id"), dtype=object)
+        is_scored = ~np.isnan(scores)
+        scores, ids = scores[is_scored], ids[is_scored]
+        return sorted(ids[np.lexsort((ids, -scores))[:num]].tolist())
+
+    # ---------------------------------------------------------------------------------------------- deciding
+
+    def decide(self, summary: PassSummary) -> Manifest:
+        """Turn scores into a list, and write the manifest."""
+        return _decide(self, summary)
+
+
+def fit_state(detector: DetectorSettings, suspected: Batch, clean: Batch | None, inputs: str, path: Path) -> None:
+    """Fit one detector and write its state, unless the same one stands there."""
+    fitted_with = hashlib.sha256(f"{detector.label}{detector.model_dump_json()}{inputs}".encode()).hexdigest()
+    record = path.with_suffix(".json")
+    if record.is_file() and path.is_file() and read_json(record, "record of a fit").get("fitted_with") == fitted_with:
+        return
+    logger.info("fitting %s on %s samples", detector.label, f"{len(suspected):,}")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.fit(suspected, clean).items()}
+    record.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(state, temporary)
+    temporary.replace(path)
+    write_json(record, {"fitted_with": fitted_with, "num_samples": len(suspected)})
+
+
+def _digest(batch: Batch) -> str:
+    digest = hashlib.sha256("\n".join(batch.sample_ids).encode("utf-8", "surrogateescape"))
+    for tensor in (batch.embedding_BE, batch.reference_BR, batch.caption_BE, batch.reference_caption_BR):
+        digest.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hash(names: list[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+class _Scoring:
+    """What a scoring actor holds: every detector, opened."""
+
+    def __init__(self, victim: Victim, detectors: list[DetectorSettings], states: list[str | None]):
+        self.scorers = [
+            open_scorer(detector, victim, read_tensors(state) if state else {})
+            for detector, state in zip(detectors, states, strict=True)
+        ]
+        self.columns: dict[str, pa.DataType] = {
+            column: pa.float32() for scorer in self.scorers for column in scorer.columns
+        }
+
+    def score(self, batch: Batch) -> dict[str, Any]:
         return {name: column for scorer in self.scorers for name, column in scorer.score(batch).items()}
+
+
+class ScoreWork(_Scoring):
+    """What a scoring actor does with a chunk: one forward of each encoder, then every detector."""
+
+    def __init__(
+        self,
+        encoding: Encoding,
+        detectors: list[DetectorSettings],
+        states: list[str | None],
+        store_embeddings: bool = False,
+    ):
+        self.encoders = Encoders(encoding)
+        super().__init__(self.encoders.victim, detectors, states)
+        self.image_size, self.store_embeddings = self.encoders.image_size, store_embeddings
+        if store_embeddings:
+            self.columns |= self.encoders.columns("float16")
+
+    def __call__(self, chunk: Chunk) -> dict[str, Any]:
+        batch = self.encoders(chunk)
+        kept = stored(batch, "float16") if self.store_embeddings else {}
+        return {**self.score(batch), **kept}
+
+
+class RescoreWork(_Scoring):
+    """The same from stored embeddings."""
+
+    def __init__(self, encoding: Encoding, detectors: list[DetectorSettings], states: list[str | None]):
+        super().__init__(load_victim(encoding.victim), detectors, states)
+
+    def __call__(self, table: pa.Table) -> dict[str, Any]:
+        return self.score(restored(table))
 
 
 def _column(folder: Path, shards: list[Shard], name: str) -> np.ndarray | None:
@@ -114,30 +336,27 @@ def _column(folder: Path, shards: list[Shard], name: str) -> np.ndarray | None:
     return pa.chunked_array([c for p in parts for c in p.chunks]).to_numpy(zero_copy_only=False)
 
 
-def _decide(
-    config: ScoreConfig,
-    output: Path,
-    shards: list[Shard],
-    calibration: np.ndarray | None,
-    columns: list[str],
-    controls: list[str],
-    summary: PassSummary,
-    made_with: dict[str, Any],
-) -> Manifest:
+def _strings(folder: Path, shards: list[Shard], name: str) -> list[Any]:
+    return [value for shard in shards for value in read_parts(folder, shard.name, [name])[name].to_pylist()]
+
+
+def _decide(run: _Run, summary: PassSummary) -> Manifest:
+    config, output, shards = run.config, run.output, run.shards
     scores = output / "scores"
-    ids = [i for shard in shards for i in read_parts(scores, shard.name, ["sample_id"])["sample_id"].to_pylist()]
+    ids = _strings(scores, shards, "sample_id")
     judged = _column(scores, shards, config.decision.score)
     assert judged is not None
+    calibration = _column(output / "calibration", run.calibration, config.decision.score)
     verdict = config.decision.decide(judged.astype(np.float32), calibration, ids)
-    hashes = Counter(
-        h for shard in shards for h in read_parts(scores, shard.name, ["content_hash"])["content_hash"].to_pylist()
-    )
+    hashes = Counter(_strings(scores, shards, "content_hash"))
     repeated = {name for name, count in hashes.items() if count > 1 and name}
+    second = _second_scores(run)
+    second_columns = [column for scorer in getattr(run, "second_scorers", []) for column in scorer.columns]
 
     def rows() -> Iterator[tuple[str, pa.Table]]:
         start = 0
         for shard in shards:
-            table = read_parts(scores, shard.name)
+            table = read_parts(scores, shard.name).select([*BASE_SCHEMA.names, *run.columns])
             here = slice(start, start + len(table))
             start += len(table)
             error = table["error"]
@@ -145,17 +364,23 @@ def _decide(
             group = [name if name in repeated else None for name in table["content_hash"].to_pylist()]
             values = (judged[here], p_value, verdict.flagged[here], group)
             table = table.drop_columns(["error"])
+            for column in second_columns:
+                found = [second.get((name, column)) for name in table["sample_id"].to_pylist()]
+                table = table.append_column(pa.field(column, pa.float32()), pa.array(found, pa.float32()))
             for (name, kind), value in zip(DECISION_COLUMNS, values, strict=True):
                 table = table.append_column(pa.field(name, kind), pa.array(value, kind, from_pandas=True))
             yield shard.name, table.append_column("error", error)
 
+    made_with = run.made_with(run.detectors, run.scorers)
     info = {
         "settings": config.model_dump(mode="json", exclude={"resources"}),
         "victim": {"path": config.victim.path, "fingerprint": made_with["victim"]},
+        "reference": made_with["reference"],
         "detectors": made_with["detectors"],
         "versions": made_with["versions"],
-        "score_columns": columns,
-        "controls": controls,
+        "score_columns": run.columns,
+        "second_stage_columns": second_columns,
+        "controls": run.controls,
         "decision": verdict.report,
         "counts": {
             "samples": summary.num_samples,
@@ -167,6 +392,17 @@ def _decide(
         },
     }
     return write_manifest(output, rows(), info)
+
+
+def _second_scores(run: _Run) -> dict[tuple[str, str], float]:
+    """(sample id, column) -> score of the candidates."""
+    found: dict[tuple[str, str], float] = {}
+    for scorer in getattr(run, "second_scorers", []):
+        for shard in run.shards:
+            table = read_parts(run.output / "second_stage", shard.name, ["sample_id", *scorer.columns])
+            for row in table.to_pylist():
+                found |= {(row["sample_id"], column): row[column] for column in scorer.columns}
+    return found
 
 
 def _versions() -> dict[str, str]:

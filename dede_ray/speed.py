@@ -36,6 +36,7 @@ from dede_ray.baseline import TrainerSpeed, compare_trainers, photographs
 from dede_ray.config import Config, Mistake
 from dede_ray.decoder import PRESETS, MaskedDecoder, Reconstruction, save_decoder
 from dede_ray.detectors.dede import DeDe
+from dede_ray.embedding import Encoding
 from dede_ray.ingest import IngestConfig, ingest
 from dede_ray.ledger import BASE_SCHEMA, Chunk, PassResources, run_pass
 from dede_ray.manifest import DECISION_COLUMNS, write_manifest
@@ -239,7 +240,8 @@ def _bare_training(
 
 
 def _compare_scoring(config: LoopSpeed, folder: Path, shards: list[Shard], victim_config: OpenClipVictim) -> str:
-    arguments = {"victim_config": victim_config, "detectors": [DeDe(decoder=str(folder / "decoder"))]}
+    encoding = Encoding(victim_config, None, frozenset({"image"}))
+    arguments = {"encoding": encoding, "detectors": [DeDe(decoder=str(folder / "decoder"))], "states": [None]}
     size = load_victim(victim_config).image_size
     ours, bare, whole = [], [], []
     for turn in range(config.repeats):

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pydantic import Field
@@ -37,7 +36,8 @@ from dede_ray.decoder import (
     sample_keys,
     save_decoder,
 )
-from dede_ray.ledger import Chunk, PassResources, part_path, run_pass
+from dede_ray.embedding import EmbedWork, Encoding
+from dede_ray.ledger import PassResources, part_path, run_pass
 from dede_ray.loop import Precision, Recipe, Run, Workers, check_workers, fit
 from dede_ray.optimisation import Optimisation
 from dede_ray.shards import BadSample, Limits, Reason, Sample, decode_image, list_shards, sample_id
@@ -288,7 +288,8 @@ def train_decoder(config: Training, section: DecoderTrain, trained: VictimConfig
         held_index = feed.index_shards(holdout, CHUNK_SIZE)
         for kind, pass_shards in (("train", shards), ("holdout", holdout)):
             run_pass(
-                pass_shards, folder / "embeddings" / kind, EmbedWork, {"victim_config": victim_config.located()},
+                pass_shards, folder / "embeddings" / kind, EmbedWork,
+                {"encoding": Encoding(victim_config.located(), None, frozenset())},
                 image_size=victim.image_size, made_with={"victim": victim.fingerprint}, chunk_size=CHUNK_SIZE,
                 limits=config.limits, resources=config.embedding, max_error_fraction=config.max_error_fraction,
                 name=f"embedding {kind}",
@@ -313,20 +314,6 @@ def decoder_recipe(
         preset, seed, victim.image_size, victim.embedding_dim, victim.fingerprint, scale, parts,
         folder / "embeddings" / "holdout", held_index, limits,
     )  # fmt: skip
-
-
-class EmbedWork:
-    """The pass that embeds: one float32 vector of width E per sample."""
-
-    def __init__(self, victim_config: VictimConfig):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.victim = load_victim(victim_config).to(self.device)
-        self.image_size = self.victim.image_size
-        self.columns = {"embedding": pa.list_(pa.float32(), self.victim.embedding_dim)}
-
-    def __call__(self, chunk: Chunk) -> dict[str, Any]:
-        image_BCHW = clip.to_unit_range(torch.tensor(chunk.image_BHWC).to(self.device))
-        return {"embedding": list(self.victim(image_BCHW).cpu().numpy())}
 
 
 def _embedding_scale(parts: Path) -> float:

@@ -19,6 +19,7 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dede_ray.config import Config
@@ -97,9 +98,16 @@ class Scorer(Protocol):
 class DetectorSettings(Config):
     """What the settings of all detectors share."""
 
+    name: str = Field("", pattern="^[a-z0-9_]*$")
+    """Ends the columns, as in `dao_far`, where one kind is attached more than once."""
     needs: ClassVar[frozenset[Need]] = frozenset()
     fits: ClassVar[bool] = False
     """Whether `fit` has something to learn."""
+
+    @property
+    def label(self) -> str:
+        """What tells it from the other detectors of a run."""
+        return f"{self.kind}_{self.name}" if self.name else self.kind  # type: ignore[attr-defined]
 
     def fit(self, suspected: Batch, clean: Batch | None) -> State:
         """Learn from a keyed sample of the suspected corpus, sorted by sample id, and from clean samples if given.
@@ -134,3 +142,22 @@ def state_fingerprint(settings: Config, state: State) -> str:
 def as_scores(columns: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Columns of numbers as the score pass wants them: float32 on the CPU."""
     return {name: column_B.float().cpu().numpy() for name, column_B in columns.items()}
+
+
+class Renamed:
+    """A scorer whose columns end in the name that its settings gave it."""
+
+    def __init__(self, scorer: Scorer, name: str):
+        self._scorer, self._name = scorer, name
+        self.fingerprint = scorer.fingerprint
+        self.columns = tuple(f"{column}_{name}" for column in scorer.columns)
+        self.controls = tuple(f"{column}_{name}" for column in scorer.controls)
+
+    def score(self, batch: Batch) -> dict[str, np.ndarray]:
+        return {f"{column}_{self._name}": score_B for column, score_B in self._scorer.score(batch).items()}
+
+
+def open_scorer(detector: DetectorSettings, victim: Victim, state: State) -> Scorer:
+    """`detector.open`, with the columns' names ending as the settings want it."""
+    scorer = detector.open(victim, state)
+    return Renamed(scorer, detector.name) if detector.name else scorer

@@ -1,0 +1,222 @@
+"""From decoded samples to what detectors see, and the passes that only embed.
+
+`Encoders` turns a chunk into a `Batch`: the victim's embedding, and as far as the run needs them the reference
+encoder's and those of the captions. `EmbedWork` writes them as Parquet columns: for the decoder's training, for fitting
+detectors, and for scoring again without the images. `fitting_set` draws a keyed sample of a corpus and embeds it, in a
+resumable pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dede_ray.clip import to_unit_range
+from dede_ray.config import Mistake
+from dede_ray.detectors.contract import Batch, Need
+from dede_ray.feed import index_shards
+from dede_ray.ledger import Chunk, KeyedShare, PassResources, Select, read_parts, run_pass
+from dede_ray.shards import Limits, Shard, iter_samples, open_shard
+from dede_ray.victims import ClipVictim, Victim, VictimConfig, load_victim
+
+Precision = Literal["float16", "float32"]
+
+EMBEDDINGS = ("embedding", "reference", "caption_embedding", "reference_caption_embedding")
+"""Columns of a batch's four tensors."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Which encoders look at a sample; what a fitting set and a score have in common."""
+
+    victim: VictimConfig
+    reference: VictimConfig | None
+    needs: frozenset[Need]
+
+    def check(self, victim: Victim) -> None:
+        """Say at once what the detectors lack.
+
+        Raises:
+            Mistake: they need a reference encoder or captions, and there is none.
+        """
+        if "reference" in self.needs and self.reference is None:
+            raise Mistake(
+                "a detector of this run compares the victim with an independent encoder; name one that you trust as "
+                "`reference`, such as {kind: open_clip, path: ...}, or leave that detector out"
+            )
+        if "caption" in self.needs and not isinstance(victim, ClipVictim):
+            raise Mistake(
+                f"a detector of this run looks at captions, and victim {victim.name} knows no text; leave it out"
+            )
+
+    def made_with(self, victim: Victim) -> dict[str, Any]:
+        """What the embeddings depend on, for a pass."""
+        reference = self.reference and load_victim(self.reference).fingerprint
+        return {"victim": victim.fingerprint, "reference": reference, "needs": sorted(self.needs - {"image"})}
+
+
+class Encoders:
+    """The victim, and the reference encoder where one is needed, in one actor."""
+
+    def __init__(self, encoding: Encoding):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.needs = encoding.needs
+        self.victim = load_victim(encoding.victim).to(self.device)
+        self.reference: Victim | None = None
+        if "reference" in encoding.needs and encoding.reference is not None:
+            self.reference = load_victim(encoding.reference).to(self.device)
+        self.image_size = self.victim.image_size
+
+    def __call__(self, chunk: Chunk) -> Batch:
+        """Embed a chunk; the reference encoder sees the victim's pixels, resized where its own size differs."""
+        image_BCHW = to_unit_range(torch.tensor(chunk.image_BHWC).to(self.device))
+        reference, needs_captions = self.reference, "caption" in self.needs
+        return Batch(
+            chunk.sample_ids,
+            self.victim(image_BCHW),
+            image_BCHW,
+            None if reference is None else reference(_resized(image_BCHW, reference.image_size)),
+            _captions(self.victim, chunk.captions) if needs_captions else None,
+            _captions(reference, chunk.captions) if needs_captions and isinstance(reference, ClipVictim) else None,
+        )
+
+    def columns(self, precision: Precision) -> dict[str, pa.DataType]:
+        """Kinds of the columns that `stored` gives."""
+        kind = pa.float16() if precision == "float16" else pa.float32()
+        widths = {"embedding": self.victim.embedding_dim}
+        if self.reference is not None:
+            widths["reference"] = self.reference.embedding_dim
+        if "caption" in self.needs:
+            widths["caption_embedding"] = self.victim.embedding_dim
+            if isinstance(self.reference, ClipVictim):
+                widths["reference_caption_embedding"] = self.reference.embedding_dim
+        return {name: pa.list_(kind, width) for name, width in widths.items()}
+
+
+def _resized(image_BCHW: Tensor, size: int) -> Tensor:
+    if image_BCHW.shape[-1] == size:
+        return image_BCHW
+    return functional.interpolate(image_BCHW, (size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+def _captions(encoder: Any, captions: list[str | None]) -> Tensor:
+    """Embeddings of the captions; rows of NaN where there is none."""
+    rows = [row for row, caption in enumerate(captions) if caption is not None]
+    caption_BE = torch.full((len(captions), encoder.embedding_dim), torch.nan, device=encoder.device)
+    if rows:
+        caption_BE[rows] = encoder.encode_text([caption for caption in captions if caption is not None])
+    return caption_BE
+
+
+def stored(batch: Batch, precision: Precision) -> dict[str, list[np.ndarray | None]]:
+    """A batch's embeddings as the values of Parquet columns, null where a sample has no caption."""
+    tensors = (batch.embedding_BE, batch.reference_BR, batch.caption_BE, batch.reference_caption_BR)
+    columns: dict[str, list[np.ndarray | None]] = {}
+    for name, tensor in zip(EMBEDDINGS, tensors, strict=True):
+        if tensor is not None:
+            rows = tensor.cpu().numpy().astype(precision)
+            columns[name] = [None if np.isnan(row).all() and "caption" in name else row for row in rows]
+    return columns
+
+
+def restored(table: pa.Table) -> Batch:
+    """The batch that `stored` wrote, without its pictures; rows without an embedding are left out."""
+    table = table.filter(table["embedding"].is_valid())
+    tensors = [_matrix(table[name]) if name in table.column_names else None for name in EMBEDDINGS]
+    embedding_BE, *others = tensors
+    assert embedding_BE is not None
+    return Batch(table["sample_id"].to_pylist(), embedding_BE, None, *others)
+
+
+def _matrix(column: pa.ChunkedArray) -> Tensor:
+    """A column of lists as float32 rows, NaN where it is null."""
+    width = column.type.list_size
+    rows = np.full((len(column), width), np.nan, np.float32)
+    is_valid = column.is_valid().to_numpy(zero_copy_only=False)
+    values = column.drop_null().combine_chunks()
+    if isinstance(values, pa.ChunkedArray):
+        values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], column.type)
+    rows[is_valid] = values.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, width)
+    return torch.from_numpy(rows)
+
+
+class EmbedWork:
+    """The pass that only embeds."""
+
+    def __init__(self, encoding: Encoding, precision: Precision = "float32"):
+        self.encoders, self.precision = Encoders(encoding), precision
+        self.image_size = self.encoders.image_size
+        self.columns = self.encoders.columns(precision)
+
+    def __call__(self, chunk: Chunk) -> dict[str, Any]:
+        return stored(self.encoders(chunk), self.precision)
+
+
+# ------------------------------------------------------------------------------------------------ fitting sets
+
+
+def fitting_set(
+    shards: list[Shard],
+    folder: Path,
+    encoding: Encoding,
+    num_samples: int,
+    seed: int,
+    *,
+    chunk_size: int,
+    limits: Limits,
+    resources: PassResources,
+    max_error_fraction: float,
+    name: str,
+) -> Batch:
+    """Draw about `num_samples` of a corpus by their keys and embed them; a rerun does what remains.
+
+    Each sample is drawn by its own id, so that what the workers find adds up in any order and a corpus that grows
+    keeps its share.
+
+    Returns:
+        Their embeddings, sorted by sample id, without pictures.
+    """
+    victim = load_victim(encoding.victim)
+    share = min(1.0, num_samples / max(1, count_samples(shards, limits)))
+    select: Select | None = KeyedShare(share, seed) if share < 1 else None
+    run_pass(
+        shards, folder, EmbedWork, {"encoding": encoding}, image_size=victim.image_size,
+        made_with={**encoding.made_with(victim), "share": share, "seed": seed}, chunk_size=chunk_size, limits=limits,
+        resources=resources, max_error_fraction=max_error_fraction, name=name, select=select,
+    )  # fmt: skip
+    return gathered(folder, shards)
+
+
+def gathered(folder: Path, shards: Iterable[Shard]) -> Batch:
+    """All embeddings of a finished pass, sorted by sample id.
+
+    Raises:
+        Mistake: there are none.
+    """
+    table = pa.concat_tables([read_parts(folder, shard.name) for shard in shards]).sort_by("sample_id")
+    batch = restored(table)
+    if not len(batch):
+        raise Mistake(f"not one sample of {folder} could be embedded; score them to see the reasons")
+    return batch
+
+
+def count_samples(shards: list[Shard], limits: Limits) -> int:
+    """Count samples, of plain tars by their headers alone; shards in parallel on Ray."""
+    plain = [shard for shard in shards if shard.name.endswith(".tar")]
+    count = ray.remote(num_cpus=1)(_count)
+    others = [count.remote(shard, limits) for shard in shards if shard not in plain]
+    return sum(ref.num_samples for ref in index_shards(plain, 2**20)) + sum(ray.get(others))
+
+
+def _count(shard: Shard, limits: Limits) -> int:
+    with open_shard(shard) as stream:
+        return sum(1 for _ in iter_samples(stream, limits))
