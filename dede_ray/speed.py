@@ -157,7 +157,7 @@ def _write_victim(folder: Path, model: str) -> OpenClipVictim:
 
 def _write_decoder(folder: Path, victim_config: OpenClipVictim, preset: str) -> None:
     victim = load_victim(victim_config)
-    decoder = MaskedDecoder(PRESETS[preset].shape, victim.image_size, victim.embedding_dim)
+    decoder = MaskedDecoder(PRESETS[preset].shape, victim.image_size, victim.embedding_dim, has_reverse=True)
     decoder.victim, decoder.has_null = victim.fingerprint, True
     save_decoder(folder, decoder, {})
 

@@ -108,9 +108,13 @@ class DecoderTrain(Config):
     """Share of samples trained with the null embedding, which the null-embedding ratio needs."""
     trim_rate: float | None = Field(None, ge=0, lt=1)
     """Worst rebuilt share of each batch that is left out of the loss, so that poisoned samples are never learnt."""
+    reverse_weight: float | None = Field(None, ge=0)
+    """Weight of the reverse direction, embeddings predicted from visible patches; 0 trains none."""
+    reverse_mask_ratio: float | None = Field(None, gt=0, lt=1)
+    """Hidden patches / patches in the reverse direction."""
 
     def resolved(self) -> DecoderPreset:
-        own = self.model_dump(include={"epochs", "batch_size", "learning_rate", "mask_ratio", "null_rate", "trim_rate"})
+        own = self.model_dump(include=DecoderPreset.model_fields.keys() - {"shape"})
         return PRESETS[self.preset].model_copy(update={k: v for k, v in own.items() if v is not None})
 
 
@@ -309,23 +313,35 @@ def decoder_recipe(
 ) -> _DecoderRecipe:
     """The decoder's objective and data, once the folder holds the embeddings of training and held-out samples."""
     parts = folder / "embeddings" / "train"
-    scale = _embedding_scale(parts)
     return _DecoderRecipe(
-        preset, seed, victim.image_size, victim.embedding_dim, victim.fingerprint, scale, parts,
+        preset, seed, victim.image_size, victim.embedding_dim, victim.fingerprint, _embedding_spread(parts), parts,
         folder / "embeddings" / "holdout", held_index, limits,
     )  # fmt: skip
 
 
-def _embedding_scale(parts: Path) -> float:
-    """One over the root mean square of the embeddings of the first chunk that has any."""
-    for path in sorted(parts.glob("parts/*/[0-9]*.parquet")):
-        embeddings = pq.read_table(path)["embedding"].drop_null()
-        if len(embeddings):
-            break
-    else:
+@dataclass(frozen=True)
+class _Spread:
+    """Where the embeddings of the training data lie."""
+
+    scale: float
+    """One over their root mean square."""
+    mean_E: np.ndarray
+    std_E: np.ndarray
+
+
+def _embedding_spread(parts: Path, most_chunks: int = 64) -> _Spread:
+    """Measure some chunks, evenly spaced."""
+    paths = sorted(parts.glob("parts/*/[0-9]*.parquet"))
+    columns = [pq.read_table(path)["embedding"].drop_null() for path in paths[:: -(-len(paths) // most_chunks) or 1]]
+    rows = [row for column in columns if len(column) for row in column.to_numpy()]
+    if not rows:
         raise Mistake("not one sample of the decoder's shards can be used; score them to see the reasons")
-    values = np.stack(embeddings.to_numpy())
-    return float(1 / max(np.sqrt(np.mean(np.square(values))), 1e-6))
+    values_NE = np.stack(rows).astype(np.float64)
+    std_E = values_NE.std(axis=0)
+    # A dimension that hardly moves would count as much as the others, on noise alone.
+    std_E = np.maximum(std_E, 0.01 * np.sqrt(np.mean(std_E**2)) + 1e-12)
+    scale = 1 / max(float(np.sqrt(np.mean(values_NE**2))), 1e-6)
+    return _Spread(scale, values_NE.mean(axis=0).astype(np.float32), std_E.astype(np.float32))
 
 
 # ------------------------------------------------------------------------------------------------ recipes
@@ -421,16 +437,26 @@ class _DecoderRecipe(Recipe):
     image_size: int
     embedding_dim: int
     victim: str
-    embedding_scale: float
+    spread: _Spread
     train_parts: Path
     holdout_parts: Path
     holdout_index: list[feed.ChunkRef]
     limits: Limits
 
     def objective(self, rank: int, world: int) -> Reconstruction:
-        decoder = MaskedDecoder(self.preset.shape, self.image_size, self.embedding_dim, self.embedding_scale)
+        has_reverse = self.preset.reverse_weight > 0
+        decoder = MaskedDecoder(
+            self.preset.shape, self.image_size, self.embedding_dim, self.spread.scale, has_reverse=has_reverse
+        )
         decoder.victim, decoder.has_null = self.victim, self.preset.null_rate > 0
-        return Reconstruction(decoder, self.preset.mask_ratio, self.preset.null_rate, self.preset.trim_rate)
+        if has_reverse:
+            decoder.embedding_mean.copy_(torch.from_numpy(self.spread.mean_E))
+            decoder.embedding_std.copy_(torch.from_numpy(self.spread.std_E))
+        preset = self.preset
+        return Reconstruction(
+            decoder, preset.mask_ratio, preset.null_rate, preset.trim_rate, preset.reverse_weight,
+            preset.reverse_mask_ratio,
+        )  # fmt: skip
 
     def decode(
         self, ref: feed.ChunkRef, epoch: int, start: int, samples: list[Sample]

@@ -12,6 +12,7 @@ from scipy import stats
 from dede_ray.config import Mistake, read_json, write_json
 from dede_ray.decoder import (
     PRESETS,
+    REVERSE,
     DecoderShape,
     MaskedDecoder,
     Reconstruction,
@@ -333,3 +334,54 @@ def test_a_folder_without_a_decoder_or_with_a_damaged_one_is_a_mistake(decoder, 
     (tmp_path / "decoder.safetensors").write_bytes(b"rubbish")
     with pytest.raises(Mistake, match="no readable checkpoint"):
         load_decoder(tmp_path)
+
+
+# --- the reverse direction
+
+
+@pytest.fixture
+def two_way() -> MaskedDecoder:
+    torch.manual_seed(3)
+    decoder = MaskedDecoder(SMALL, image_size=8, embedding_dim=6, has_reverse=True).requires_grad_(False).eval()
+    decoder.embedding_mean.copy_(torch.arange(6.0))
+    decoder.embedding_std.copy_(torch.arange(1.0, 7.0))
+    return decoder
+
+
+def test_predictions_look_at_visible_patches_only(two_way):
+    torch.manual_seed(0)
+    image_BCHW = torch.rand(4, 3, 8, 8)
+    mask_BL = random_mask(sample_keys(["a", "b", "c", "d"], 0), two_way.num_patches, 0.5)
+    hidden_BLP = torch.where(mask_BL.unsqueeze(-1), torch.rand(1), two_way.patchify(image_BCHW))
+    predicted_BE = two_way.predict(image_BCHW, mask_BL)
+    assert predicted_BE.shape == (4, 6)
+    torch.testing.assert_close(two_way.predict(two_way.unpatchify(hidden_BLP), mask_BL), predicted_BE)
+    seen_BLP = torch.where(mask_BL.unsqueeze(-1), two_way.patchify(image_BCHW), torch.rand(1))
+    assert (two_way.predict(two_way.unpatchify(seen_BLP), mask_BL) - predicted_BE).abs().max() > 1e-4
+
+
+def test_the_reverse_loss_is_the_trimmed_error_per_standardised_dimension(two_way):
+    torch.manual_seed(0)
+    batch = {
+        "image": torch.randint(0, 256, (8, 8, 8, 3), dtype=torch.uint8),
+        "embedding": torch.randn(8, 6),
+        "key": sample_keys([str(i) for i in range(8)], 0),
+    }
+    alone, _ = Reconstruction(two_way, 0.75, 0.0, 0.25)(batch)
+    both, metrics = Reconstruction(two_way, 0.75, 0.0, 0.25, reverse_weight=0.5, reverse_mask_ratio=0.5)(batch)
+    mask_BL = random_mask(batch["key"] ^ REVERSE, two_way.num_patches, 0.5)
+    image_BCHW = batch["image"].permute(0, 3, 1, 2) / 255
+    predicted = two_way.predict(image_BCHW, mask_BL).numpy()
+    target = (batch["embedding"].numpy() - np.arange(6)) / np.arange(1, 7)
+    error = np.sort(((predicted - target) ** 2).mean(axis=1))
+    assert float(metrics["reverse"]) == pytest.approx(error[:6].mean(), rel=1e-5)  # the worst two of eight are left out
+    assert float(both) == pytest.approx(float(alone) + 0.5 * error[:6].mean(), rel=1e-5)
+
+
+def test_a_decoder_with_a_reverse_head_is_stored_whole_and_one_without_still_loads(two_way, tmp_path):
+    for decoder in (two_way, MaskedDecoder(SMALL, image_size=8, embedding_dim=6)):
+        save_decoder(tmp_path, decoder, {})
+        again = load_decoder(tmp_path)
+        assert again.has_reverse == decoder.has_reverse
+        for name, tensor in decoder.state_dict().items():
+            torch.testing.assert_close(again.state_dict()[name], tensor)

@@ -10,7 +10,7 @@ import torch
 
 from dede_ray.clip import to_unit_range
 from dede_ray.config import Mistake
-from dede_ray.decoder import MaskedDecoder, load_decoder, random_mask, sample_keys, save_decoder
+from dede_ray.decoder import DecoderShape, MaskedDecoder, load_decoder, random_mask, sample_keys, save_decoder
 from dede_ray.detectors.contract import Batch
 from dede_ray.detectors.dede import DeDe
 from dede_ray.detectors.statistics import ImageStatistics
@@ -125,3 +125,42 @@ def test_a_decoder_of_another_victim_is_a_mistake_that_names_the_widths(victim, 
     save_decoder(tmp_path / "other", other, {})
     with pytest.raises(Mistake, match="trained against another victim"):
         DeDe(decoder=str(tmp_path / "other")).open(victim, {})
+
+
+@pytest.fixture(scope="module")
+def two_way_folder(victim, tmp_path_factory):
+    torch.manual_seed(4)
+    shape = DecoderShape(patch_px=4, width=32, heads=2, encoder_depth=1, decoder_depth=1)
+    decoder = MaskedDecoder(shape, victim.image_size, victim.embedding_dim, has_reverse=True)
+    decoder.victim = victim.fingerprint
+    decoder.embedding_mean.fill_(0.5)
+    decoder.embedding_std.fill_(2.0)
+    save_decoder(tmp_path_factory.mktemp("two_way"), decoder, {})
+    return tmp_path_factory.getbasetemp() / "two_way0"
+
+
+def test_the_reverse_score_is_the_distance_from_the_mean_prediction(victim, two_way_folder, batch):
+    decoder = load_decoder(two_way_folder)
+    settings = DeDe(decoder=str(two_way_folder), num_masks=3, seed=5, reverse_mask_ratio=0.9)
+    scores = settings.open(victim, {}).score(batch)["dede_reverse"]
+    for i in range(12):
+        masks = [random_mask(sample_keys([batch.sample_ids[i]], 5, repeat, 1), 64, 0.9) for repeat in range(3)]
+        with torch.inference_mode():
+            predicted = np.mean(
+                [decoder.predict(batch.image_BCHW[i : i + 1], mask)[0].numpy() for mask in masks], axis=0
+            )
+        expected = np.mean((predicted - (batch.embedding_BE[i].numpy() - 0.5) / 2) ** 2)
+        assert scores[i] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(Mistake, match="leaves none of 64 patches visible"):
+        DeDe(decoder=str(two_way_folder), reverse_mask_ratio=0.99).open(victim, {})
+
+
+def test_the_swap_rank_counts_embeddings_that_rebuild_better(victim, decoder_folder, batch):
+    settings = DeDe(decoder=str(decoder_folder), num_swaps=5)
+    state = settings.fit(replace(batch, image_BCHW=None), None)
+    assert state["swap"].shape == (5, victim.embedding_dim)
+    ranks = settings.open(victim, state).score(batch)["dede_swap_rank"]
+    plain = DeDe(decoder=str(decoder_folder)).open(victim, {})
+    own = plain.score(batch)["dede_mean"]
+    others = [plain.score(replace(batch, embedding_BE=swap_E.expand(12, -1)))["dede_mean"] for swap_E in state["swap"]]
+    np.testing.assert_allclose(ranks, (np.stack(others) < own).mean(axis=0))

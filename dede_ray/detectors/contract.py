@@ -130,9 +130,9 @@ class DetectorSettings(Config):
         return self
 
 
-def state_fingerprint(settings: Config, state: State) -> str:
+def state_fingerprint(settings: Config | None, state: State) -> str:
     """SHA-256 over settings and tensors: what a fitted detector's scores depend on, beside the victim."""
-    digest = hashlib.sha256(settings.model_dump_json().encode())
+    digest = hashlib.sha256(settings.model_dump_json().encode() if settings else b"")
     for name, tensor in sorted(state.items()):
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

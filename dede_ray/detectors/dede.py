@@ -5,34 +5,41 @@ Hou et al., "DeDe: Detecting Backdoor Samples for SSL Encoders via Decoders", CV
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from dede_ray.config import Mistake
 from dede_ray.decoder import (
     MaskedDecoder,
+    embedding_error,
     load_decoder,
     num_visible_patches,
     random_mask,
     reconstruction_error,
     sample_keys,
 )
-from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, State, as_scores
+from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, State, as_scores, state_fingerprint
 from dede_ray.victims import Victim, fingerprint
 
 
 class DeDe(DetectorSettings):
-    """Reconstruction error of the DeDe decoder (Hou et al., CVPR 2025, arXiv:2411.16154).
+    """Reconstruction error of the DeDe decoder, and what else the same network says.
 
     `dede_sum` is the published score: squared error summed over the hidden pixels, here in [0, 1] pixel units (the
-    published code sums in normalised units, a constant factor). `dede_mean` divides by their number. `dede_null_ratio`
-    is ours: log E(x | embedding) - log E(x | null embedding), which cancels how hard the image is to draw: a clean
-    image gains from its own embedding, a triggered one should not. `dede_null`, a control, is the error without the
-    victim: whatever it separates is visible in the pixels, no backdoor needed.
+    published code sums in normalised units, a constant factor). `dede_mean` divides by their number.
+
+    The others are ours. `dede_reverse` runs the network backwards: from some visible patches its encoder predicts the
+    embedding, and the score is how far the true one is from the mean of `num_masks` predictions. `dede_null_ratio`:
+    log E(x | embedding) - log E(x | null embedding), which cancels how hard the image is to draw: a clean image gains
+    from its own embedding, a triggered one should not. `dede_swap_rank`: the share of other samples' embeddings that
+    would rebuild the image better than its own. `dede_null`, a control, is the error without the victim: whatever it
+    separates is visible in the pixels, no backdoor needed.
     """
 
     kind: Literal["dede"] = "dede"
@@ -41,20 +48,36 @@ class DeDe(DetectorSettings):
     """Folder that train_clip's decoder section exported."""
     score_mask_ratio: float = Field(0.99, gt=0, lt=1)
     """Hidden patches / patches while scoring; with 64 patches 0.99 leaves none visible."""
+    reverse_mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """Hidden patches / patches in the reverse direction; at least one has to be visible."""
     num_masks: int = Field(4, ge=1)
     """Masks averaged where patches are visible; without visible patches one is exact."""
+    num_swaps: int = Field(0, ge=0)
+    """Embeddings of other samples for the swap rank, each one more pass of the decoder; 0 leaves it out."""
     seed: int = 0
 
+    @property
+    def fits(self) -> bool:  # type: ignore[override]
+        return self.num_swaps > 0
+
+    def fit(self, suspected: Batch, clean: Batch | None) -> State:
+        """Draw the other samples' embeddings, where a swap rank is wanted."""
+        if not self.num_swaps:
+            return {}
+        drawn = sample_keys(suspected.sample_ids, self.seed).argsort()[: self.num_swaps]
+        if len(drawn) < self.num_swaps:
+            raise Mistake(f"dede: {len(drawn)} samples to fit on, fewer than num_swaps {self.num_swaps}")
+        return {"swap": suspected.part(drawn.tolist()).embedding_BE}
+
     def open(self, victim: Victim, state: State) -> Scorer:
-        return _DeDeScorer(self, victim)
+        return _DeDeScorer(self, victim, state)
 
     def located(self) -> DeDe:
-        """The same with absolute paths, for Ray's workers, whose working folder may be another."""
         return self.model_copy(update={"decoder": str(Path(self.decoder).absolute())})
 
 
 class _DeDeScorer:
-    def __init__(self, config: DeDe, victim: Victim):
+    def __init__(self, config: DeDe, victim: Victim, state: State):
         self.decoder: MaskedDecoder = load_decoder(config.decoder).to(victim.device)
         decoder, self.config = self.decoder, config
         if (decoder.embedding_dim, decoder.image_size) != (victim.embedding_dim, victim.image_size):
@@ -69,30 +92,55 @@ class _DeDeScorer:
                 f"{decoder.victim[:12]}) than {victim.name} ({victim.fingerprint[:12]}), so its errors would mean "
                 "nothing; train a decoder for this victim"
             )
-        self.num_masks = config.num_masks if num_visible_patches(decoder.num_patches, config.score_mask_ratio) else 1
-        self.num_hidden = decoder.num_patches - num_visible_patches(decoder.num_patches, config.score_mask_ratio)
-        self.fingerprint = fingerprint(decoder, config.model_dump(exclude={"decoder"}))
+        if decoder.has_reverse and not num_visible_patches(decoder.num_patches, config.reverse_mask_ratio):
+            raise Mistake(
+                f"dede: reverse_mask_ratio {config.reverse_mask_ratio:g} leaves none of {decoder.num_patches} patches "
+                "visible, so there is nothing to predict an embedding from; lower it"
+            )
+        num_visible = num_visible_patches(decoder.num_patches, config.score_mask_ratio)
+        self.num_masks = config.num_masks if num_visible else 1
+        self.num_hidden = decoder.num_patches - num_visible
+        self.swap_JE = state["swap"].to(victim.device) if config.num_swaps else torch.empty(0, decoder.embedding_dim)
+        self.fingerprint = fingerprint(
+            decoder, {**config.model_dump(exclude={"decoder"}), "state": state_fingerprint(None, state)}
+        )
+        reverse = ("dede_reverse",) if decoder.has_reverse else ()
+        swap = ("dede_swap_rank",) if config.num_swaps else ()
         null = ("dede_null_ratio", "dede_null") if decoder.has_null else ()
-        self.columns: tuple[str, ...] = ("dede_sum", "dede_mean", *null)
+        self.columns: tuple[str, ...] = ("dede_sum", "dede_mean", *reverse, *swap, *null)
         self.controls: tuple[str, ...] = null[1:]
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> dict[str, np.ndarray]:
-        decoder, image_BCHW = self.decoder, batch.images
-        target_BLP = decoder.patchify(image_BCHW)
-        error_B = torch.zeros(len(image_BCHW), device=image_BCHW.device)
-        null_B = torch.zeros_like(error_B)
-        for repeat in range(self.num_masks):
-            keys_B = sample_keys(batch.sample_ids, self.config.seed, repeat).to(image_BCHW.device)
-            mask_BL = random_mask(keys_B, decoder.num_patches, self.config.score_mask_ratio)
-            patches_BLP = decoder(image_BCHW, batch.embedding_BE, mask_BL)
-            error_B += reconstruction_error(patches_BLP, target_BLP, mask_BL)
-            if decoder.has_null:
-                patches_BLP = decoder(image_BCHW, decoder.null(len(image_BCHW)), mask_BL)
-                null_B += reconstruction_error(patches_BLP, target_BLP, mask_BL)
-        mean_B, null_B = error_B / self.num_masks, null_B / self.num_masks
-        scores = {"dede_sum": mean_B * self.num_hidden * target_BLP.shape[-1], "dede_mean": mean_B}
+        image_BCHW, decoder = batch.images, self.decoder
+        error_B = self._error(batch, batch.embedding_BE)
+        scores = {"dede_sum": error_B * self.num_hidden * 3 * decoder.patch_px**2, "dede_mean": error_B}
+        if decoder.has_reverse:
+            predicted_BE = torch.stack([decoder.predict(image_BCHW, mask_BL) for mask_BL in self._reverse_masks(batch)])
+            true_BE = decoder.standardise(batch.embedding_BE)
+            scores["dede_reverse"] = embedding_error(predicted_BE.mean(dim=0), true_BE)
+        if len(self.swap_JE):
+            others_JB = [self._error(batch, swap_E.expand(len(batch), -1)) for swap_E in self.swap_JE]
+            scores["dede_swap_rank"] = (torch.stack(others_JB) < error_B).float().mean(dim=0)
         if decoder.has_null:
-            scores["dede_null_ratio"] = (mean_B + 1e-8).log() - (null_B + 1e-8).log()
+            null_B = self._error(batch, decoder.null(len(batch)))
+            scores["dede_null_ratio"] = (error_B + 1e-8).log() - (null_B + 1e-8).log()
             scores["dede_null"] = null_B
         return as_scores(scores)
+
+    def _error(self, batch: Batch, embedding_BE: Tensor) -> Tensor:
+        """Reconstruction error with these embeddings, averaged over the masks."""
+        decoder, target_BLP = self.decoder, self.decoder.patchify(batch.images)
+        error_B = torch.zeros(len(batch), device=batch.device)
+        for repeat in range(self.num_masks):
+            mask_BL = self._mask(batch, self.config.score_mask_ratio, repeat)
+            error_B += reconstruction_error(decoder(batch.images, embedding_BE, mask_BL), target_BLP, mask_BL)
+        return error_B / self.num_masks
+
+    def _reverse_masks(self, batch: Batch) -> Iterator[Tensor]:
+        for repeat in range(self.config.num_masks):
+            yield self._mask(batch, self.config.reverse_mask_ratio, repeat, 1)
+
+    def _mask(self, batch: Batch, ratio: float, *repeat: int) -> Tensor:
+        keys_B = sample_keys(batch.sample_ids, self.config.seed, *repeat).to(batch.device)
+        return random_mask(keys_B, self.decoder.num_patches, ratio)
