@@ -7,7 +7,9 @@ the same precision. No rule ever sees a label.
 
 `Conformal` is the rule that keeps a promise about the list: among what it flags, the expected share of clean samples
 is at most q, as long as the clean samples of the corpus look like the calibration samples (exchangeability; domain
-shift between the two is what breaks it) and near-duplicates count once. The other rules are simpler and promise less.
+shift between the two is what breaks it, see shift.py) and copies count once (`About.groups`). Beside the list, a
+verdict ranks all samples and says of each prefix of the ranking how many poisoned samples it holds at least, for
+readers who choose their own threshold afterwards. The other rules are simpler and promise less.
 """
 
 from __future__ import annotations
@@ -16,16 +18,35 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
+from typing_extensions import Unpack
 
 from dede_ray.config import Config, Mistake
 from dede_ray.metrics import ROUNDING_SLACK, threshold_at_fpr
 
-# Shapes: N samples to judge, n calibration samples.
+# Shapes: N samples to judge, n calibration samples, M distinct samples among the N: those with a score, copies once.
+
+CONFIDENCE = 0.9
+"""Of the lower bounds on the number of poisoned samples: all of them hold at once with this probability."""
+
+
+class About(TypedDict, total=False):
+    """What a caller may know of the samples beside their scores. Only `Conformal` uses it; the simpler rules judge
+    every sample by itself."""
+
+    groups: Sequence[str | None] | None
+    """N names, equal for copies of one sample and None for others. Copies must be equal in all that the score looks at
+    (`groups.copies`): whoever makes a poisoned sample a "copy" of a clean one hides it."""
+    calibration_groups: Sequence[str | None] | None
+    """n names, likewise; of each group only the first is used."""
+    strata: ArrayLike | None
+    """int (N,): the number of the bin that each sample is compared in, see `Conformal.strata`."""
+    calibration_strata: ArrayLike | None
+    """int (n,), likewise; -1 for those that are not used."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +59,22 @@ class Verdict:
     flagged: NDArray[np.bool_]
     """(N,): True for the samples on the list."""
     threshold: float | None
-    """No sample below it is flagged and every sample above it is. None where no threshold exists, for example when
-    nothing was flagged. Samples exactly at it may fall on either side under the two rules that break ties,
-    `Conformal` and `AssumedPoisonRate`."""
+    """No sample below it is flagged and every sample above it is; copies follow the one that stands for them. None
+    where no threshold exists, for example when nothing was flagged, or where bins have their own. Samples exactly at it
+    may fall on either side under the two rules that break ties, `Conformal` and `AssumedPoisonRate`."""
+    rank: NDArray[np.int64]
+    """(N,): place in the ranking by p-value, then score, then id, from 1; copies share theirs; 0 without p-value."""
+    poisoned_at_least: NDArray[np.int64]
+    """(N,): of the distinct samples up to this rank, at least so many are poisoned (`true_discoveries`); 0 without
+    p-value. With probability `CONFIDENCE` this is true of all ranks at once, so of any that is chosen afterwards."""
     report: dict[str, Any]
     """The same in numbers and words, ready for JSON: rule, score, declared (the rule's settings), counts, threshold,
     how (it was found), certified (the declared false discovery rate holds for this list), message, and the smallest
     achievable_q (at the expected poison rate, or where everything is poisoned if none is expected) and
-    achievable_poison_rate (at the declared q) of this many calibration samples; None where nothing is."""
+    achievable_poison_rate (at the declared q) of this many calibration samples; None where nothing is. `num_distinct`
+    counts M and `num_calibration_unused` the calibration samples left out as copies or as borders of bins; `alarm`
+    is the p-value of there being no poison at all, `null_share` Storey's estimate of the share of clean samples,
+    `bins` the strata and calibration samples of each bin, and `poisoned_at_least` the bound for the flagged."""
 
 
 class Rule(Config):
@@ -59,62 +88,134 @@ class Conformal(Rule):
     """Conformal p-values, then Benjamini-Hochberg: a declared false discovery rate.
 
     Benjamini-Hochberg can reject only where 1 / (n + 1) <= q R / N for R rejections, so finding a poison rate r needs
-    n + 1 >= 1 / (q r) calibration samples. With fewer, nothing is flagged and the verdict says how many it takes.
+    n + 1 >= 1 / (q r) calibration samples, with `false_alarm` in the place of a larger q. With fewer, nothing is
+    flagged and the verdict says how many it takes.
 
     Source: Bates et al., Testing for outliers with conformal p-values, Ann. Stat. 2023, arXiv:2104.08279; they show
-    that p-values which share a calibration set depend positively, which is what Benjamini-Hochberg needs.
+    that p-values which share a calibration set depend positively, which is what Benjamini-Hochberg and Simes need.
     """
 
     kind: Literal["conformal"] = "conformal"
     q: float = Field(0.1, gt=0, lt=1)
     """False discovery rate: the expected share of clean samples among the flagged, at most."""
+    false_alarm: float | None = Field(0.05, gt=0, lt=1)
+    """Chance that a corpus without poison gets a list at all, at most. Without it that chance is q."""
     expected_poison_rate: float | None = Field(None, gt=0, lt=1)
     """Smallest poison rate that must be found; a calibration set too small for it is refused."""
+    storey: bool = False
+    """Estimate the share of clean samples and use q to the full; matters where much is poisoned."""
+    storey_lambda: float = Field(0.5, gt=0, lt=1)
+    """P-values above it are taken to be of clean samples."""
+    mondrian_bins: int = Field(1, ge=1, le=20)
+    """Bins of difficulty within which samples are compared with calibration samples, so that the odd but clean ones
+    of a difficult bin are not held against it. Each bin needs as many calibration samples as one would alone."""
     seed: int = 0
-    """Seed of the tie-breaking."""
+    """Seed of the tie-breaking, and of who stands for a group of copies."""
 
-    def decide(self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str]) -> Verdict:
-        evidence = _weigh(self, scores, calibration, sample_ids, self.seed)
-        num_calibration = evidence.require_calibration()
-        needed = _num_needed(self.q, self.expected_poison_rate or 1.0)
+    def decide(
+        self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
+    ) -> Verdict:
+        level = self.q if self.false_alarm is None else min(self.q, self.false_alarm)
+        needed = _num_needed(level, self.expected_poison_rate or 1.0)
+        if self.mondrian_bins > 1 and (about.get("strata") is None or about.get("calibration_strata") is None):
+            raise Mistake(
+                f"mondrian_bins is {self.mondrian_bins}, and there is no difficulty to make bins of; give this "
+                "decision the strata of samples and calibration samples, or set mondrian_bins to 1"
+            )
+        if self.mondrian_bins == 1:
+            about = {**about, "strata": None}
+        evidence = _weigh(self, scores, calibration, sample_ids, about, self.seed, needed)
+        evidence.require_calibration()
+        num_calibration = min(num for _, num in evidence.bins)
         least_q = _least_achievable(self.expected_poison_rate or 1.0, num_calibration)
-        least_rate = _least_achievable(self.q, num_calibration)
+        least_rate = _least_achievable(level, num_calibration)
+        distinct_p = evidence.p_value[evidence.is_distinct]
+        null_share = _storey(distinct_p, self.storey_lambda) if self.storey else None
+        facts: dict[str, float | None] = {
+            "alarm": _simes(distinct_p),
+            "null_share": null_share,
+            "achievable_q": least_q,
+            "achievable_poison_rate": least_rate,
+        }
+        nothing = np.zeros(evidence.scores.size, bool)
         if num_calibration < needed:
             rate = f" and a poison rate of {self.expected_poison_rate:g}" if self.expected_poison_rate else ""
-            larger_q = f", or declare a q of about {least_q:.2g} or more" if least_q and least_q < 1 else ""
+            alarm = f" and false_alarm = {level:g}" if level < self.q else ""
+            larger = "q" if self.false_alarm is None else "q and a false_alarm"
+            larger_q = f", or declare a {larger} of about {least_q:.2g} or more" if least_q and least_q < 1 else ""
             return evidence.verdict(
-                np.zeros(evidence.scores.size, bool),
+                nothing,
                 threshold=None,
                 how="none: refused, because no score could reach the declared q with so few calibration samples",
                 message=f"cannot certify: need at least {needed:,} calibration samples, have {num_calibration:,} (for "
-                f"q = {self.q:g}{rate}); score more clean samples that nothing was fitted on{larger_q}",
-                achievable_q=least_q,
-                achievable_poison_rate=least_rate,
+                f"q = {self.q:g}{alarm}{rate}); score more clean samples that nothing was fitted on{larger_q}",
+                facts=facts,
             )
-        cutoff = _benjamini_hochberg_cutoff(evidence.p_value, self.q)
+        sizes = [num for _, num in evidence.bins]
+        within = f", within {len(sizes)} bins of {min(sizes):,} to {max(sizes):,} calibration samples"
+        if len(sizes) < self.mondrian_bins:
+            within += (
+                f" (not the {self.mondrian_bins} declared: they were merged until each had the {needed:,} it takes)"
+            )
+        within = within if self.mondrian_bins > 1 else ""
+        cutoff = _benjamini_hochberg_cutoff(distinct_p, self.q / (null_share or 1.0))
         flagged = evidence.p_value <= cutoff
-        if flagged.any():
-            how = f"lowest score that Benjamini-Hochberg rejects at q = {self.q:g}: p-values up to {cutoff:.3g}"
+        if flagged.any() and _benjamini_hochberg_cutoff(distinct_p, level) < 0:
+            num_withheld, flagged = int(flagged.sum()), nothing
+            how = f"none: the list is withheld, because Simes' test does not reject at false_alarm = {level:g}{within}"
+            message = (
+                f"flagged none of {evidence.num_scored:,} samples: {num_withheld:,} would be on a list at "
+                f"q = {self.q:g}, but a corpus without any poison looks like this with probability "
+                f"{facts['alarm']:.2g}, and at most {level:g} is allowed (false_alarm)"
+            )
+        elif flagged.any():
+            copies = ", copies counted once" if distinct_p.size < evidence.num_scored else ""
+            how = f"lowest score that Benjamini-Hochberg rejects at q = {self.q:g}: p-values up to {cutoff:.3g}{within}"
             message = (
                 f"flagged {flagged.sum():,} of {evidence.num_scored:,} samples; on average at most {self.q:g} of such "
-                "a list is clean, if the clean samples of the corpus resemble the calibration samples"
+                f"a list is clean{copies}, if the clean samples of the corpus resemble the calibration samples"
             )
         else:
-            how = f"none: Benjamini-Hochberg rejects no p-value at q = {self.q:g}"
+            how = f"none: Benjamini-Hochberg rejects no p-value at q = {self.q:g}{within}"
             message = (
                 f"flagged none of {evidence.num_scored:,} samples; {num_calibration:,} calibration samples can certify "
-                f"a poison rate of {least_rate:.2g} or more at q = {self.q:g}, so rarer poison would have gone unseen; "
+                f"a poison rate of {least_rate:.2g} or more at q = {level:g}, so rarer poison would have gone unseen; "
                 "more calibration samples see further"
             )
+        judged = flagged & evidence.is_distinct
         return evidence.verdict(
             flagged,
-            threshold=float(evidence.scores[flagged].min()) if flagged.any() else None,
+            threshold=float(evidence.scores[judged].min()) if judged.any() and len(evidence.bins) == 1 else None,
             how=how,
             message=message,
             certified=True,
-            achievable_q=least_q,
-            achievable_poison_rate=least_rate,
+            facts=facts,
         )
+
+    def strata(
+        self, difficulty: ArrayLike, calibration_difficulty: ArrayLike
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Number the `mondrian_bins` bins of samples and calibration samples, the least difficult first.
+
+        Borders are calibration samples at even quantiles. Given the borders, those in between are a fair sample of
+        their bin, but the borders themselves are not, so they get -1 and take no part.
+
+        Args:
+            difficulty: (N,), any number that is not the score; without ties, if the above is to be exact.
+            calibration_difficulty: (n,).
+
+        Returns:
+            int64 (N,) and (n,), for `decide`, which merges bins of too few calibration samples with their neighbours.
+
+        Source: Vovk et al., Mondrian confidence machine, 2003.
+        """
+        clean = np.asarray(calibration_difficulty, np.float64)
+        place = np.arange(1, self.mondrian_bins) * clean.size // self.mondrian_bins
+        borders = np.argsort(clean, kind="stable")[place] if clean.size else np.empty(0, np.int64)
+        edges = clean[borders]
+        calibration_strata = np.searchsorted(edges, clean, side="right")
+        calibration_strata[borders] = -1
+        return np.searchsorted(edges, np.asarray(difficulty, np.float64), side="right"), calibration_strata
 
 
 class CleanQuantile(Rule):
@@ -128,7 +229,9 @@ class CleanQuantile(Rule):
     fpr: float = Field(0.01, gt=0, lt=1)
     """Share of the calibration samples at or above the threshold, at most."""
 
-    def decide(self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str]) -> Verdict:
+    def decide(
+        self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
+    ) -> Verdict:
         evidence = _weigh(self, scores, calibration, sample_ids)
         num_calibration = evidence.require_calibration()
         threshold = threshold_at_fpr(evidence.clean, self.fpr)
@@ -152,7 +255,9 @@ class FixedThreshold(Rule):
     threshold: float = Field(allow_inf_nan=False)
     """Samples with this score or more are flagged."""
 
-    def decide(self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str]) -> Verdict:
+    def decide(
+        self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
+    ) -> Verdict:
         evidence = _weigh(self, scores, calibration, sample_ids)
         return evidence.verdict(
             evidence.scores >= self.threshold,
@@ -172,7 +277,9 @@ class AssumedPoisonRate(Rule):
     rate: float = Field(gt=0, lt=1)
     """Share of the scored samples to flag."""
 
-    def decide(self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str]) -> Verdict:
+    def decide(
+        self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
+    ) -> Verdict:
         evidence = _weigh(self, scores, calibration, sample_ids)
         scores, count = evidence.scores, round(self.rate * evidence.num_scored)
         flagged, threshold = np.zeros(scores.size, bool), None
@@ -224,6 +331,39 @@ def conformal_p_values(
     return np.where(np.isnan(scores), np.nan, (1 + above) / (clean.size + 1))
 
 
+def true_discoveries(p_value: ArrayLike, confidence: float = CONFIDENCE) -> NDArray[np.int64]:
+    """Lower bounds on the number of poisoned samples among the 1, 2, ..., M smallest p-values, all valid at once.
+
+    Closed testing: a set of samples holds poison if Simes' test rejects it and every set that contains it. Among any
+    samples, at least as many are poisoned as can not be in one set that is not rejected. Simes' test holds for
+    conformal p-values, because they depend positively. For h, the size of the largest set that is not rejected, the
+    bound is max over u of 1 - u + #{i <= k: h p_(i) <= u alpha}; in O(M log M).
+
+    Args:
+        p_value: (M,), in any order; each of a distinct sample, and without NaN.
+        confidence: probability that all bounds hold.
+
+    Returns:
+        int64 (M,), rising; the k-th is for the k smallest p-values.
+
+    Source: Goeman, Meijer, Krebs & Solari, Simultaneous control of all false discovery proportions in large-scale
+    multiple hypothesis testing, Biometrika 2019, arXiv:1611.06739, theorem 1; Goeman & Solari, Stat. Sci. 2011.
+    """
+    p_value, alpha = np.sort(np.asarray(p_value, np.float64)), (1 - confidence) * (1 + ROUNDING_SLACK)
+    assert not np.isnan(p_value).any()
+    num, rank = p_value.size, np.arange(1, p_value.size + 1)
+    # Of the sets of one size, the one with the largest p-values is rejected last; and if it is, so is any larger one.
+    accepted, rejected = 0, num + 1
+    while rejected - accepted > 1:
+        size = (accepted + rejected) // 2
+        if (size * p_value[num - size :] > alpha * rank[:size]).all():
+            accepted = size
+        else:
+            rejected = size
+    least_u = np.maximum(1, np.ceil(accepted * p_value / alpha))
+    return np.maximum(0, np.maximum.accumulate(1 - least_u + rank)).astype(np.int64)
+
+
 def _uniform(seed: int, sample_id: str) -> float:
     """A number in [0, 1), uniform, the same on every machine."""
     digest = hashlib.blake2b(f"{seed} {sample_id}".encode(), digest_size=8).digest()
@@ -239,6 +379,23 @@ def _benjamini_hochberg_cutoff(p_value: NDArray[np.float64], q: float) -> float:
     rank = np.arange(1, p_value.size + 1)
     passes = np.flatnonzero(p_value * p_value.size <= q * rank * (1 + ROUNDING_SLACK))
     return float(p_value[passes[-1]]) if passes.size else -1.0
+
+
+def _simes(p_value: NDArray[np.float64]) -> float | None:
+    """P-value of Simes' test that all samples are clean: the q from which Benjamini-Hochberg rejects something.
+
+    Source: Simes, Biometrika 1986.
+    """
+    rank = np.arange(1, p_value.size + 1)
+    return float((np.sort(p_value) * p_value.size / rank).min()) if p_value.size else None
+
+
+def _storey(p_value: NDArray[np.float64], bound: float) -> float:
+    """Share of clean samples, from the p-values above a bound: (1 + #{p > bound}) / (N (1 - bound)), at most 1.
+
+    Source: Storey, JRSS B 2002; Bates et al. show that with it the false discovery rate of conformal p-values holds.
+    """
+    return min(1.0, float((1 + (p_value > bound).sum()) / (max(1, p_value.size) * (1 - bound))))
 
 
 def _num_needed(q: float, poison_rate: float) -> int:
@@ -257,14 +414,23 @@ class _Evidence:
     """What a rule looks at, checked and cleaned, and the one place where verdicts are written."""
 
     rule: Rule
+    sample_ids: Sequence[str]
     scores: NDArray[np.float64]  # (N,)
-    p_value: NDArray[np.float64]  # (N,)
-    clean: NDArray[np.float64]  # (n,) without NaN
+    p_value: NDArray[np.float64]  # (N,), copies have that of the one that stands for them
+    stand_in: NDArray[np.int64]  # (N,), who stands for its group: oneself, if in none
+    clean: NDArray[np.float64]  # calibration scores that are used
+    bins: list[tuple[list[int], int]]  # strata of each bin, and its calibration samples
     num_unscored_calibration: int
+    num_unused_calibration: int
 
     @property
     def num_scored(self) -> int:
         return int((~np.isnan(self.scores)).sum())
+
+    @property
+    def is_distinct(self) -> NDArray[np.bool_]:
+        """(N,), M True: those with a score that stand for themselves."""
+        return ~np.isnan(self.scores) & (self.stand_in == np.arange(self.scores.size))
 
     def require_calibration(self) -> int:
         """Number of calibration samples, if there are any."""
@@ -286,9 +452,9 @@ class _Evidence:
         how: str,
         message: str,
         certified: bool = False,
-        achievable_q: float | None = None,
-        achievable_poison_rate: float | None = None,
+        facts: dict[str, float | None] | None = None,
     ) -> Verdict:
+        rank, at_least = self._ranking()
         settings = self.rule.model_dump(mode="json")
         report = {
             "rule": settings.pop("kind"),
@@ -296,28 +462,113 @@ class _Evidence:
             "declared": settings,
             "num_calibration": self.clean.size,
             "num_calibration_unscored": self.num_unscored_calibration,
+            "num_calibration_unused": self.num_unused_calibration,
+            "bins": [{"strata": strata, "num_calibration": num} for strata, num in self.bins],
             "num_scored": self.num_scored,
             "num_unscored": self.scores.size - self.num_scored,
+            "num_distinct": int(self.is_distinct.sum()),
             "num_flagged": int(flagged.sum()),
+            "poisoned_at_least": int(at_least[flagged].max(initial=0)) if self.clean.size else None,
             "threshold": threshold,
             "how": how,
-            "achievable_q": achievable_q,
-            "achievable_poison_rate": achievable_poison_rate,
+            **dict.fromkeys(("achievable_q", "achievable_poison_rate", "alarm", "null_share")),
+            **(facts or {}),
             "certified": certified,
             "message": message,
         }
-        return Verdict(self.p_value, flagged, threshold, report)
+        return Verdict(self.p_value, flagged, threshold, rank, at_least, report)
+
+    def _ranking(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """`Verdict.rank` and `Verdict.poisoned_at_least`."""
+        rank, at_least = np.zeros(self.scores.size, np.int64), np.zeros(self.scores.size, np.int64)
+        distinct = np.flatnonzero(self.is_distinct & ~np.isnan(self.p_value))
+        names = np.array([self.sample_ids[i] for i in distinct.tolist()], dtype=np.str_)
+        ranked = distinct[np.lexsort((names, -self.scores[distinct], self.p_value[distinct]))]
+        rank[ranked] = np.arange(1, ranked.size + 1)
+        at_least[ranked] = true_discoveries(self.p_value[ranked])
+        return rank[self.stand_in], at_least[self.stand_in]
 
 
 def _weigh(
-    rule: Rule, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], seed: int = 0
+    rule: Rule,
+    scores: ArrayLike,
+    calibration: ArrayLike | None,
+    sample_ids: Sequence[str],
+    about: About | None = None,
+    seed: int = 0,
+    least_in_bin: int = 1,
 ) -> _Evidence:
+    about = about or {}
     scores = np.asarray(scores, np.float64)
     given = np.empty(0) if calibration is None else np.asarray(calibration, np.float64)
     assert scores.ndim == given.ndim == 1, (scores.shape, given.shape)
     assert len(sample_ids) == scores.size, (len(sample_ids), scores.size)
     assert not np.isinf(scores).any(), "a detector gives finite scores, or NaN where it has none"
     assert not np.isinf(given).any(), "a detector gives finite scores, or NaN where it has none"
-    clean = given[~np.isnan(given)]
-    p_value = conformal_p_values(scores, clean, sample_ids, seed) if clean.size else np.full(scores.size, np.nan)
-    return _Evidence(rule, scores, p_value, clean, given.size - clean.size)
+    strata, given_strata = np.zeros(scores.size, np.int64), np.zeros(given.size, np.int64)
+    if about.get("strata") is not None and about.get("calibration_strata") is not None:
+        strata, given_strata = np.asarray(about["strata"]), np.asarray(about["calibration_strata"])
+        assert strata.shape == scores.shape, (strata.shape, scores.shape)
+        assert given_strata.shape == given.shape, (given_strata.shape, given.shape)
+
+    is_scored = ~np.isnan(given)
+    is_used = is_scored & (given_strata >= 0)
+    is_used[is_used] = _is_first_of_its_group(about.get("calibration_groups"), np.flatnonzero(is_used), given.size)
+    clean, clean_strata = given[is_used], given_strata[is_used]
+    stand_in = _stand_ins(about.get("groups"), scores, sample_ids, seed)
+
+    bins = _merge_bins(clean_strata, least_in_bin)
+    last_stratum = np.array([numbers[-1] for numbers, _ in bins], np.int64)
+    p_value = np.full(scores.size, np.nan)
+    for number in range(len(bins)):
+        here = np.flatnonzero(np.searchsorted(last_stratum[:-1], strata) == number)
+        reference = clean[np.searchsorted(last_stratum[:-1], clean_strata) == number]
+        names = sample_ids if here.size == scores.size else [sample_ids[i] for i in here.tolist()]
+        p_value[here] = conformal_p_values(scores[here], reference, names, seed)
+    num_unused = int(is_scored.sum()) - clean.size
+    p_value = np.where(np.isnan(scores), np.nan, p_value[stand_in])
+    return _Evidence(rule, sample_ids, scores, p_value, stand_in, clean, bins, int((~is_scored).sum()), num_unused)
+
+
+def _is_first_of_its_group(
+    groups: Sequence[str | None] | None, rows: NDArray[np.int64], size: int
+) -> NDArray[np.bool_]:
+    """Whether no earlier one of these rows is in the same group."""
+    if groups is None:
+        return np.ones(rows.size, bool)
+    assert len(groups) == size, (len(groups), size)
+    first: dict[str, int] = {}
+    return np.array([(name := groups[i]) is None or first.setdefault(name, i) == i for i in rows.tolist()], bool)
+
+
+def _stand_ins(
+    groups: Sequence[str | None] | None, scores: NDArray[np.float64], sample_ids: Sequence[str], seed: int
+) -> NDArray[np.int64]:
+    """For each sample, who stands for its group: itself if alone, else one that is drawn by id, blind to the scores."""
+    stand_in = np.arange(scores.size)
+    if groups is None:
+        return stand_in
+    assert len(groups) == scores.size, (len(groups), scores.size)
+    members: dict[str, list[int]] = {}
+    for i in np.flatnonzero(~np.isnan(scores)).tolist():
+        if (name := groups[i]) is not None:
+            members.setdefault(name, []).append(i)
+    for rows in members.values():
+        if len(rows) > 1:
+            # Not the draw that breaks ties, or whoever stands for a group would break them in its favour.
+            stand_in[rows] = min(rows, key=lambda i: (_uniform(seed, f"stands in: {sample_ids[i]}"), sample_ids[i]))
+    return stand_in
+
+
+def _merge_bins(strata: NDArray[np.int64], least: int) -> list[tuple[list[int], int]]:
+    """Strata of each bin and its number of calibration samples: neighbours together until there are enough."""
+    bins: list[tuple[list[int], int]] = []
+    for stratum, num in zip(*(part.tolist() for part in np.unique(strata, return_counts=True)), strict=True):
+        if bins and bins[-1][1] < least:
+            bins[-1] = ([*bins[-1][0], stratum], bins[-1][1] + num)
+        else:
+            bins.append(([stratum], num))
+    if len(bins) > 1 and bins[-1][1] < least:
+        (before, num_before), (last, num_last) = bins[-2:]
+        bins[-2:] = [(before + last, num_before + num_last)]
+    return bins
