@@ -201,7 +201,7 @@ def invert(victim: Victim, image_NHWC: np.ndarray, inversion: Inversion, seed: i
                 embedding_BE = victim.embed_with_gradient(_stamped(image_BCHW, mask_HW.float(), patch_CHW.float()))
                 mean_cosine, size_of_mask = mean_other_cosine(embedding_BE), 3 * mask_HW.abs().sum()
                 loss = -mean_cosine + weight.value * size_of_mask
-            cosine, norm = float(mean_cosine), float(size_of_mask)
+            cosine, norm = float(mean_cosine.detach()), float(size_of_mask.detach())
             if not np.isfinite(cosine):
                 raise Mistake(f"victim {victim.name} gives NaN or infinity for stamped images; examine its weights")
             is_success = cosine > COLLAPSED  # not of |C|, which two opposite images would reach
