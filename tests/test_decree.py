@@ -393,7 +393,7 @@ def settings(world: Path, output: Path, **changes) -> DecreeConfig:
 
 def content_of(output: Path) -> dict[str, bytes]:
     """All but what tells times and paths."""
-    paths = [path for path in output.rglob("*") if path.is_file() and path.name not in ("time.json", "run.json")]
+    paths = [path for path in output.rglob("[!.]*") if path.is_file() and path.name not in ("time.json", "run.json")]
     return {str(path.relative_to(output)): path.read_bytes() for path in paths}
 
 

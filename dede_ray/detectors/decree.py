@@ -369,6 +369,10 @@ class Decree(DetectorSettings):
     images: a sample that carries the trigger lies there, and it costs nothing once embeddings exist.
     `decree_displacement`, ours, is minus how far the stamp moves the embedding: a triggered image is there already.
 
+    All three trust that the stamp leads where the trigger does. Nothing promises that: an encoder may have stamps to
+    several places, and the smallest that was found need not be the attacker's. Then the columns tell nothing, or the
+    opposite. The folder of another seed may hold a stamp to another place.
+
     Source: Feng et al., CVPR 2023; Hou et al., arXiv:2411.16154, for the first column.
     """
 
@@ -550,8 +554,11 @@ def _folder_names(encoders: Sequence[VictimConfig]) -> list[str]:
     names: list[str] = []
     for encoder in encoders:
         name = re.sub(r"[^\w.-]+", "_", "_".join(Path(encoder.path).parts[-2:])).strip("._") or "encoder"
-        alike = 1 + sum(re.sub(r"~\d+$", "", other) == name for other in names)
-        names.append(name if alike == 1 else f"{name}~{alike}")
+        numbered, number = name, 1
+        while numbered in names:
+            number += 1
+            numbered = f"{name}~{number}"
+        names.append(numbered)
     return names
 
 
