@@ -22,6 +22,7 @@ from dede_ray.attacks.attack import AttackConfig, attack
 from dede_ray.attacks.poison import PoisonConfig, poison
 from dede_ray.check import CheckConfig, check
 from dede_ray.config import Config, Mistake, load
+from dede_ray.detectors import decree
 from dede_ray.ingest import IngestConfig, ingest
 from dede_ray.report import EvaluateConfig, evaluate
 from dede_ray.scoring import ScoreConfig, score
@@ -39,6 +40,7 @@ STEPS: dict[str, tuple[type[Config], Callable[[Any], str]]] = {
     "attack": (AttackConfig, attack),
     "measure": (MeasureConfig, measure_victim),
     "check": (CheckConfig, check),
+    "decree": (decree.DecreeConfig, decree.run),
     "score": (ScoreConfig, lambda config: score(config).summary()),
     "sift": (SiftConfig, sift),
     "evaluate": (EvaluateConfig, evaluate),
