@@ -8,7 +8,8 @@ from sklearn.neighbors import NearestNeighbors
 from dede_ray.config import Mistake
 from dede_ray.decoder import sample_keys
 from dede_ray.detectors.contract import Batch
-from dede_ray.detectors.density import EPSILON, Density, Neighbourhood
+from dede_ray.detectors.density import COMPAT_COLUMNS, EPSILON, Density, Neighbourhood, compat_scores
+from dede_ray.metrics import auroc
 from dede_ray.victims import OpenClipVictim, load_victim
 
 K, M, E = 8, 120, 6
@@ -114,3 +115,98 @@ def test_more_references_than_neighbours_are_needed(world):
         Density().fit(few, None)
     with pytest.raises(Mistake, match="no clean samples"):
         Density(drawn_from="clean").fit(few, None)
+
+
+# ------------------------------------------------------------------------------------ how much poison may be in the set
+
+
+def mixture_auroc(num_poisoned_references, seed, num_references=2048, k=16, width=64):
+    """AUROC of one tight clump against a mixture of 20 classes, with so much of the clump among the references."""
+    rng = np.random.default_rng(seed)
+    centre_CE = rng.normal(0, 1, (20, width))
+    direction_E = rng.normal(0, 1, width)
+
+    def clean(num):
+        return centre_CE[rng.integers(0, 20, num)] + rng.normal(0, 0.5, (num, width))
+
+    def poisoned(num):  # as far out as the classes' own centres, of a tenth of their spread
+        return 1.2 * direction_E + rng.normal(0, 0.05, (num, width))
+
+    reference_ME = np.concatenate([clean(num_references - num_poisoned_references), poisoned(num_poisoned_references)])
+    model = neighbourhood(reference_ME.astype(np.float32), k)
+    query_BE = torch.from_numpy(np.concatenate([clean(300), poisoned(100)]))
+    scores = model.score(query_BE, ["q"] * 400)
+    is_poisoned = np.repeat([False, True], [300, 100])
+    return {name: auroc(scores[name].numpy(), is_poisoned).value for name in ("k_distance", "dao")}
+
+
+def test_poison_in_the_references_hides_poison_beyond_a_quarter_of_k():
+    """The rule of the module's docstring: rate * M below k / 4 is fine, at k and more the clump is its own company."""
+    k = 16
+    none, few, many = (mixture_auroc(num, 0, k=k) for num in (0, k // 4, 2 * k))
+    for name, hidden in (("k_distance", 0.1), ("dao", 0.5)):
+        assert none[name] > 0.95, (name, none)
+        assert few[name] > 0.9, (name, few)
+        assert many[name] < hidden, (name, many)
+
+
+# ------------------------------------------------------------------------------------------------------------- compat
+
+
+def compat_by_hand(embedding_NE, batch_size, k, lid_k, caption_NE, compat_index, seed):
+    """One sample, one list at a time, with the quirks as the specification words them."""
+    order = np.random.default_rng(seed).permutation(len(embedding_NE))
+    expected = {name: np.zeros(len(order)) for name in COMPAT_COLUMNS}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        references = [*embedding_NE[rows], *(caption_NE[rows] if caption_NE is not None else [])]
+        kd, lid = [], []
+        for one in references:
+            a = sorted(np.linalg.norm(np.float64(one) - np.float64(other)) for other in references)
+            assert a[0] == 0  # oneself
+            kd.append(a[k])
+            lid.append(-k / sum(np.log(a[i] / a[k] + 1e-4) for i in range(k)))
+        for i, row in enumerate(rows):
+            own = {i, i + len(rows)}
+            kept = [j for j in range(len(references)) if j not in own]
+            a = [np.linalg.norm(np.float64(embedding_NE[row]) - np.float64(references[j])) for j in kept]
+            places = sorted(range(len(kept)), key=lambda place: a[place])
+            a = [a[place] for place in places]
+            read = [place if compat_index else kept[place] for place in places[:k]]
+            m = sum(a[:lid_k]) / lid_k
+            expected["k_distance"][row] = a[k]
+            expected["lid"][row] = -lid_k / sum(np.log(a[i] / a[lid_k] + 1e-4) for i in range(lid_k))
+            expected["lid_mom"][row] = m / (a[lid_k] - m)
+            expected["slof"][row] = np.mean([a[k] / kd[o] for o in read])
+            expected["dao"][row] = np.mean([lid[o] * np.log(a[k] / kd[o]) for o in read])
+    return expected
+
+
+@pytest.mark.parametrize("with_captions", [False, True])
+@pytest.mark.parametrize("compat_index", [False, True])
+def test_compat_scores_are_the_published_ones(with_captions, compat_index):
+    rng = np.random.default_rng(3)
+    embedding_NE, caption_NE = (rng.normal(0, 1, (70, E)).astype(np.float32) for _ in range(2))
+    caption_NE = caption_NE if with_captions else None
+    arguments = (embedding_NE, 40, 5, 9, caption_NE, compat_index, 4)
+    scores, expected = compat_scores(*arguments), compat_by_hand(*arguments)
+    assert tuple(scores) == COMPAT_COLUMNS
+    for name, score_N in scores.items():
+        np.testing.assert_allclose(score_N, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_the_index_defect_moves_only_what_looks_neighbours_up():
+    embedding_NE = np.random.default_rng(3).normal(0, 1, (70, E)).astype(np.float32)
+    defect, right = (compat_scores(embedding_NE, 40, 5, 9, compat_index=index) for index in (True, False))
+    moved = {name for name in COMPAT_COLUMNS if not np.array_equal(defect[name], right[name])}
+    assert moved == {"slof", "dao"}
+
+
+def test_compat_scores_are_finite_and_depend_on_the_batch():
+    equal = compat_scores(np.ones((20, E), np.float32), 20, 5, 9)  # all distances are 0, all ratios 0 / 0
+    assert all((score_N == 1000).all() for name, score_N in equal.items() if name in ("lid", "lid_mom", "slof", "dao"))
+    embedding_NE = np.random.default_rng(3).normal(0, 1, (40, E)).astype(np.float32)
+    one, other = (compat_scores(embedding_NE, 20, 5, 9, seed=seed)["dao"] for seed in (0, 1))
+    assert not np.array_equal(one, other)
+    with pytest.raises(Mistake, match="batch of 5 samples for 9 neighbours"):
+        compat_scores(embedding_NE[:25], 20, 5, 9)

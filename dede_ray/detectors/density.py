@@ -87,12 +87,12 @@ class _DensityScorer:
         return as_scores(scores)
 
 
-class Neighbourhood:
-    """Distances to a reference set, and what they say.
+class References:
+    """A frozen set of embeddings, and the nearest of them; a sample that is in the set leaves itself out.
 
     Args:
         reference_ME: float, finite.
-        key_M: int64, `sample_keys(ids, 0)` of the references; these samples leave themselves out when scored.
+        key_M: int64, `sample_keys(ids, 0)` of the references.
         k: neighbours that count.
     """
 
@@ -103,7 +103,40 @@ class Neighbourhood:
         self.reference_ME = reference_ME.double() - self.centre_E
         self.norm_M = self.reference_ME.square().sum(dim=1)
         self.place = {key: place for place, key in enumerate(key_M.tolist())}
-        distance_Mk, _ = self._nearest(self.reference_ME, torch.arange(len(reference_ME)))
+
+    def nearest(self, embedding_BE: Tensor, sample_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Sorted distances (B, k) to the nearest references other than oneself, and which those are."""
+        return self._nearest(self.distances(embedding_BE, sample_ids))
+
+    def distances(self, embedding_BE: Tensor, sample_ids: Sequence[str]) -> Tensor:
+        """Distances (B, M) to all references, float64; infinite to oneself."""
+        keys = sample_keys(sample_ids, 0).tolist()
+        own_B = torch.tensor([self.place.get(key, -1) for key in keys], dtype=torch.long)
+        return self._distances(embedding_BE.double() - self.centre_E, own_B)
+
+    def _distances(self, query_BE: Tensor, own_B: Tensor) -> Tensor:
+        """`own_B` is left out, -1 is nobody.
+
+        In float64: products of matrices round differently for batches of different sizes, and a float32 score must
+        not show it.
+        """
+        square_BM = query_BE.square().sum(dim=1, keepdim=True) + self.norm_M - 2 * query_BE @ self.reference_ME.T
+        is_own_B = own_B >= 0
+        square_BM[is_own_B.nonzero()[:, 0], own_B[is_own_B]] = torch.inf
+        return square_BM.clamp_min_(0).sqrt_()
+
+    def _nearest(self, distance_BM: Tensor) -> tuple[Tensor, Tensor]:
+        found = distance_BM.topk(self.k, dim=1, largest=False)
+        return found.values, found.indices
+
+
+class Neighbourhood(References):
+    """Distances to a reference set, and what they say of a sample's density beside its neighbours' own."""
+
+    def __init__(self, reference_ME: Tensor, key_M: Tensor, k: int):
+        super().__init__(reference_ME, key_M, k)
+        own_distance_MM = self._distances(self.reference_ME, torch.arange(len(reference_ME)))
+        distance_Mk, _ = self._nearest(own_distance_MM)
         self.k_distance_M = distance_Mk[:, -1]
         self.lid_M = local_dimension(distance_Mk)
 
@@ -118,26 +151,98 @@ class Neighbourhood:
             "dao": (self.lid_M[index_Bk] * ratio_Bk.clamp_min(TINY).log()).mean(dim=1),
         }
 
-    def nearest(self, embedding_BE: Tensor, sample_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Sorted distances (B, k) to the nearest references other than oneself, and which those are."""
-        keys = sample_keys(sample_ids, 0).tolist()
-        own_B = torch.tensor([self.place.get(key, -1) for key in keys], dtype=torch.long)
-        return self._nearest(embedding_BE.double() - self.centre_E, own_B)
-
-    def _nearest(self, query_BE: Tensor, own_B: Tensor) -> tuple[Tensor, Tensor]:
-        """`own_B` is left out, -1 is nobody.
-
-        In float64: products of matrices round differently for batches of different sizes, and a float32 score must
-        not show it.
-        """
-        square_BM = query_BE.square().sum(dim=1, keepdim=True) + self.norm_M - 2 * query_BE @ self.reference_ME.T
-        is_own_B = own_B >= 0
-        square_BM[is_own_B.nonzero()[:, 0], own_B[is_own_B]] = torch.inf
-        square_Bk, index_Bk = square_BM.topk(self.k, dim=1, largest=False)
-        return square_Bk.clamp_min(0).sqrt(), index_Bk
-
 
 def local_dimension(distance_Bk: Tensor) -> Tensor:
     """Local intrinsic dimension (B,) from sorted distances to the k nearest: -k / sum ln(a_i / a_k + EPSILON)."""
     ratio_Bk = distance_Bk / distance_Bk[:, -1:].clamp_min(TINY)
     return -distance_Bk.shape[1] / (ratio_Bk + EPSILON).log().sum(dim=1).clamp_max(-TINY)
+
+
+# -------------------------------------------------------------------------------------------------------- compat
+
+COMPAT_COLUMNS = ("k_distance", "lid", "lid_mom", "slof", "dao")
+COMPAT_NOT_FINITE = 1000.0  # what NaN and +inf become; -inf becomes 0
+
+
+def compat_scores(
+    embedding_NE: np.ndarray,
+    batch_size: int = 2048,
+    k: int = 16,
+    lid_k: int = 64,
+    caption_NE: np.ndarray | None = None,
+    compat_index: bool = True,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """The publication's protocol with its quirks, for `compat` rows of a benchmark; no detector of ours.
+
+    Samples are shuffled, and each is compared with its batch; so a score depends on who else is in it. The k-distance
+    is the distance a_{k+1} to neighbour k + 1, of a reference o the k-th. A reference's own LID, inside DAO, counts its
+    distance of zero to itself among the k. With captions, a batch has two references per sample. Of the neighbours'
+    indices, those behind the own column are one too small, as the own column was dropped before they were counted.
+    NaN and +inf become 1000, -inf becomes 0.
+
+    Args:
+        embedding_NE: float, the victim's embeddings as they come.
+        batch_size: the last batch may be smaller; it needs more than max(k, lid_k) + 1 samples.
+        k: neighbours of k-distance, SLOF and DAO.
+        lid_k: neighbours of the two LIDs.
+        caption_NE: float, the embeddings of the captions.
+        compat_index: False looks neighbours up in the right rows.
+        seed: of the shuffling.
+
+    Returns:
+        float32 (N,) by column; higher is lonelier. `lid` is maximum likelihood, `lid_mom` the method of moments.
+
+    Raises:
+        Mistake: a batch too small for its neighbours.
+
+    Source: Huang et al., ICLR 2025, arXiv:2502.01385, and their published code.
+    """
+    num = len(embedding_NE)
+    smallest = num % batch_size or batch_size
+    if min(smallest, num) <= max(k, lid_k) + 1:
+        raise Mistake(
+            f"compat density: a batch of {min(smallest, num):,} samples for {max(k, lid_k)} neighbours; take another "
+            "batch_size, which leaves no small rest"
+        )
+    order_N = np.random.default_rng(seed).permutation(num)
+    scores = {name: np.empty(num, np.float32) for name in COMPAT_COLUMNS}
+    for start in range(0, num, batch_size):
+        rows = order_N[start : start + batch_size]
+        parts = [embedding_NE[rows]] if caption_NE is None else [embedding_NE[rows], caption_NE[rows]]
+        for name, score_B in _compat_batch([torch.from_numpy(part).double() for part in parts], k, lid_k, compat_index):
+            kept_B = torch.nan_to_num(score_B, nan=COMPAT_NOT_FINITE, posinf=COMPAT_NOT_FINITE, neginf=0.0)
+            scores[name][rows] = kept_B.float().numpy()
+    return scores
+
+
+def _compat_batch(parts: list[Tensor], k: int, lid_k: int, compat_index: bool) -> list[tuple[str, Tensor]]:
+    """The scores of one batch: `parts` are its images' embeddings and, where there are any, its captions'."""
+    size, reference_ME = len(parts[0]), torch.cat(parts)
+    distance_MM = torch.cdist(reference_ME, reference_ME, compute_mode="donot_use_mm_for_euclid_dist")
+    sorted_MM = distance_MM.sort(dim=1).values  # column 0 is the distance to oneself
+    k_distance_M = sorted_MM[:, k]
+    lid_M = _compat_lid(sorted_MM[:, :k], sorted_MM[:, k])
+    own_B = torch.arange(size)
+    is_other_BM = torch.ones(size, len(reference_ME), dtype=torch.bool)
+    for part in range(len(parts)):  # the own image, and the own caption
+        is_other_BM[own_B, own_B + part * size] = False
+    column_BM = torch.arange(len(reference_ME)).expand(size, -1)[is_other_BM].reshape(size, -1)
+    found = distance_MM[:size][is_other_BM].reshape(size, -1).sort(dim=1, stable=True)
+    index_Bk = found.indices[:, :k]
+    if not compat_index:
+        index_Bk = column_BM.gather(1, index_Bk)
+    ratio_Bk = found.values[:, k : k + 1] / k_distance_M[index_Bk]
+    near_Bk, far_B = found.values[:, :lid_k], found.values[:, lid_k]
+    mean_B = near_Bk.mean(dim=1)
+    return [
+        ("k_distance", found.values[:, k]),
+        ("lid", _compat_lid(near_Bk, far_B)),
+        ("lid_mom", mean_B / (far_B - mean_B)),
+        ("slof", ratio_Bk.mean(dim=1)),
+        ("dao", (lid_M[index_Bk] * ratio_Bk.log()).mean(dim=1)),
+    ]
+
+
+def _compat_lid(distance_Bk: Tensor, last_B: Tensor) -> Tensor:
+    return -distance_Bk.shape[1] / (distance_Bk / last_B.unsqueeze(1) + EPSILON).log().sum(dim=1)

@@ -1,0 +1,311 @@
+"""Do two encoders agree about an image? Cross-encoder consistency (XC): a backdoor breaks the agreement in one only.
+
+What the victim f says of a clean image can be told, up to a residual, from what an independent encoder g says of it;
+of a triggered image it cannot, because g never learnt the backdoor. Conditioning on g also cancels how hard or how
+unusual the image is. After the Platonic Representation Defense (arXiv:2606.29451, 2026), of which only the abstract
+was public: the closed form, the neighbours and the contrastive form here are ours.
+
+g must be trusted: other data, another owner. Where its domain is another than the corpus', residuals are large for
+everybody; `fit` measures how much of f the map explains, and refuses where that is too little.
+
+Shapes: B samples, N samples of the fitting set, M references, E width of the victim's embedding, R of the reference
+encoder's, k neighbours. All embeddings are brought to length one; all arithmetic of scores is float64, so that float32
+scores do not depend on the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from sklearn.covariance import ledoit_wolf
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dede_ray.config import Config, Mistake
+from dede_ray.decoder import sample_keys
+from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, State, as_scores, state_fingerprint
+from dede_ray.detectors.density import References
+from dede_ray.victims import Victim
+
+Form = Literal["closed", "overlap", "neighbours", "contrastive"]
+
+COLUMNS: dict[Form, tuple[str, ...]] = {
+    "closed": ("xc_misplaced", "xc", "xc_whitened"),
+    "overlap": ("xc_overlap", "xc_gap"),
+    "neighbours": ("xc_neighbours",),
+    "contrastive": ("xc_contrastive",),
+}
+
+HELD_OUT = 0.2
+"""Share of the fitting set that the agreement is measured on."""
+
+
+class Heads(Config):
+    """The contrastive form's two MLP heads, and how they are trained."""
+
+    width: int = Field(256, ge=1)
+    """Of the hidden layer and of the space in which the encoders are compared."""
+    temperature: float = Field(0.07, gt=0)
+    epochs: int = Field(5, ge=1)
+    batch_size: int = Field(512, ge=2)
+    learning_rate: float = Field(1e-3, gt=0)
+    """Of AdamW at the beginning; falls to 0 along a cosine."""
+
+
+class Consistency(DetectorSettings):
+    """How far the victim's embedding v is from what the reference encoder's u makes one expect.
+
+    `closed`: a ridge map u -> v, fitted again and again on the samples that it explains best, because poison in the
+    fitting set bends it. `xc` is the squared length of the residual e, `xc_whitened` e' S^-1 e (S: the residuals'
+    covariance after Ledoit & Wolf, 2004), and `xc_misplaced` the length of e less `company_weight` times the mean
+    distance of v to its nearest references in the victim's space: a poisoned sample is far from where it belongs and
+    yet in company, an odd clean one is far from everybody.
+    `overlap`: how few of the k nearest references in one space are so in the other (`xc_overlap`, in [0, 1]), and how
+    much further v is from the k nearest in u's space than from its own k nearest (`xc_gap`).
+    `neighbours`: squared distance of v to the mean of the victim's embeddings of the k nearest in u's space; a map
+    that is not linear.
+    `contrastive`: two heads trained to tell which v belongs to which u; the logarithm of p(v) / p(v | u) as they see
+    it, against the references.
+    """
+
+    kind: Literal["consistency"] = "consistency"
+    needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
+    fits: ClassVar[bool] = True
+    forms: list[Form] = Field(["closed"], min_length=1)
+    """Which columns there are."""
+    drawn_from: Literal["suspected", "clean"] = "suspected"
+    """What is fitted on: the corpus itself, or clean samples."""
+    ridge: float = Field(1e-3, gt=0)
+    """Of the map, in units of the mean variance of u's components."""
+    trim: float = Field(0.1, ge=0, le=0.5)
+    """Share of the fitting set with the largest residuals that the next fit leaves out: several times the poison."""
+    rounds: int = Field(5, ge=0)
+    """How often the map is fitted again."""
+    min_agreement: float = Field(0.3, ge=0, le=1)
+    """Share of v's variance (R^2, on held-out samples of the fitting set) that the map has to explain."""
+    num_references: int = Field(4096, ge=2)
+    """M, the size of the frozen set that neighbours are looked for in; of the fitting set."""
+    k: int = Field(32, ge=1)
+    """Neighbours of `overlap` and `neighbours`."""
+    company_k: int = Field(8, ge=1)
+    """Neighbours of `xc_misplaced`."""
+    company_weight: float = Field(0.5, ge=0)
+    """What their distance counts in it: more finds tampered encoders better, and rare poison worse."""
+    heads: Heads = Heads()
+    """Of the contrastive form."""
+    seed: int = 0
+    """Draws the references and the held-out samples, and trains the heads."""
+
+    def fit(self, suspected: Batch, clean: Batch | None) -> State:
+        """Fit the map, measure the agreement, draw the references; train the heads where they are asked for."""
+        source = suspected if self.drawn_from == "suspected" else clean
+        if source is None:
+            raise Mistake(
+                "consistency: drawn_from is clean, and the run has no clean samples; name some, or leave it out"
+            )
+        victim_NE, reference_NR = (_unit(part.cpu()) for part in (source.embedding_BE, source.references))
+        needed = max(self._num_neighbours + 1, 2 * reference_NR.shape[1])
+        if len(source) < needed:
+            raise Mistake(
+                f"consistency: {len(source):,} samples to fit on; a reference encoder of width "
+                f"{reference_NR.shape[1]} and k = {self._num_neighbours} take at least {needed:,}"
+            )
+        order_N = sample_keys(source.sample_ids, self.seed).argsort()
+        agreement = self._agreement(victim_NE[order_N], reference_NR[order_N])
+        if not agreement >= self.min_agreement:
+            raise Mistake(
+                f"consistency: the reference encoder explains {agreement:.0%} of what the victim says of samples that "
+                f"the map was not fitted on, less than min_agreement = {self.min_agreement:.0%}; their residuals "
+                "would mean little. Take a reference encoder that is closer to these images, or fit on more samples"
+            )
+        found = _robust_map(victim_NE, reference_NR, self.ridge, self.trim, self.rounds)
+        drawn = source.part(order_N[: self.num_references].sort().values.tolist())
+        state = {
+            "agreement": torch.tensor([agreement], dtype=torch.float64),
+            "victim_mean": found.victim_mean_E,
+            "reference_mean": found.reference_mean_R,
+            "victim_references": drawn.embedding_BE.cpu(),
+            "trusted_references": drawn.references.cpu(),
+            "key": sample_keys(drawn.sample_ids, 0),
+        }
+        if "closed" in self.forms:
+            residual_NE = found.residual(victim_NE, reference_NR)[found.kept_N]
+            covariance_EE = torch.from_numpy(ledoit_wolf(residual_NE.numpy())[0])
+            state |= {"map": found.map_RE, "precision": torch.linalg.inv(covariance_EE)}
+        if "contrastive" in self.forms:
+            state |= _train_heads(
+                self.heads,
+                self.seed,
+                (victim_NE - found.victim_mean_E)[found.kept_N],
+                (reference_NR - found.reference_mean_R)[found.kept_N],
+            )
+        return {name: tensor.contiguous() for name, tensor in state.items()}
+
+    @property
+    def _num_neighbours(self) -> int:
+        return max(self.k, self.company_k)
+
+    def _agreement(self, victim_NE: Tensor, reference_NR: Tensor) -> float:
+        """R^2 of the map on the first fifth, fitted on the rest; all components together."""
+        held = max(1, round(HELD_OUT * len(victim_NE)))
+        found = _robust_map(victim_NE[held:], reference_NR[held:], self.ridge, self.trim, self.rounds)
+        residual_NE = found.residual(victim_NE[:held], reference_NR[:held])
+        spread_NE = victim_NE[:held] - victim_NE[:held].mean(dim=0)
+        return 1 - float(residual_NE.square().sum() / spread_NE.square().sum().clamp_min(1e-12))
+
+    def open(self, victim: Victim, state: State) -> Scorer:
+        width = state["victim_mean"].shape[0]
+        if width != victim.embedding_dim:
+            raise Mistake(
+                f"consistency was fitted to embeddings of width {width}, victim {victim.name} gives "
+                f"{victim.embedding_dim}; fit it to this victim"
+            )
+        return _ConsistencyScorer(self, victim.device, state)
+
+
+class _ConsistencyScorer:
+    controls: tuple[str, ...] = ()
+
+    def __init__(self, config: Consistency, device: torch.device, state: State):
+        self.columns = tuple(name for form, names in COLUMNS.items() if form in config.forms for name in names)
+        self.fingerprint = state_fingerprint(config, state)
+        self.config, self.forms = config, config.forms
+        self.state = {name: tensor.to(device) for name, tensor in state.items() if name != "key"}
+        self.near_f, self.near_g = (
+            References(_unit(self.state[f"{name}_references"]), state["key"], k)
+            for name, k in (("victim", max(config.k, config.company_k)), ("trusted", config.k))
+        )
+        if "contrastive" in self.forms:
+            bank_ME = _unit(self.state["victim_references"]) - self.state["victim_mean"]
+            self.bank_MH = _head(self.state, "victim", bank_ME)
+
+    @torch.inference_mode()
+    def score(self, batch: Batch) -> dict[str, np.ndarray]:
+        victim_BE, reference_BR, config = _unit(batch.embedding_BE), _unit(batch.references), self.config
+        distance_BM = self.near_f.distances(victim_BE, batch.sample_ids)
+        own = distance_BM.topk(self.near_f.k, dim=1, largest=False)
+        _, trusted_Bk = self.near_g.nearest(reference_BR, batch.sample_ids)
+        scores: dict[str, Tensor] = {}
+        if "closed" in self.forms:
+            expected_BE = (reference_BR - self.state["reference_mean"]) @ self.state["map"] + self.state["victim_mean"]
+            residual_BE = victim_BE - expected_BE
+            isolation_B = own.values[:, : config.company_k].mean(dim=1)
+            scores["xc"] = residual_BE.square().sum(dim=1)
+            scores["xc_whitened"] = (residual_BE @ self.state["precision"] * residual_BE).sum(dim=1)
+            scores["xc_misplaced"] = scores["xc"].sqrt() - config.company_weight * isolation_B
+        if "overlap" in self.forms:
+            own_Bk, isolation_B = own.indices[:, : config.k], own.values[:, : config.k].mean(dim=1)
+            is_shared_Bk = (own_Bk.unsqueeze(2) == trusted_Bk.unsqueeze(1)).any(dim=2)
+            scores["xc_overlap"] = 1 - is_shared_Bk.double().mean(dim=1)
+            scores["xc_gap"] = distance_BM.gather(1, trusted_Bk).mean(dim=1) - isolation_B
+        if "neighbours" in self.forms:
+            expected_BE = functional.embedding_bag(trusted_Bk, self.near_f.reference_ME, mode="mean")
+            scores["xc_neighbours"] = (victim_BE - self.near_f.centre_E - expected_BE).square().sum(dim=1)
+        if "contrastive" in self.forms:
+            victim_BH = _head(self.state, "victim", victim_BE - self.state["victim_mean"])
+            reference_BH = _head(self.state, "trusted", reference_BR - self.state["reference_mean"])
+            others_B = (reference_BH @ self.bank_MH.T / config.heads.temperature).logsumexp(dim=1)
+            scores["xc_contrastive"] = others_B - (victim_BH * reference_BH).sum(dim=1) / config.heads.temperature
+        return as_scores({name: scores[name] for name in self.columns})
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """float64, each row of length one."""
+    return functional.normalize(rows.double(), dim=1)
+
+
+# ------------------------------------------------------------------------------------------------ the closed form
+
+
+class _Map:
+    """An affine map u -> v.
+
+    Args:
+        victim_NE: v, float64.
+        reference_NR: u, float64.
+        ridge: in units of the mean variance of u's components.
+        kept_N: indices of the samples to fit on.
+    """
+
+    def __init__(self, victim_NE: Tensor, reference_NR: Tensor, ridge: float, kept_N: Tensor):
+        self.kept_N = kept_N
+        self.victim_mean_E, self.reference_mean_R = victim_NE[kept_N].mean(dim=0), reference_NR[kept_N].mean(dim=0)
+        centred_NE, centred_NR = victim_NE[kept_N] - self.victim_mean_E, reference_NR[kept_N] - self.reference_mean_R
+        gram_RR = centred_NR.T @ centred_NR
+        gram_RR.diagonal().add_(ridge * gram_RR.diagonal().mean().clamp_min(1e-12))
+        self.map_RE = torch.linalg.solve(gram_RR, centred_NR.T @ centred_NE)
+
+    def residual(self, victim_NE: Tensor, reference_NR: Tensor) -> Tensor:
+        """What of v the map does not explain."""
+        return victim_NE - self.victim_mean_E - (reference_NR - self.reference_mean_R) @ self.map_RE
+
+
+def _robust_map(victim_NE: Tensor, reference_NR: Tensor, ridge: float, trim: float, rounds: int) -> _Map:
+    """Least trimmed squares: fit, leave out the share `trim` with the largest residuals, fit again.
+
+    Source: the concentration steps of Rousseeuw & Van Driessen, Data Mining and Knowledge Discovery 2006, from the
+    fit to everything instead of from random subsets.
+    """
+    everything_N = torch.arange(len(victim_NE))
+    num_kept = len(victim_NE) - math.floor(trim * len(victim_NE))
+    found = _Map(victim_NE, reference_NR, ridge, everything_N)
+    for _ in range(rounds):
+        square_N = found.residual(victim_NE, reference_NR).square().sum(dim=1)
+        kept_N = square_N.argsort(stable=True)[:num_kept].sort().values
+        if torch.equal(kept_N, found.kept_N):
+            break
+        found = _Map(victim_NE, reference_NR, ridge, kept_N)
+    return found
+
+
+# ------------------------------------------------------------------------------------------- the contrastive form
+
+
+def _train_heads(config: Heads, seed: int, victim_NE: Tensor, reference_NR: Tensor) -> State:
+    """Train two heads on the centred embeddings that the map kept: each sample's two against its batch's (InfoNCE).
+
+    The scale of the inputs is multiplied into the first layers, which then read centred embeddings as they are.
+    """
+    parts = {"victim": victim_NE, "trusted": reference_NR}
+    scales = {name: float(part.square().mean().sqrt().clamp_min(1e-12)) for name, part in parts.items()}
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        heads = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    nn.Linear(part.shape[1], config.width), nn.ReLU(), nn.Linear(config.width, config.width)
+                )
+                for name, part in parts.items()
+            }
+        )
+        inputs = {name: (part / scales[name]).float() for name, part in parts.items()}
+        num = len(victim_NE)
+        batch_size = min(config.batch_size, num)
+        num_steps = config.epochs * (num // batch_size)
+        optimiser = torch.optim.AdamW(heads.parameters(), config.learning_rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, num_steps)
+        for _ in range(config.epochs):
+            for rows in torch.randperm(num)[: num - num % batch_size].split(batch_size):
+                out = {name: functional.normalize(heads[name](inputs[name][rows]), dim=1) for name in parts}
+                logits_BB = out["trusted"] @ out["victim"].T / config.temperature
+                own_B = torch.arange(len(rows))
+                loss = functional.cross_entropy(logits_BB, own_B) + functional.cross_entropy(logits_BB.T, own_B)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+    state = {name: tensor.detach() for name, tensor in heads.state_dict().items()}
+    for name in parts:
+        state[f"{name}.0.weight"] = state[f"{name}.0.weight"] / scales[name]
+    return state
+
+
+def _head(state: State, name: str, centred_BX: Tensor) -> Tensor:
+    """What a head makes of centred embeddings: float64 (B, H), of length one."""
+    first, last = ({part: state[f"{name}.{layer}.{part}"].double() for part in ("weight", "bias")} for layer in (0, 2))
+    hidden_BH = functional.linear(centred_BX, **first).relu()
+    return functional.normalize(functional.linear(hidden_BH, **last), dim=1)
