@@ -142,6 +142,10 @@ class Victim(nn.Module):
     @torch.inference_mode()
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Embed images: float (B, 3, S, S) in [0, 1] -> float32 (B, E), pooled or projected, not of length one."""
+        return self.embed_with_gradient(image_BCHW)
+
+    def embed_with_gradient(self, image_BCHW: Tensor) -> Tensor:
+        """The same as `forward`, and gradients flow back to the pixels: what optimises an image needs."""
         return self._embed(self.normalise(image_BCHW).to(self.dtype)).float()
 
     def _embed(self, normalised_BCHW: Tensor) -> Tensor:
