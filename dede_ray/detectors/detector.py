@@ -6,8 +6,28 @@ from typing import Annotated
 
 from pydantic import Field
 
+from dede_ray.detectors.asset import Asset
+from dede_ray.detectors.caption import CaptionScore
+from dede_ray.detectors.consistency import Consistency
+from dede_ray.detectors.decree import Decree
 from dede_ray.detectors.dede import DeDe
 from dede_ray.detectors.density import Density
+from dede_ray.detectors.distillation import CognitiveDistillation
+from dede_ray.detectors.forest import Forest
 from dede_ray.detectors.statistics import ImageStatistics
+from dede_ray.detectors.trajectory import MaskingTrajectory
 
-Detector = Annotated[DeDe | Density | ImageStatistics, Field(discriminator="kind")]
+Detector = Annotated[
+    DeDe
+    | Density
+    | Consistency
+    | Forest
+    | CaptionScore
+    | Asset
+    | Decree
+    | CognitiveDistillation
+    | MaskingTrajectory
+    | ImageStatistics,
+    Field(discriminator="kind"),
+]
+"""Cognitive distillation and the masking trajectory take dozens of forward passes: for the second stage."""
