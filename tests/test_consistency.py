@@ -18,8 +18,8 @@ from dede_ray.metrics import auroc
 from dede_ray.victims import OpenClipVictim, Victim, load_victim
 
 N, M, K, E, R = 600, 150, 6, 16, 12  # E is the width of the tests' victim
-TRIM, RIDGE = 0.1, 1e-3
-EVERY = Consistency(forms=list(COLUMNS), num_references=M, k=K, company_k=3, ridge=RIDGE, trim=TRIM, rounds=2)
+TRIM, RIDGE, WEIGHT = 0.1, 1e-3, 0.75
+EVERY = Consistency(forms=list(COLUMNS), num_references=M, k=K, company_weight=WEIGHT, ridge=RIDGE, trim=TRIM, rounds=2)
 
 
 class World:
@@ -112,15 +112,19 @@ def test_the_closed_form_is_ridge_and_ledoit_wolf(fitted):
 
 
 def test_misplaced_is_the_residual_less_the_distance_to_company(fitted):
+    """Both in the Mahalanobis metric of the residuals' covariance plus its mean variance."""
     corpus, queries, _, _, scores = fitted
-    model, _ = trimmed_map(unit(corpus.references), unit(corpus.embedding_BE))
-    v, places = unit(corpus.embedding_BE), drawn(corpus)
+    u, v, places = unit(corpus.references), unit(corpus.embedding_BE), drawn(corpus)
+    model, kept = trimmed_map(u, v)
+    covariance = LedoitWolf().fit((v - model.predict(u))[kept]).covariance_
+    metric = {"VI": np.linalg.inv(covariance + np.trace(covariance) / E * np.eye(E))}
     for i, query_id in enumerate(queries.sample_ids):
-        own = unit(queries.embedding_BE[i : i + 1])
-        kept = others(corpus, places, query_id)
-        distances, _ = NearestNeighbors(n_neighbors=3).fit(v[kept]).kneighbors(own)
-        residual = np.linalg.norm(own - model.predict(unit(queries.references[i : i + 1])))
-        assert scores["xc_misplaced"][i] == pytest.approx(residual - 0.5 * distances.mean(), rel=1e-5, abs=1e-6)
+        own, own_u = unit(queries.embedding_BE[i : i + 1]), unit(queries.references[i : i + 1])
+        search = NearestNeighbors(n_neighbors=K, metric="mahalanobis", metric_params=metric, algorithm="brute")
+        distances, _ = search.fit(v[others(corpus, places, query_id)]).kneighbors(own)
+        e = (own - model.predict(own_u))[0]
+        expected = np.sqrt(e @ metric["VI"] @ e) - WEIGHT * distances.mean()
+        assert scores["xc_misplaced"][i] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_neighbours_are_compared_one_by_one(fitted):
@@ -237,6 +241,9 @@ def test_encoders_that_do_not_agree_are_refused():
     strange = Batch(corpus.sample_ids, corpus.embedding_BE, reference_BR=corpus.references[rows])
     with pytest.raises(Mistake, match=r"explains -?\d+% of what the victim says .* min_agreement = 30%"):
         EVERY.fit(strange, None)
+    constant = Batch(corpus.sample_ids, torch.ones_like(corpus.embedding_BE), reference_BR=corpus.references)
+    with pytest.raises(Mistake, match="explains 0%"):
+        EVERY.fit(constant, None)
     settings = EVERY.model_copy(update={"min_agreement": 0.99})
     with pytest.raises(Mistake, match="min_agreement = 99%"):
         settings.fit(corpus, None)
@@ -248,6 +255,9 @@ def test_mistakes_say_what_is_missing(victim, fitted):
         EVERY.fit(corpus.part(range(10)), None)
     with pytest.raises(Mistake, match="no clean samples"):
         EVERY.model_copy(update={"drawn_from": "clean"}).fit(corpus, None)
+    closed = EVERY.model_copy(update={"forms": ["closed"]}).fit(corpus, None)
+    with pytest.raises(Mistake, match="without the form contrastive"):
+        EVERY.open(victim, closed)
     narrow = {**state, "victim_mean": state["victim_mean"][:5]}
     with pytest.raises(Mistake, match=r"width 5, victim .* gives 16"):
         EVERY.open(victim, narrow)
