@@ -46,6 +46,9 @@ COLUMNS: dict[Form, tuple[str, ...]] = {
 FITTED: dict[Form, str] = {"closed": "map", "contrastive": "victim.0.weight"}
 """A tensor of the state that only this form has."""
 
+TIE = 1e-6
+"""Distances that differ by less than this share are equal; those of equal float32 embeddings differ by rounding."""
+
 HELD_OUT = 0.2
 """Share of the fitting set that the agreement is measured on."""
 
@@ -204,11 +207,12 @@ class _ConsistencyScorer:
             scores["xc_misplaced"] = length_B - config.company_weight * distance_Bk.mean(dim=1)
         if "overlap" in self.forms:
             distance_BM = self.near_f.distances(victim_BE, ids)
-            own = distance_BM.topk(config.k, dim=1, largest=False)
-            _, trusted_Bk = self.near_g.nearest(reference_BR, ids)
-            is_shared_Bk = (own.indices.unsqueeze(2) == trusted_Bk.unsqueeze(1)).any(dim=2)
+            own_Bk = distance_BM.topk(config.k, dim=1, largest=False).values
+            there_Bk = distance_BM.gather(1, self.near_g.nearest(reference_BR, ids)[1])
+            # By distance and not by index: which of several equal references is the k-th would depend on rounding.
+            is_shared_Bk = there_Bk <= own_Bk[:, -1:] * (1 + TIE)
             scores["xc_overlap"] = 1 - is_shared_Bk.double().mean(dim=1)
-            scores["xc_gap"] = distance_BM.gather(1, trusted_Bk).mean(dim=1) - own.values.mean(dim=1)
+            scores["xc_gap"] = there_Bk.mean(dim=1) - own_Bk.mean(dim=1)
         if "neighbours" in self.forms:
             _, trusted_Bk = self.near_g.nearest(reference_BR, ids)
             expected_BE = functional.embedding_bag(trusted_Bk, self.near_f.reference_ME, mode="mean")
