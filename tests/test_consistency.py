@@ -18,8 +18,8 @@ from dede_ray.metrics import auroc
 from dede_ray.victims import OpenClipVictim, Victim, load_victim
 
 N, M, K, E, R = 600, 150, 6, 16, 12  # E is the width of the tests' victim
-TRIM, RIDGE = 0.1, 1e-3
-EVERY = Consistency(forms=list(COLUMNS), num_references=M, k=K, company_k=3, ridge=RIDGE, trim=TRIM, rounds=2)
+TRIM, RIDGE, WEIGHT = 0.1, 1e-3, 0.75
+EVERY = Consistency(forms=list(COLUMNS), num_references=M, k=K, company_weight=WEIGHT, ridge=RIDGE, trim=TRIM, rounds=2)
 
 
 class World:
@@ -112,15 +112,19 @@ def test_the_closed_form_is_ridge_and_ledoit_wolf(fitted):
 
 
 def test_misplaced_is_the_residual_less_the_distance_to_company(fitted):
+    """Both in the Mahalanobis metric of the residuals' covariance plus its mean variance."""
     corpus, queries, _, _, scores = fitted
-    model, _ = trimmed_map(unit(corpus.references), unit(corpus.embedding_BE))
-    v, places = unit(corpus.embedding_BE), drawn(corpus)
+    u, v, places = unit(corpus.references), unit(corpus.embedding_BE), drawn(corpus)
+    model, kept = trimmed_map(u, v)
+    covariance = LedoitWolf().fit((v - model.predict(u))[kept]).covariance_
+    metric = {"VI": np.linalg.inv(covariance + np.trace(covariance) / E * np.eye(E))}
     for i, query_id in enumerate(queries.sample_ids):
-        own = unit(queries.embedding_BE[i : i + 1])
-        kept = others(corpus, places, query_id)
-        distances, _ = NearestNeighbors(n_neighbors=3).fit(v[kept]).kneighbors(own)
-        residual = np.linalg.norm(own - model.predict(unit(queries.references[i : i + 1])))
-        assert scores["xc_misplaced"][i] == pytest.approx(residual - 0.5 * distances.mean(), rel=1e-5, abs=1e-6)
+        own, own_u = unit(queries.embedding_BE[i : i + 1]), unit(queries.references[i : i + 1])
+        search = NearestNeighbors(n_neighbors=K, metric="mahalanobis", metric_params=metric, algorithm="brute")
+        distances, _ = search.fit(v[others(corpus, places, query_id)]).kneighbors(own)
+        e = (own - model.predict(own_u))[0]
+        expected = np.sqrt(e @ metric["VI"] @ e) - WEIGHT * distances.mean()
+        assert scores["xc_misplaced"][i] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_neighbours_are_compared_one_by_one(fitted):
@@ -169,6 +173,25 @@ def test_scores_do_not_depend_on_batch_or_order(fitted):
         for name, score_B in scorer.score(queries.part(rows)).items():
             assert (score_B.dtype, score_B.shape) == (np.float32, (len(rows),))
             np.testing.assert_allclose(score_B, whole[name][rows], rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_copies_among_the_references_do_not_make_scores_depend_on_the_batch(victim):
+    """Of nine copies of each image the k-th neighbour is some copy or other."""
+    world = World(1)
+    once = world.images("c", 100)
+    corpus = Batch(
+        [f"{name}/{copy}" for copy in range(9) for name in once.sample_ids],
+        once.embedding_BE.repeat(9, 1),
+        reference_BR=once.references.repeat(9, 1),
+    )
+    settings = EVERY.model_copy(update={"forms": ["overlap", "neighbours"], "num_references": 900})
+    scorer = settings.open(victim, settings.fit(corpus, None))
+    queries = world.images("q", 60)
+    whole = scorer.score(queries)
+    for i in range(60):
+        for name, score_B in scorer.score(queries.part([i])).items():
+            np.testing.assert_allclose(score_B, whole[name][i : i + 1], rtol=1e-6, atol=1e-6, err_msg=name)
+    assert set(whole["xc_overlap"]) == {0.0, 1.0}  # the nearest image has nine copies, and k is six
 
 
 def test_fitting_is_deterministic_and_takes_its_draws_from_the_seed(fitted, victim):
@@ -237,6 +260,9 @@ def test_encoders_that_do_not_agree_are_refused():
     strange = Batch(corpus.sample_ids, corpus.embedding_BE, reference_BR=corpus.references[rows])
     with pytest.raises(Mistake, match=r"explains -?\d+% of what the victim says .* min_agreement = 30%"):
         EVERY.fit(strange, None)
+    constant = Batch(corpus.sample_ids, torch.ones_like(corpus.embedding_BE), reference_BR=corpus.references)
+    with pytest.raises(Mistake, match="explains 0%"):
+        EVERY.fit(constant, None)
     settings = EVERY.model_copy(update={"min_agreement": 0.99})
     with pytest.raises(Mistake, match="min_agreement = 99%"):
         settings.fit(corpus, None)
@@ -248,6 +274,9 @@ def test_mistakes_say_what_is_missing(victim, fitted):
         EVERY.fit(corpus.part(range(10)), None)
     with pytest.raises(Mistake, match="no clean samples"):
         EVERY.model_copy(update={"drawn_from": "clean"}).fit(corpus, None)
+    closed = EVERY.model_copy(update={"forms": ["closed"]}).fit(corpus, None)
+    with pytest.raises(Mistake, match="without the form contrastive"):
+        EVERY.open(victim, closed)
     narrow = {**state, "victim_mean": state["victim_mean"][:5]}
     with pytest.raises(Mistake, match=r"width 5, victim .* gives 16"):
         EVERY.open(victim, narrow)

@@ -15,6 +15,7 @@ scores do not depend on the batch.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import ClassVar, Literal
 
@@ -31,6 +32,8 @@ from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, S
 from dede_ray.detectors.density import References
 from dede_ray.victims import Victim
 
+logger = logging.getLogger(__name__)
+
 Form = Literal["closed", "overlap", "neighbours", "contrastive"]
 
 COLUMNS: dict[Form, tuple[str, ...]] = {
@@ -39,6 +42,12 @@ COLUMNS: dict[Form, tuple[str, ...]] = {
     "neighbours": ("xc_neighbours",),
     "contrastive": ("xc_contrastive",),
 }
+
+FITTED: dict[Form, str] = {"closed": "map", "contrastive": "victim.0.weight"}
+"""A tensor of the state that only this form has."""
+
+TIE = 1e-6
+"""Distances that differ by less than this share are equal; those of equal float32 embeddings differ by rounding."""
 
 HELD_OUT = 0.2
 """Share of the fitting set that the agreement is measured on."""
@@ -62,8 +71,8 @@ class Consistency(DetectorSettings):
     `closed`: a ridge map u -> v, fitted again and again on the samples that it explains best, because poison in the
     fitting set bends it. `xc` is the squared length of the residual e, `xc_whitened` e' S^-1 e (S: the residuals'
     covariance after Ledoit & Wolf, 2004), and `xc_misplaced` the length of e less `company_weight` times the mean
-    distance of v to its nearest references in the victim's space: a poisoned sample is far from where it belongs and
-    yet in company, an odd clean one is far from everybody.
+    distance of v to its nearest references: a poisoned sample is far from where it belongs and yet in company, an odd
+    clean one is far from everybody. Both lengths are halfway between the plain and the whitened one.
     `overlap`: how few of the k nearest references in one space are so in the other (`xc_overlap`, in [0, 1]), and how
     much further v is from the k nearest in u's space than from its own k nearest (`xc_gap`).
     `neighbours`: squared distance of v to the mean of the victim's embeddings of the k nearest in u's space; a map
@@ -90,11 +99,11 @@ class Consistency(DetectorSettings):
     num_references: int = Field(4096, ge=2)
     """M, the size of the frozen set that neighbours are looked for in; of the fitting set."""
     k: int = Field(32, ge=1)
-    """Neighbours of `overlap` and `neighbours`."""
-    company_k: int = Field(8, ge=1)
-    """Neighbours of `xc_misplaced`."""
-    company_weight: float = Field(0.5, ge=0)
-    """What their distance counts in it: more finds tampered encoders better, and rare poison worse."""
+    """Neighbours that count."""
+    company_weight: float = Field(1.0, ge=0)
+    """What the distance to neighbours counts in `xc_misplaced`."""
+    softness: float = Field(1.0, ge=0)
+    """Lengths of `xc_misplaced` are whitened by S + softness * mean variance: 0 is whitened, very large plain."""
     heads: Heads = Heads()
     """Of the contrastive form."""
     seed: int = 0
@@ -108,11 +117,11 @@ class Consistency(DetectorSettings):
                 "consistency: drawn_from is clean, and the run has no clean samples; name some, or leave it out"
             )
         victim_NE, reference_NR = (_unit(part.cpu()) for part in (source.embedding_BE, source.references))
-        needed = max(self._num_neighbours + 1, 2 * reference_NR.shape[1])
+        needed = max(self.k + 1, 2 * reference_NR.shape[1])
         if len(source) < needed:
             raise Mistake(
                 f"consistency: {len(source):,} samples to fit on; a reference encoder of width "
-                f"{reference_NR.shape[1]} and k = {self._num_neighbours} take at least {needed:,}"
+                f"{reference_NR.shape[1]} and k = {self.k} take at least {needed:,}"
             )
         order_N = sample_keys(source.sample_ids, self.seed).argsort()
         agreement = self._agreement(victim_NE[order_N], reference_NR[order_N])
@@ -122,6 +131,7 @@ class Consistency(DetectorSettings):
                 f"the map was not fitted on, less than min_agreement = {self.min_agreement:.0%}; their residuals "
                 "would mean little. Take a reference encoder that is closer to these images, or fit on more samples"
             )
+        logger.info("consistency: the reference encoder explains %.0f %% of what the victim says", 100 * agreement)
         found = _robust_map(victim_NE, reference_NR, self.ridge, self.trim, self.rounds)
         drawn = source.part(order_N[: self.num_references].sort().values.tolist())
         state = {
@@ -134,8 +144,7 @@ class Consistency(DetectorSettings):
         }
         if "closed" in self.forms:
             residual_NE = found.residual(victim_NE, reference_NR)[found.kept_N]
-            covariance_EE = torch.from_numpy(ledoit_wolf(residual_NE.numpy())[0])
-            state |= {"map": found.map_RE, "precision": torch.linalg.inv(covariance_EE)}
+            state |= {"map": found.map_RE, **_metrics(residual_NE, self.softness)}
         if "contrastive" in self.forms:
             state |= _train_heads(
                 self.heads,
@@ -145,17 +154,14 @@ class Consistency(DetectorSettings):
             )
         return {name: tensor.contiguous() for name, tensor in state.items()}
 
-    @property
-    def _num_neighbours(self) -> int:
-        return max(self.k, self.company_k)
-
     def _agreement(self, victim_NE: Tensor, reference_NR: Tensor) -> float:
         """R^2 of the map on the first fifth, fitted on the rest; all components together."""
         held = max(1, round(HELD_OUT * len(victim_NE)))
         found = _robust_map(victim_NE[held:], reference_NR[held:], self.ridge, self.trim, self.rounds)
         residual_NE = found.residual(victim_NE[:held], reference_NR[:held])
-        spread_NE = victim_NE[:held] - victim_NE[:held].mean(dim=0)
-        return 1 - float(residual_NE.square().sum() / spread_NE.square().sum().clamp_min(1e-12))
+        spread = float((victim_NE[:held] - victim_NE[:held].mean(dim=0)).square().mean())
+        is_constant = spread < 1e-12  # says the same of every image: there is nothing to explain
+        return 0.0 if is_constant else 1 - float(residual_NE.square().mean()) / spread
 
     def open(self, victim: Victim, state: State) -> Scorer:
         width = state["victim_mean"].shape[0]
@@ -164,6 +170,9 @@ class Consistency(DetectorSettings):
                 f"consistency was fitted to embeddings of width {width}, victim {victim.name} gives "
                 f"{victim.embedding_dim}; fit it to this victim"
             )
+        missing = [form for form, name in FITTED.items() if form in self.forms and name not in state]
+        if missing:
+            raise Mistake(f"consistency was fitted without the form {missing[0]}; fit it again, or leave the form out")
         return _ConsistencyScorer(self, victim.device, state)
 
 
@@ -175,34 +184,37 @@ class _ConsistencyScorer:
         self.fingerprint = state_fingerprint(config, state)
         self.config, self.forms = config, config.forms
         self.state = {name: tensor.to(device) for name, tensor in state.items() if name != "key"}
-        self.near_f, self.near_g = (
-            References(_unit(self.state[f"{name}_references"]), state["key"], k)
-            for name, k in (("victim", max(config.k, config.company_k)), ("trusted", config.k))
-        )
+        victim_ME, reference_MR = (_unit(self.state[f"{name}_references"]) for name in ("victim", "trusted"))
+        if "closed" in self.forms:
+            self.company = References(victim_ME @ self.state["soft_root"], state["key"], config.k)
+        if {"overlap", "neighbours"} & set(self.forms):
+            self.near_f, self.near_g = (References(part, state["key"], config.k) for part in (victim_ME, reference_MR))
         if "contrastive" in self.forms:
-            bank_ME = _unit(self.state["victim_references"]) - self.state["victim_mean"]
-            self.bank_MH = _head(self.state, "victim", bank_ME)
+            self.bank_MH = _head(self.state, "victim", victim_ME - self.state["victim_mean"])
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> dict[str, np.ndarray]:
         victim_BE, reference_BR, config = _unit(batch.embedding_BE), _unit(batch.references), self.config
-        distance_BM = self.near_f.distances(victim_BE, batch.sample_ids)
-        own = distance_BM.topk(self.near_f.k, dim=1, largest=False)
-        _, trusted_Bk = self.near_g.nearest(reference_BR, batch.sample_ids)
+        ids = batch.sample_ids
         scores: dict[str, Tensor] = {}
         if "closed" in self.forms:
             expected_BE = (reference_BR - self.state["reference_mean"]) @ self.state["map"] + self.state["victim_mean"]
             residual_BE = victim_BE - expected_BE
-            isolation_B = own.values[:, : config.company_k].mean(dim=1)
             scores["xc"] = residual_BE.square().sum(dim=1)
             scores["xc_whitened"] = (residual_BE @ self.state["precision"] * residual_BE).sum(dim=1)
-            scores["xc_misplaced"] = scores["xc"].sqrt() - config.company_weight * isolation_B
+            distance_Bk, _ = self.company.nearest(victim_BE @ self.state["soft_root"], ids)
+            length_B = (residual_BE @ self.state["soft_root"]).norm(dim=1)
+            scores["xc_misplaced"] = length_B - config.company_weight * distance_Bk.mean(dim=1)
         if "overlap" in self.forms:
-            own_Bk, isolation_B = own.indices[:, : config.k], own.values[:, : config.k].mean(dim=1)
-            is_shared_Bk = (own_Bk.unsqueeze(2) == trusted_Bk.unsqueeze(1)).any(dim=2)
+            distance_BM = self.near_f.distances(victim_BE, ids)
+            own_Bk = distance_BM.topk(config.k, dim=1, largest=False).values
+            there_Bk = distance_BM.gather(1, self.near_g.nearest(reference_BR, ids)[1])
+            # By distance and not by index: which of several equal references is the k-th would depend on rounding.
+            is_shared_Bk = there_Bk <= own_Bk[:, -1:] * (1 + TIE)
             scores["xc_overlap"] = 1 - is_shared_Bk.double().mean(dim=1)
-            scores["xc_gap"] = distance_BM.gather(1, trusted_Bk).mean(dim=1) - isolation_B
+            scores["xc_gap"] = there_Bk.mean(dim=1) - own_Bk.mean(dim=1)
         if "neighbours" in self.forms:
+            _, trusted_Bk = self.near_g.nearest(reference_BR, ids)
             expected_BE = functional.embedding_bag(trusted_Bk, self.near_f.reference_ME, mode="mean")
             scores["xc_neighbours"] = (victim_BE - self.near_f.centre_E - expected_BE).square().sum(dim=1)
         if "contrastive" in self.forms:
@@ -242,6 +254,15 @@ class _Map:
     def residual(self, victim_NE: Tensor, reference_NR: Tensor) -> Tensor:
         """What of v the map does not explain."""
         return victim_NE - self.victim_mean_E - (reference_NR - self.reference_mean_R) @ self.map_RE
+
+
+def _metrics(residual_NE: Tensor, softness: float) -> State:
+    """The inverse of the residuals' covariance, and a root of the inverse of the softened one."""
+    covariance_EE = torch.from_numpy(ledoit_wolf(residual_NE.numpy())[0])
+    softened_EE = covariance_EE.clone()
+    softened_EE.diagonal().add_(softness * covariance_EE.diagonal().mean())
+    root_EE = torch.linalg.cholesky(torch.linalg.inv(softened_EE))
+    return {"precision": torch.linalg.inv(covariance_EE), "soft_root": root_EE}
 
 
 def _robust_map(victim_NE: Tensor, reference_NR: Tensor, ridge: float, trim: float, rounds: int) -> _Map:
