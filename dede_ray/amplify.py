@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -491,4 +491,6 @@ def _refused(verdict: Verdict, amplified: Amplified) -> Verdict:
         "in common that the classifier could learn"
     )
     report = {**verdict.report, "num_flagged": 0, "threshold": None, "certified": False, "how": "none: refused"}
-    return Verdict(verdict.p_value, np.zeros_like(verdict.flagged), None, {**report, "message": message})
+    return replace(
+        verdict, flagged=np.zeros_like(verdict.flagged), threshold=None, report={**report, "message": message}
+    )

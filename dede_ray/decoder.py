@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from safetensors.torch import save_file
@@ -377,6 +379,85 @@ class Reconstruction(nn.Module):
 
     def load_arrays(self, arrays: dict[str, Any]) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where the embeddings of the training data lie."""
+
+    scale: float
+    """One over their root mean square."""
+    mean_E: np.ndarray
+    std_E: np.ndarray
+
+    @classmethod
+    def of(cls, embedding_NE: np.ndarray) -> Spread:
+        values_NE = embedding_NE.astype(np.float64)
+        std_E = values_NE.std(axis=0)
+        # A dimension that hardly moves would count as much as the others, on noise alone.
+        std_E = np.maximum(std_E, 0.01 * np.sqrt(np.mean(std_E**2)) + 1e-12)
+        scale = 1 / max(float(np.sqrt(np.mean(values_NE**2))), 1e-6)
+        return cls(scale, values_NE.mean(axis=0).astype(np.float32), std_E.astype(np.float32))
+
+
+def reconstruction(preset: DecoderPreset, image_size: int, spread: Spread, victim: str) -> Reconstruction:
+    """A preset's objective with a fresh decoder, for a victim of this fingerprint."""
+    has_reverse = preset.reverse_weight > 0
+    decoder = MaskedDecoder(preset.shape, image_size, len(spread.mean_E), spread.scale, has_reverse)
+    decoder.victim, decoder.has_null = victim, preset.null_rate > 0
+    if has_reverse:
+        decoder.embedding_mean.copy_(torch.from_numpy(spread.mean_E))
+        decoder.embedding_std.copy_(torch.from_numpy(spread.std_E))
+    return Reconstruction(
+        decoder, preset.mask_ratio, preset.null_rate, preset.trim_rate, preset.reverse_weight, preset.reverse_mask_ratio
+    )
+
+
+def fit_decoder(
+    image_NHWC: np.ndarray,
+    embedding_NE: np.ndarray,
+    sample_ids: Sequence[str],
+    preset: DecoderPreset,
+    victim: str,
+    seed: int,
+) -> MaskedDecoder:
+    """Train a decoder on images that are in memory, by a plain loop: for benchmarks and small sets.
+
+    The same objective, optimiser and masks as `jobs/train_clip.py`, whose batches are other draws.
+
+    Args:
+        image_NHWC: uint8, at the victim's size.
+        embedding_NE: float32, the victim's embeddings of them.
+        sample_ids: N of them; masks are drawn from (id, seed, epoch).
+        preset: network and optimisation; an epoch's last batch, if it is short, is left out.
+        victim: fingerprint.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        objective = reconstruction(preset, image_NHWC.shape[1], Spread.of(embedding_NE), victim)
+    optimiser = preset.build(objective)
+    per_epoch = len(image_NHWC) // preset.batch_size
+    if not per_epoch:
+        raise Mistake(f"{len(image_NHWC):,} images to train the decoder on, fewer than a batch of {preset.batch_size}")
+    num_steps = max(1, round(preset.epochs * per_epoch))
+    image, embedding = torch.from_numpy(image_NHWC), torch.from_numpy(embedding_NE)
+    order = np.arange(len(image_NHWC))
+    keys_N = torch.empty(0)
+    for step in range(num_steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0:
+            keys_N = sample_keys(sample_ids, seed, epoch)
+            order = np.random.default_rng([seed, epoch]).permutation(len(order)) if preset.shuffle else order
+        rows = torch.from_numpy(order[place * preset.batch_size : (place + 1) * preset.batch_size])
+        for group in optimiser.param_groups:
+            group["lr"] = preset.rate(step, num_steps)
+        loss, _ = objective({"image": image[rows], "embedding": embedding[rows], "key": keys_N[rows]})
+        optimiser.zero_grad()
+        loss.backward()
+        if preset.clip_norm:
+            nn.utils.clip_grad_norm_(objective.parameters(), preset.clip_norm)
+        optimiser.step()
+    return objective.decoder.requires_grad_(False).eval()
 
 
 @torch.inference_mode()

@@ -32,7 +32,9 @@ from dede_ray.decoder import (
     DecoderPreset,
     MaskedDecoder,
     Reconstruction,
+    Spread,
     embedding_use,
+    reconstruction,
     sample_keys,
     save_decoder,
 )
@@ -319,29 +321,14 @@ def decoder_recipe(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Spread:
-    """Where the embeddings of the training data lie."""
-
-    scale: float
-    """One over their root mean square."""
-    mean_E: np.ndarray
-    std_E: np.ndarray
-
-
-def _embedding_spread(parts: Path, most_chunks: int = 64) -> _Spread:
+def _embedding_spread(parts: Path, most_chunks: int = 64) -> Spread:
     """Measure some chunks, evenly spaced."""
     paths = sorted(parts.glob("parts/*/[0-9]*.parquet"))
     columns = [pq.read_table(path)["embedding"].drop_null() for path in paths[:: -(-len(paths) // most_chunks) or 1]]
     rows = [row for column in columns if len(column) for row in column.to_numpy()]
     if not rows:
         raise Mistake("not one sample of the decoder's shards can be used; score them to see the reasons")
-    values_NE = np.stack(rows).astype(np.float64)
-    std_E = values_NE.std(axis=0)
-    # A dimension that hardly moves would count as much as the others, on noise alone.
-    std_E = np.maximum(std_E, 0.01 * np.sqrt(np.mean(std_E**2)) + 1e-12)
-    scale = 1 / max(float(np.sqrt(np.mean(values_NE**2))), 1e-6)
-    return _Spread(scale, values_NE.mean(axis=0).astype(np.float32), std_E.astype(np.float32))
+    return Spread.of(np.stack(rows))
 
 
 # ------------------------------------------------------------------------------------------------ recipes
@@ -437,26 +424,14 @@ class _DecoderRecipe(Recipe):
     image_size: int
     embedding_dim: int
     victim: str
-    spread: _Spread
+    spread: Spread
     train_parts: Path
     holdout_parts: Path
     holdout_index: list[feed.ChunkRef]
     limits: Limits
 
     def objective(self, rank: int, world: int) -> Reconstruction:
-        has_reverse = self.preset.reverse_weight > 0
-        decoder = MaskedDecoder(
-            self.preset.shape, self.image_size, self.embedding_dim, self.spread.scale, has_reverse=has_reverse
-        )
-        decoder.victim, decoder.has_null = self.victim, self.preset.null_rate > 0
-        if has_reverse:
-            decoder.embedding_mean.copy_(torch.from_numpy(self.spread.mean_E))
-            decoder.embedding_std.copy_(torch.from_numpy(self.spread.std_E))
-        preset = self.preset
-        return Reconstruction(
-            decoder, preset.mask_ratio, preset.null_rate, preset.trim_rate, preset.reverse_weight,
-            preset.reverse_mask_ratio,
-        )  # fmt: skip
+        return reconstruction(self.preset, self.image_size, self.spread, self.victim)
 
     def decode(
         self, ref: feed.ChunkRef, epoch: int, start: int, samples: list[Sample]

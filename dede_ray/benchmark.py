@@ -1,0 +1,460 @@
+"""The benchmark: attack x victim x detector over several seeds, every number beside its controls.
+
+A *cell* is one encoder of one case (the backdoored victim, its honest twin, or another control) under one seed. It
+trains the DeDe decoder, fits the detectors and scores its sets of images, in one Ray task with one thread, and leaves a
+Parquet file; so a benchmark that was stopped goes on, and whatever is asked of the scores afterwards (standing.py) costs
+nothing. Nothing that is fitted sees a test image, and no threshold sees a label.
+
+The sets, all from test images that the victim was not trained on:
+
+    clean        as they are; half of them calibrate, the others are judged
+    triggered    the judged half, stamped with the attacker's trigger: the positives
+    patch        some of them with a patch of the same size and place that no victim has learnt
+    shuffled     clean and triggered ones with the embedding of another image of the same kind
+    misstamped   stamped after normalisation, with a normalised mask: the artefact of published code
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from dede_ray.activation import Examination
+from dede_ray.attacks.triggers import AnyTrigger, Patch, Trigger, square
+from dede_ray.clip import to_unit_range
+from dede_ray.config import Config, Mistake, claim, finish, write_json
+from dede_ray.decoder import PRESETS, DecoderPreset, fit_decoder, save_decoder
+from dede_ray.detectors.asset import PublishedAsset, asset_published
+from dede_ray.detectors.contract import Batch, DetectorSettings, Scorer, open_scorer
+from dede_ray.detectors.decree import Decree, Inversion, invert, save_stamp
+from dede_ray.detectors.dede import DeDe
+from dede_ray.detectors.density import compat_scores
+from dede_ray.detectors.detector import Detector
+from dede_ray.downstream import Labelled, LinearProbe, TwoLayerClassifier, draw_labelled
+from dede_ray.embedding import Encoders, Encoding
+from dede_ray.ledger import Chunk, write_parquet
+from dede_ray.shards import Limits, list_shards
+from dede_ray.sources import draw
+from dede_ray.standing import Standing, tell
+from dede_ray.victims import OptionalVictimConfig, VictimConfig
+
+logger = logging.getLogger(__name__)
+
+BATCH_SIZE = 256
+
+
+class Case(Config):
+    """One attack on one encoder."""
+
+    attack: str
+    """Its name, which also chooses the least ASR of the gate."""
+    victim: VictimConfig
+    honest: VictimConfig
+    """The same architecture without a backdoor."""
+    others: dict[str, VictimConfig] = Field({})
+    """Further controls, such as a victim whose backdoor was erased."""
+    trigger: Trigger
+    """As the attacker stamps it at test time."""
+    training_trigger: Trigger | None = None
+    """As the poisoned samples of the corpus bear it; None is the same."""
+    target_label: int = Field(ge=0)
+
+    def roles(self) -> dict[str, VictimConfig]:
+        return {"victim": self.victim, "honest": self.honest, **self.others}
+
+
+class DecoderTraining(Config):
+    """How each cell's decoder is trained, in memory."""
+
+    preset: Literal["tiny", "paper", "fast"] = "tiny"
+    epochs: float | None = Field(None, gt=0)
+    """None is the preset's."""
+    batch_size: int | None = Field(None, ge=2)
+
+    def resolved(self) -> DecoderPreset:
+        own = {name: value for name, value in self.model_dump(exclude={"preset"}).items() if value is not None}
+        return PRESETS[self.preset].model_copy(update=own)
+
+
+class BenchmarkConfig(Examination):
+    """Settings of jobs/benchmark.py; `test_shards`, `probe_shards`, `gate` and `heads` decide who is void."""
+
+    output: str
+    cases: dict[str, Case] = Field(min_length=1)
+    """By name; the tables have their order."""
+    train_shards: str | list[str]
+    """Clean labelled images that suspected corpora are made of."""
+    reference: OptionalVictimConfig = None
+    """The independent encoder of the detectors that compare with one."""
+    detectors: list[Detector] = Field(min_length=1)
+    """Streaming detectors. The `decoder` of dede is trained in each cell, whatever it says here."""
+    second_stage: list[Detector] = Field([])
+    """Detectors that take many forward passes: scored on `num_second_stage` images, under the first seed."""
+    inversion: Inversion | None = None
+    """DECREE, under the first seed: the stamp of each encoder, and what it says of samples."""
+    decoder: DecoderTraining = DecoderTraining()
+    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    num_suspected: int = Field(10_000, ge=100)
+    """Training images of each suspected corpus: decoders and statistics are fitted on it."""
+    poison_rate: float = Field(0.01, ge=0, lt=0.5)
+    """Share of it that is stamped."""
+    num_clean: int = Field(1000, ge=1)
+    """Other training images, known to be clean, for the detectors that want some."""
+    num_triggered: int = Field(2500, ge=1)
+    num_controls: int = Field(1000, ge=1)
+    """Images of the sets patch, shuffled and misstamped."""
+    num_second_stage: int = Field(100, ge=1)
+    """Clean images, and as many triggered ones."""
+    compat_asset: PublishedAsset | None = None
+    """ASSET as published, on `num_controls` clean and triggered images, under the first seed."""
+    standing: Standing = Standing()
+    limits: Limits = Limits()
+
+
+def benchmark(config: BenchmarkConfig) -> str:
+    """Fill the table; Ray must be running. A rerun does what remains.
+
+    Returns:
+        The tables as Markdown; they and all numbers lie in the output folder.
+
+    Raises:
+        Mistake: settings or files that do not fit.
+    """
+    output = Path(config.output).absolute()
+    done = claim(output, config.model_copy(update={"standing": Standing()}))
+    cells = [
+        Cell(name, role, seed) for seed in config.seeds for name, case in config.cases.items() for role in case.roles()
+    ]
+    todo: list[Any] = []
+    if done is None:
+        images = _images(config)
+        here = ray.put((config, images))
+        gate, fill = ray.remote(num_cpus=1)(_judge), ray.remote(num_cpus=1)(_fill)
+        todo = [
+            gate.remote(here, name, output)
+            for name in config.cases
+            if not (output / "gates" / f"{name}.json").is_file()
+        ]
+        todo += [fill.remote(here, cell, output) for cell in cells if not cell.path(output).is_file()]
+    total = len(todo)
+    while todo:
+        ready, todo = ray.wait(todo)
+        for said in ray.get(ready):
+            logger.info("[%d/%d] %s", total - len(todo), total, said)
+    said = tell(
+        config.standing, output, {name: list(case.roles()) for name, case in config.cases.items()}, config.seeds
+    )
+    if done is None:
+        finish(output, config.model_copy(update={"standing": Standing()}), {"cells": len(cells)})
+    return said
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One encoder under one seed."""
+
+    case: str
+    role: str
+    seed: int
+
+    def path(self, output: Path) -> Path:
+        return output / "cells" / f"{self.case}-{self.role}-{self.seed}.parquet"
+
+
+# --------------------------------------------------------------------------------------------------- images
+
+
+@dataclass(frozen=True)
+class _Images:
+    """What all cells draw from, still encoded."""
+
+    train: list[Labelled]
+    test: list[Labelled]
+
+
+def _images(config: BenchmarkConfig) -> _Images:
+    train = draw_labelled(
+        list_shards(config.train_shards), 4 * (config.num_suspected + config.num_clean), 0, config.limits
+    )
+    test = draw_labelled(list_shards(config.test_shards), config.max_test_samples, 0, config.limits)
+    if len(train) < config.num_suspected + config.num_clean:
+        raise Mistake(
+            f"{len(train):,} labelled training images, {config.num_suspected + config.num_clean:,} are needed; name more "
+            "train_shards, or lower num_suspected"
+        )
+    return _Images(train, test)
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Decoded images with what is known of them."""
+
+    sample_ids: list[str]
+    image_NHWC: np.ndarray
+    label_N: np.ndarray
+
+    def part(self, rows: Sequence[int] | NDArray[Any]) -> _Pictures:
+        index = np.asarray(rows, np.int64)
+        return _Pictures([self.sample_ids[i] for i in index], self.image_NHWC[index], self.label_N[index])
+
+    def stamped(self, trigger: AnyTrigger) -> _Pictures:
+        """The same images with a trigger; their ids tell."""
+        images = [trigger.stamp(image, name) for image, name in zip(self.image_NHWC, self.sample_ids, strict=True)]
+        return replace(
+            self, image_NHWC=np.stack(images), sample_ids=[f"{name}+{trigger.kind}" for name in self.sample_ids]
+        )
+
+
+def _decode(images: Sequence[Labelled], size: int, limits: Limits) -> _Pictures:
+    pixels = [square(image.content, image.sample_id, size, limits) for image in images]
+    return _Pictures([i.sample_id for i in images], np.stack(pixels), np.array([i.label for i in images]))
+
+
+def _judge(here: tuple[BenchmarkConfig, _Images], name: str, output: Path) -> str:
+    """Does the case's victim pass its gate?"""
+    torch.set_num_threads(1)
+    config, case = here[0], here[0].cases[name]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    victim, honest = (
+        Encoders(Encoding(one, None, frozenset())).victim.to(device) for one in (case.victim, case.honest)
+    )
+    verdict = config.examine(victim, honest, case.trigger, case.target_label, case.attack).verdict
+    write_json(output / "gates" / f"{name}.json", verdict.as_json())
+    return f"{name}: {'passes' if verdict.passes else 'VOID'}, {verdict.reason}"
+
+
+# ----------------------------------------------------------------------------------------------------- cells
+
+
+def _fill(here: tuple[BenchmarkConfig, _Images], cell: Cell, output: Path) -> str:
+    """Train, fit and score one cell, and write its Parquet file."""
+    torch.set_num_threads(1)
+    config, images = here
+    return _Filling(config, images, cell, output).run()
+
+
+class _Filling:
+    def __init__(self, config: BenchmarkConfig, images: _Images, cell: Cell, output: Path):
+        self.config, self.cell, self.case, self.output = config, cell, config.cases[cell.case], output
+        self.is_first = cell.seed == config.seeds[0]
+        everyone: list[DetectorSettings] = [*config.detectors, *config.second_stage]
+        needs = frozenset().union(*(one.needs for one in everyone))
+        self.encoders = Encoders(Encoding(self.case.roles()[cell.role], config.reference, needs))
+        self.victim, size = self.encoders.victim, self.encoders.image_size
+        drawn = draw(images.train, config.num_suspected + config.num_clean, cell.seed)
+        suspected = sorted(drawn[: config.num_suspected], key=lambda one: one.sample_id)
+        self.suspected, self.is_poisoned = self._poisoned(_decode(suspected, size, config.limits))
+        self.known = _decode(drawn[config.num_suspected :], size, config.limits)
+        self.test = _decode(images.test, size, config.limits)
+
+    def _poisoned(self, pictures: _Pictures) -> tuple[_Pictures, np.ndarray]:
+        """Stamp a share of a corpus; the others keep their bytes."""
+        rng, num = np.random.default_rng(self.cell.seed), len(pictures.sample_ids)
+        rows = np.sort(rng.permutation(num)[: round(self.config.poison_rate * num)])
+        is_poisoned = np.zeros(num, bool)
+        is_poisoned[rows] = True
+        image_NHWC = pictures.image_NHWC.copy()
+        if len(rows):
+            image_NHWC[rows] = pictures.part(rows).stamped(self.case.training_trigger or self.case.trigger).image_NHWC
+        return replace(pictures, image_NHWC=image_NHWC), is_poisoned
+
+    def run(self) -> str:
+        config, cell = self.config, self.cell
+        suspected, known = self._embedded(self.suspected), self._embedded(self.known)
+        decoder = fit_decoder(
+            self.suspected.image_NHWC, suspected.embedding_BE.cpu().numpy(), suspected.sample_ids,
+            config.decoder.resolved(), self.victim.fingerprint, cell.seed,
+        )  # fmt: skip
+        folder = self.output / "decoders" / f"{cell.case}-{cell.role}-{cell.seed}"
+        save_decoder(folder, decoder, {})
+        self.decoder_folder, self.known_batch = folder, known
+        self.scorers = [self._opened(one, suspected) for one in config.detectors]
+        is_clean = ~self.is_poisoned
+        labelled = suspected.embedding_BE.numpy()[is_clean], self.suspected.label_N[is_clean]
+        heads = {"probe": LinearProbe().fit(*labelled)}
+        if self.is_first:
+            published = TwoLayerClassifier(epochs=100, learning_rate=0.01, batch_size=256)
+            heads["compat_head"] = published.fit(*labelled)
+        rng = np.random.default_rng([cell.seed, 1])
+        order = rng.permutation(len(self.test.sample_ids))
+        is_judged = np.zeros(len(order), bool)
+        is_judged[order[: len(order) // 2]] = True
+        judged = order[: len(order) // 2]
+        few = judged[: config.num_controls]
+        sets = {
+            "clean": self.test,
+            "triggered": self.test.part(np.sort(judged[: config.num_triggered])).stamped(self.case.trigger),
+            "patch": self.test.part(np.sort(few)).stamped(self._unlearned()),
+        }
+        tables = []
+        for name, pictures in sets.items():
+            batch = self._embedded(pictures)
+            columns = self._scored(pictures, batch)
+            for head, predict in heads.items():
+                columns[head] = predict(batch.embedding_BE.numpy()).astype(np.int64)
+            if name == "clean":
+                columns["is_judged"] = is_judged
+            tables.append(_table(name, pictures, columns))
+            if name in ("clean", "triggered"):
+                some = np.arange(len(pictures.sample_ids))[: config.num_controls]
+                shuffled = replace(batch.part(some.tolist()), embedding_BE=batch.embedding_BE[some].roll(1, dims=0))
+                tables.append(
+                    _table(f"shuffled_{name}", pictures.part(some), self._scored(pictures.part(some), shuffled))
+                )
+        tables.append(self._misstamped(np.sort(few)))
+        if self.is_first:
+            tables += self._slow(sets, suspected)
+        about = {"victim": self.victim.fingerprint, "case": cell.case, "role": cell.role, "seed": cell.seed}
+        table = pa.concat_tables(tables, promote_options="default").replace_schema_metadata(
+            {"about": json.dumps(about)}
+        )
+        write_parquet(table, cell.path(self.output))
+        return f"{cell.case}, {cell.role}, seed {cell.seed}"
+
+    def _opened(self, detector: DetectorSettings, suspected: Batch) -> Scorer:
+        if isinstance(detector, DeDe):
+            detector = detector.model_copy(update={"decoder": str(self.decoder_folder)})
+        return open_scorer(detector, self.victim, detector.fit(suspected, self.known_batch) if detector.fits else {})
+
+    def _embedded(self, pictures: _Pictures) -> Batch:
+        """Embeddings without pictures."""
+        batches = []
+        for start in range(0, len(pictures.sample_ids), BATCH_SIZE):
+            ids = pictures.sample_ids[start : start + BATCH_SIZE]
+            batches.append(
+                self.encoders(Chunk(ids, pictures.image_NHWC[start : start + BATCH_SIZE], [None] * len(ids)))
+            )
+        references = [one.reference_BR for one in batches if one.reference_BR is not None]
+        return Batch(
+            pictures.sample_ids,
+            torch.cat([one.embedding_BE for one in batches]),
+            reference_BR=torch.cat(references) if references else None,
+        )
+
+    def _scored(
+        self, pictures: _Pictures, batch: Batch, image_NCHW: torch.Tensor | None = None
+    ) -> dict[str, np.ndarray]:
+        parts: list[dict[str, np.ndarray]] = []
+        for start in range(0, len(batch), BATCH_SIZE):
+            rows = range(start, min(start + BATCH_SIZE, len(batch)))
+            if image_NCHW is None:
+                image_BCHW = to_unit_range(torch.from_numpy(pictures.image_NHWC[rows.start : rows.stop]))
+            else:
+                image_BCHW = image_NCHW[rows.start : rows.stop]
+            one = replace(batch.part(rows), image_BCHW=image_BCHW)
+            parts.append({name: column for scorer in self.scorers for name, column in scorer.score(one).items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _unlearned(self) -> Patch:
+        """A patch of noise as large as the trigger and about where it is, or in the corner where it is everywhere."""
+        before = np.zeros((self.encoders.image_size,) * 2 + (3,), np.uint8)
+        after = [self.case.trigger.stamp(before + level, "0") for level in (np.uint8(0), np.uint8(128))]
+        is_covered = (after[0] == after[1]).all(axis=2)
+        side = int(np.clip(round(np.sqrt(is_covered.sum())), 3, self.encoders.image_size // 2))
+        rows = np.flatnonzero(is_covered.any(axis=1)) if is_covered.any() else np.array([self.encoders.image_size - 1])
+        is_central = bool(is_covered.any()) and rows.max() < self.encoders.image_size - 8
+        return Patch(
+            size_px=side, pattern="random", position="center" if is_central else "bottom_right",
+            margin_px=0 if is_central else int(self.encoders.image_size - 1 - rows.max()), seed=1000 + self.cell.seed,
+        )  # fmt: skip
+
+    def _misstamped(self, rows: np.ndarray) -> pa.Table:
+        """Published code's path: image, mask and patch are normalised, then the patch is laid over.
+
+        The mask is 1 on the patch and 0 elsewhere, so normalised it multiplies the whole picture by about -2.4.
+        """
+        pictures = self.test.part(rows)
+        image_BCHW = to_unit_range(torch.from_numpy(pictures.image_NHWC))
+        black, white = (np.full(pictures.image_NHWC.shape[1:], level, np.uint8) for level in (0, 255))
+        on_black, on_white = (self.case.trigger.stamp(one, "0") for one in (black, white))
+        mask_HWC = (on_black == on_white).all(axis=2, keepdims=True).repeat(3, axis=2)
+        mask, patch = (
+            self.victim.normalise(to_unit_range(torch.from_numpy(255 * one[None].astype(np.uint8))))
+            for one in (mask_HWC.astype(np.uint8), mask_HWC * (on_black / 255))
+        )
+        normalised_BCHW = self.victim.normalise(image_BCHW) * mask + patch
+        mean, std = self.victim.normalise.mean, self.victim.normalise.std
+        pixels_BCHW = normalised_BCHW * std + mean  # what normalises to that
+        reference = self.encoders.reference
+        batch = Batch(
+            pictures.sample_ids,
+            torch.cat([self.victim(some) for some in pixels_BCHW.split(BATCH_SIZE)]),
+            reference_BR=torch.cat([reference(some) for some in pixels_BCHW.split(BATCH_SIZE)]) if reference else None,
+        )
+        return _table("misstamped", pictures, self._scored(pictures, batch, pixels_BCHW))
+
+    def _slow(self, sets: dict[str, _Pictures], suspected: Batch) -> list[pa.Table]:
+        """What is scored on few images, under the first seed only."""
+        config, tables = self.config, []
+        scorers = [self._opened(one, suspected) for one in config.second_stage]
+        if config.inversion is not None:
+            stamp = invert(self.victim, self.known.image_NHWC, config.inversion, self.cell.seed)
+            folder = self.output / "stamps" / f"{self.cell.case}-{self.cell.role}"
+            save_stamp(folder, stamp)
+            scorers.append(self._opened(Decree(stamp=str(folder), displacement=True), suspected))
+            verdict = {"pl1": stamp.pl1, "is_collapsing": stamp.is_collapsing, "cosine": stamp.cosine}
+            write_json(self.output / "stamps" / f"{self.cell.case}-{self.cell.role}.json", verdict)
+        if scorers:
+            for name in ("clean", "triggered"):
+                pictures = sets[name].part(range(min(config.num_second_stage, len(sets[name].sample_ids))))
+                image_BCHW = to_unit_range(torch.from_numpy(pictures.image_NHWC))
+                batch = replace(self._embedded(pictures), image_BCHW=image_BCHW)
+                columns = {column: found for scorer in scorers for column, found in scorer.score(batch).items()}
+                tables.append(_table(f"second_{name}", pictures, columns))
+        tables += self._compat(sets)
+        return tables
+
+    def _compat(self, sets: dict[str, _Pictures]) -> list[pa.Table]:
+        """Scores that depend on who else is scored, on a half-poisoned pool as published."""
+        num = min(self.config.num_triggered, len(sets["triggered"].sample_ids))
+        clean = sets["clean"].part(range(num))
+        pool = [clean, sets["triggered"].part(range(num))]
+        embedding_NE = np.concatenate([self._embedded(one).embedding_BE.numpy() for one in pool])
+        columns = {f"compat_{name}": column for name, column in compat_scores(embedding_NE).items()}
+        tables = [
+            _table(
+                f"pool_{name}", one, {column: found[half * num : (half + 1) * num] for column, found in columns.items()}
+            )
+            for half, (name, one) in enumerate(zip(("clean", "triggered"), pool, strict=True))
+        ]
+        if self.config.compat_asset is not None:
+            num = min(num, self.config.num_controls)
+            some = [one.part(range(num)) for one in pool]
+            image_NHWC = np.concatenate([one.image_NHWC for one in some])
+            label_N = np.concatenate([some[0].label_N, np.full(num, self.case.target_label)])
+            features = [self._embedded(one).embedding_BE.numpy() for one in (*some, self.known)]
+            found = asset_published(
+                image_NHWC,
+                label_N,
+                np.concatenate(features[:2]),
+                self.known.image_NHWC,
+                features[2],
+                self.config.compat_asset,
+            )
+            tables += [
+                _table(f"asset_{name}", one, {"compat_asset": found.score_N[half * num : (half + 1) * num]})
+                for half, (name, one) in enumerate(zip(("clean", "triggered"), some, strict=True))
+            ]
+        return tables
+
+
+def _table(name: str, pictures: _Pictures, columns: dict[str, np.ndarray]) -> pa.Table:
+    return pa.table(
+        {
+            "set": [name] * len(pictures.sample_ids),
+            "sample_id": pictures.sample_ids,
+            "label": pictures.label_N,
+            **columns,
+        }
+    )
