@@ -1,9 +1,9 @@
 """The benchmark: attack x victim x detector over several seeds, every number beside its controls.
 
 A *cell* is one encoder of one case (the backdoored victim, its honest twin, or another control) under one seed. It
-trains the DeDe decoder, fits the detectors and scores its sets of images, in one Ray task with one thread, and leaves a
-Parquet file; so a benchmark that was stopped goes on, and whatever is asked of the scores afterwards (standing.py) costs
-nothing. Nothing that is fitted sees a test image, and no threshold sees a label.
+trains the DeDe decoder, fits the detectors and scores its sets of images, in one Ray task with one thread, and leaves
+a Parquet file. So a benchmark that was stopped goes on, and whatever is asked of the scores afterwards (standing.py)
+runs no model. Nothing that is fitted sees a test image, and no threshold sees a label.
 
 The sets, all from test images that the victim was not trained on:
 
@@ -46,7 +46,7 @@ from dede_ray.embedding import Encoders, Encoding
 from dede_ray.ledger import Chunk, write_parquet
 from dede_ray.shards import Limits, list_shards
 from dede_ray.sources import draw
-from dede_ray.standing import Standing, tell
+from dede_ray.standing import About, Standing, tell
 from dede_ray.victims import OptionalVictimConfig, VictimConfig
 
 logger = logging.getLogger(__name__)
@@ -152,9 +152,8 @@ def benchmark(config: BenchmarkConfig) -> str:
         ready, todo = ray.wait(todo)
         for said in ray.get(ready):
             logger.info("[%d/%d] %s", total - len(todo), total, said)
-    said = tell(
-        config.standing, output, {name: list(case.roles()) for name, case in config.cases.items()}, config.seeds
-    )
+    about = {name: About(list(case.roles()), case.target_label) for name, case in config.cases.items()}
+    said = tell(config.standing, output, about, config.seeds)
     if done is None:
         finish(output, config.model_copy(update={"standing": Standing()}), {"cells": len(cells)})
     return said
@@ -190,8 +189,8 @@ def _images(config: BenchmarkConfig) -> _Images:
     test = draw_labelled(list_shards(config.test_shards), config.max_test_samples, 0, config.limits)
     if len(train) < config.num_suspected + config.num_clean:
         raise Mistake(
-            f"{len(train):,} labelled training images, {config.num_suspected + config.num_clean:,} are needed; name more "
-            "train_shards, or lower num_suspected"
+            f"{len(train):,} labelled training images, {config.num_suspected + config.num_clean:,} are needed; name "
+            "more train_shards, or lower num_suspected"
         )
     return _Images(train, test)
 
