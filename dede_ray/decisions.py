@@ -18,15 +18,17 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
-from typing_extensions import Unpack
 
 from dede_ray.config import Config, Mistake
 from dede_ray.metrics import ROUNDING_SLACK, threshold_at_fpr
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # Python 3.10 lacks it
 
 # Shapes: N samples to judge, n calibration samples, M distinct samples among the N: those with a score, copies once.
 
@@ -71,8 +73,8 @@ class Verdict:
     """The same in numbers and words, ready for JSON: rule, score, declared (the rule's settings), counts, threshold,
     how (it was found), certified (the declared false discovery rate holds for this list), message, and the smallest
     achievable_q (at the expected poison rate, or where everything is poisoned if none is expected) and
-    achievable_poison_rate (at the declared q and false_alarm) of this many calibration samples; None where nothing is. `num_distinct`
-    counts M and `num_calibration_unused` the calibration samples left out as copies or as borders of bins; `alarm`
+    achievable_poison_rate (at the declared q and false_alarm) of this many calibration samples; None where nothing is.
+    `num_distinct` counts M and `num_calibration_unused` the calibration samples left out as copies or as borders of bins; `alarm`
     is the p-value of there being no poison at all, `null_share` Storey's estimate of the share of clean samples,
     `bins` the strata and calibration samples of each bin, and `poisoned_at_least` the bound for the flagged."""
 
