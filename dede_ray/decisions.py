@@ -74,9 +74,9 @@ class Verdict:
     how (it was found), certified (the declared false discovery rate holds for this list), message, and the smallest
     achievable_q (at the expected poison rate, or where everything is poisoned if none is expected) and
     achievable_poison_rate (at the declared q and false_alarm) of this many calibration samples; None where nothing is.
-    `num_distinct` counts M and `num_calibration_unused` the calibration samples left out as copies or as borders of bins; `alarm`
-    is the p-value of there being no poison at all, `null_share` Storey's estimate of the share of clean samples,
-    `bins` the strata and calibration samples of each bin, and `poisoned_at_least` the bound for the flagged."""
+    `num_distinct` counts M, and `num_calibration_unused` the calibration samples left out as copies or as borders of
+    bins; `alarm` is the p-value of there being no poison at all, `null_share` Storey's estimate of the share of clean
+    samples, `bins` the strata and calibration samples of each bin, `poisoned_at_least` the bound for the flagged."""
 
 
 class Rule(Config):
