@@ -18,15 +18,17 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
-from typing_extensions import Unpack
 
 from dede_ray.config import Config, Mistake
 from dede_ray.metrics import ROUNDING_SLACK, threshold_at_fpr
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # Python 3.10 lacks it
 
 # Shapes: N samples to judge, n calibration samples, M distinct samples among the N: those with a score, copies once.
 
@@ -71,10 +73,10 @@ class Verdict:
     """The same in numbers and words, ready for JSON: rule, score, declared (the rule's settings), counts, threshold,
     how (it was found), certified (the declared false discovery rate holds for this list), message, and the smallest
     achievable_q (at the expected poison rate, or where everything is poisoned if none is expected) and
-    achievable_poison_rate (at the declared q) of this many calibration samples; None where nothing is. `num_distinct`
-    counts M and `num_calibration_unused` the calibration samples left out as copies or as borders of bins; `alarm`
-    is the p-value of there being no poison at all, `null_share` Storey's estimate of the share of clean samples,
-    `bins` the strata and calibration samples of each bin, and `poisoned_at_least` the bound for the flagged."""
+    achievable_poison_rate (at the declared q and false_alarm) of this many calibration samples; None where nothing is.
+    `num_distinct` counts M, and `num_calibration_unused` the calibration samples left out as copies or as borders of
+    bins; `alarm` is the p-value of there being no poison at all, `null_share` Storey's estimate of the share of clean
+    samples, `bins` the strata and calibration samples of each bin, `poisoned_at_least` the bound for the flagged."""
 
 
 class Rule(Config):
@@ -138,9 +140,9 @@ class Conformal(Rule):
             "achievable_poison_rate": least_rate,
         }
         nothing = np.zeros(evidence.scores.size, bool)
+        declared = f"q = {self.q:g}" + (f" and false_alarm = {level:g}" if level < self.q else "")
         if num_calibration < needed:
             rate = f" and a poison rate of {self.expected_poison_rate:g}" if self.expected_poison_rate else ""
-            alarm = f" and false_alarm = {level:g}" if level < self.q else ""
             larger = "q" if self.false_alarm is None else "q and a false_alarm"
             larger_q = f", or declare a {larger} of about {least_q:.2g} or more" if least_q and least_q < 1 else ""
             return evidence.verdict(
@@ -148,7 +150,7 @@ class Conformal(Rule):
                 threshold=None,
                 how="none: refused, because no score could reach the declared q with so few calibration samples",
                 message=f"cannot certify: need at least {needed:,} calibration samples, have {num_calibration:,} (for "
-                f"q = {self.q:g}{alarm}{rate}); score more clean samples that nothing was fitted on{larger_q}",
+                f"{declared}{rate}); score more clean samples that nothing was fitted on{larger_q}",
                 facts=facts,
             )
         sizes = [num for _, num in evidence.bins]
@@ -179,7 +181,7 @@ class Conformal(Rule):
             how = f"none: Benjamini-Hochberg rejects no p-value at q = {self.q:g}{within}"
             message = (
                 f"flagged none of {evidence.num_scored:,} samples; {num_calibration:,} calibration samples can certify "
-                f"a poison rate of {least_rate:.2g} or more at q = {level:g}, so rarer poison would have gone unseen; "
+                f"a poison rate of {least_rate:.2g} or more at {declared}, so rarer poison would have gone unseen; "
                 "more calibration samples see further"
             )
         judged = flagged & evidence.is_distinct

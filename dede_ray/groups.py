@@ -139,7 +139,7 @@ def near_copies(
 def _describe(rows: Rows, members: NDArray[np.int64], exact_N: np.ndarray, clump_N: np.ndarray) -> Finding:
     captions = Counter(rows.captions[i] for i in members.tolist()) if rows.captions is not None else Counter()
     captions.pop(None, None)
-    caption = min(captions, key=lambda text: (-captions[text], text)) if captions else None
+    caption = min(captions, key=lambda text: -captions[text]) if captions else None
     num_files = np.unique(exact_N[members]).size
     kind: Literal["clump", "near", "exact", "single"]
     if members.size == 1:

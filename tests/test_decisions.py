@@ -392,6 +392,9 @@ def test_bins_with_too_few_calibration_samples_join_a_neighbour_and_the_verdict_
     report = rule.decide(np.zeros(9), np.zeros(sum(counts)), names(9), strata=[1] * 9, calibration_strata=given).report
     assert [one["strata"] for one in report["bins"]] == merged
     assert report["certified"]
+    verdict = rule.decide([9.0] * 9, np.zeros(sum(counts)), names(9), strata=[1] * 9, calibration_strata=given)
+    assert verdict.flagged.all()
+    assert (verdict.threshold is None) == (len(merged) > 1)  # bins have their own
     assert ("merged until each had the 99 it takes" in report["how"]) == (len(merged) < 3)
 
 
@@ -456,6 +459,12 @@ def test_all_bounds_hold_at_once_nine_times_out_of_ten(num_poisoned):
     assert np.mean(held) >= 0.9 - 2 * math.sqrt(0.09 / 300)
     if num_poisoned:
         assert np.mean(reached) > 0.2 * num_poisoned
+
+
+def test_equal_p_values_are_ranked_by_score_and_equal_scores_by_id():
+    verdict = Conformal().decide([5.0, 7.0, np.nan, 5.0, -1.0, 6.0], [0.0, 1.0], ["b", "e", "d", "a", "f", "c"])
+    assert verdict.p_value[[0, 1, 3, 5]].tolist() == [1 / 3] * 4
+    assert verdict.rank.tolist() == [4, 1, 0, 3, 5, 2]
 
 
 def test_no_p_values_have_no_bounds_and_hopeless_ones_prove_nothing():

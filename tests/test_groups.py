@@ -110,11 +110,17 @@ def test_two_of_one_caption_are_no_clump_and_three_are():
     assert sizes(findings(scaled)) == [("clump", 4)]
 
 
-def test_one_caption_of_two_kinds_of_picture_is_two_clumps():
+def test_pictures_without_a_hash_are_near_nothing():
+    seen = [1, None, None, 3, None, 2**40 - 1]
+    (found,) = findings(make(6, captions=["a wall"] * 6, perceptual_hash=seen))
+    assert (found.kind, found.sample_ids) == ("near", ("train-00000.tar/000000", "train-00000.tar/000003"))
+
+
+def test_one_caption_of_several_kinds_of_picture_is_as_many_clumps():
     rng = np.random.default_rng(4)
-    kind = np.repeat([0, 1, 2], [5, 4, 3])[rng.permutation(12)]
-    embedding = np.eye(3, 16)[kind] + 0.01 * rng.normal(size=(12, 16))
-    found = findings(make(12, captions=["logo"] * 12, embedding_NE=embedding))
+    kind = np.repeat([0, 1, 2, 3, 4], [5, 4, 3, 2, 1])[rng.permutation(15)]  # two of a kind are no clump
+    embedding = np.eye(5, 16)[kind] + 0.01 * rng.normal(size=(15, 16))
+    found = findings(make(15, captions=["logo"] * 15, embedding_NE=embedding))
     assert sorted(sizes(found)) == [("clump", 3), ("clump", 4), ("clump", 5)]
 
 
