@@ -198,6 +198,11 @@ def test_the_learning_rate_falls_at_its_epochs(victim, image_NHWC):
     assert len(set(norms[2:])) == 1
 
 
+def test_an_image_left_alone_at_the_end_of_an_epoch_is_left_out(victim, image_NHWC):
+    assert invert(victim, image_NHWC[:9], Inversion(epochs=2, batch_size=8), seed=0).num_steps == 2
+    assert invert(victim, image_NHWC[:10], Inversion(epochs=2, batch_size=8), seed=0).num_steps == 4
+
+
 def test_the_mean_cosine_leaves_out_each_image_with_itself():
     embedding_BE = np.random.default_rng(0).normal(1, 2, (9, 5)).astype(np.float32)
     cosines = [
@@ -246,7 +251,7 @@ def test_a_bank_of_clean_encoders_tells_what_is_unusual(found):
 
 
 def test_the_threshold_itself_is_not_below_it(found):
-    assert decide(replace(found, norm=0.1 * 3072)).word == "clean"
+    assert decide(found, threshold=found.pl1).word == "clean"
     assert decide(replace(found, norm=0.0999 * 3072)).word == "backdoored"
     assert decide(replace(found, norm=0.1 * 3072), threshold=0.2).word == "backdoored"
 
