@@ -204,7 +204,9 @@ class Asset(DetectorSettings):
     """A label-free variant of ASSET, on the victim's embeddings; not the published method, which needs labels.
 
     `asset` is the variance of the logits of a two-layer network, trained on the fitting set to have none on clean
-    samples and much on what looks poisoned. It takes clean samples, and poison that is in the fitting set.
+    samples and much on what looks poisoned. It takes clean samples, and a fitting set that has poison in it, more than
+    one or two per mini-batch: of compact clusters planted among 8,192 embeddings it found 0.5 % in every trial, and
+    0.2 % in most.
     """
 
     kind: Literal["asset"] = "asset"
