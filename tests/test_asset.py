@@ -268,7 +268,7 @@ def labelled():
 
 
 TINY_ASSET = PublishedAsset(
-    num_classes=4, width=4, epochs=6, batch_size=64, learning_rate=1e-3, nested=Nested(learning_rate=1e-3, rounds=20)
+    num_classes=4, width=4, epochs=10, batch_size=64, learning_rate=1e-3, nested=Nested(learning_rate=1e-3, rounds=20)
 )
 
 
@@ -279,12 +279,19 @@ def test_the_published_form_separates_planted_poison(labelled):
     found = asset_published(*given, TINY_ASSET)
     assert torch.equal(before, torch.get_rng_state())
     assert (found.score_N.dtype, found.score_N.shape) == (np.float32, (384,))
-    assert auroc(found.score_N, is_poisoned).value > 0.95
+    assert auroc(found.score_N, is_poisoned).value > 0.97
     assert found.threshold == asset_threshold(found.score_N, 1e-6)
     np.testing.assert_array_equal(found.flagged_N, found.score_N > found.threshold)
-    assert found.flagged_N[is_poisoned].mean() > 0.8
-    untrained = asset_published(*given, TINY_ASSET.model_copy(update={"epochs": 0}))
-    assert auroc(untrained.score_N, is_poisoned).value < 0.8
+    assert found.flagged_N[is_poisoned].mean() > 0.85
+    assert found.flagged_N[~is_poisoned].mean() < 0.05
+
+
+def test_the_published_form_finds_nothing_by_the_picture_alone(labelled):
+    """Features like anybody's: nothing is selected that the triggers have in common, and only the label is odd."""
+    (image, label, feature, *base), is_poisoned = labelled
+    rng = np.random.default_rng(1)
+    usual = np.where(is_poisoned[:, None], np.eye(8)[label] + rng.normal(0, 0.5, feature.shape), feature)
+    assert auroc(asset_published(image, label, usual, *base, TINY_ASSET).score_N, is_poisoned).value < 0.85
 
 
 def test_the_published_form_is_its_seed(labelled):

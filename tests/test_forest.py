@@ -1,14 +1,17 @@
 """An isolation forest as tensors, beside scikit-learn's own."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
 from sklearn.ensemble import IsolationForest
+from sklearn.tree import DecisionTreeRegressor
 
 from dede_ray.config import Mistake
 from dede_ray.detectors.contract import Batch
-from dede_ray.detectors.forest import Forest
+from dede_ray.detectors.forest import Forest, expected_path_length, export_trees
 from dede_ray.victims import OpenClipVictim, load_victim
 
 M, E = 700, 12
@@ -53,17 +56,16 @@ def test_scores_are_those_of_scikit_learn_with_the_sign_turned(victim, corpus, q
 
 
 def test_a_value_on_a_cut_goes_where_scikit_learn_sends_it(victim):
-    """With two samples of one dimension a tree is one cut; a query may lie on it, or a float32 step beside it."""
-    corpus, settings = batch_of(np.array([[0.0], [1.0]], np.float32)), Forest(num_trees=1)
-    state = settings.fit(corpus, None)
-    forest = IsolationForest(n_estimators=1, max_samples=2, random_state=0).fit(corpus.embedding_BE.numpy())
-    cut = np.float32(state["threshold"][0, 0].item())
-    state["share"] = torch.tensor([[1.0, 2.0]], dtype=torch.float64)  # left 1/2, right 1/4
-    queries = np.array([[np.nextafter(cut, np.float32(-1))], [cut], [np.nextafter(cut, np.float32(2))]], np.float32)
-    is_left = forest.estimators_[0].apply(queries) == forest.estimators_[0].tree_.children_left[0]
-    scores = settings.open(victim, state).score(batch_of(queries))["isolation_forest"]
-    np.testing.assert_array_equal(scores, np.where(is_left, 0.5, 0.25))
-    assert set(is_left.tolist()) == {True, False}
+    """A tree of one cut at 0.5, with leaves of two and of three samples; queries on the cut and a step beside it."""
+    tree = DecisionTreeRegressor(max_depth=1).fit([[0], [0], [1], [1], [1]], [0, 0, 1, 1, 1])
+    assert tree.tree_.threshold[0] == 0.5
+    state = export_trees(SimpleNamespace(estimators_=[tree]), 5)
+    queries = np.array([[np.nextafter(np.float32(0.5), np.float32(end))] for end in (0, 0.5, 1)], np.float32)
+    num_B = tree.tree_.n_node_samples[tree.apply(queries)]
+    assert num_B.tolist() == [2, 2, 3]
+    scores = Forest().open(victim, state).score(batch_of(queries))["isolation_forest"]
+    lengths = [1 + expected_path_length(num) for num in num_B]
+    np.testing.assert_allclose(scores, [2 ** -(length / expected_path_length(5)) for length in lengths], rtol=1e-6)
 
 
 def test_far_samples_score_higher(victim, corpus, queries):

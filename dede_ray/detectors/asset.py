@@ -194,7 +194,7 @@ class QuickNested(Nested):
 
     rounds: int = Field(10, ge=1)
     """Its gradient steps."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(3e-3, gt=0)
     """Of its Adam."""
     outlyingness: float = Field(1.0, gt=0)
     """Adjusted outlyingness above which a sample is selected, on either side; 1 is the fence of the boxplot."""
@@ -204,7 +204,9 @@ class Asset(DetectorSettings):
     """A label-free variant of ASSET, on the victim's embeddings; not the published method, which needs labels.
 
     `asset` is the variance of the logits of a two-layer network, trained on the fitting set to have none on clean
-    samples and much on what looks poisoned. It takes clean samples, and poison that is in the fitting set.
+    samples and much on what looks poisoned. It takes clean samples, and a fitting set that has poison in it, more than
+    one or two per mini-batch: of compact clusters planted among 8,192 embeddings it found 0.5 % in every trial, and
+    0.2 % in most.
     """
 
     kind: Literal["asset"] = "asset"
@@ -213,8 +215,8 @@ class Asset(DetectorSettings):
     """Units of the hidden layer."""
     num_logits: int = Field(16, ge=2, le=1024)
     """K, the outputs whose variance counts."""
-    epochs: int = Field(10, ge=0)
-    """Passes over the fitting set."""
+    epochs: int = Field(20, ge=0)
+    """Passes over the fitting set; 20 over 8,192 embeddings of width 1,024 take about a minute on one core."""
     batch_size: int = Field(512, ge=16, le=2048)
     """P, suspected samples of a mini-batch; the medcouple costs its square."""
     learning_rate: float = Field(1e-3, gt=0)
