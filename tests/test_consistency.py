@@ -76,16 +76,21 @@ def fitted(victim):
     return corpus, queries, state, scorer, scorer.score(queries)
 
 
-def ridge_of(u, v):
-    return Ridge(alpha=RIDGE * np.square(u - u.mean(axis=0)).sum() / u.shape[1]).fit(u, v)
+def ridge_of(u, v, ridge=RIDGE):
+    return Ridge(alpha=ridge * np.square(u - u.mean(axis=0)).sum() / u.shape[1]).fit(u, v)
 
 
-def trimmed_map(u, v, rounds=2):
-    """Fit, sort by squared residual, keep the better ones, fit again."""
+def trimmed_map(corpus, rounds=2):
+    """Fit stiffly, sort by residual less distance to company, keep the better ones, again; then fit."""
+    u, v, places = unit(corpus.references), unit(corpus.embedding_BE), drawn(corpus)
+    company = []
+    for i, name in enumerate(corpus.sample_ids):
+        distances = np.linalg.norm(v[others(corpus, places, name)] - v[i], axis=1)
+        company.append(np.sort(distances)[:K].mean())
     kept = np.arange(len(u))
     for _ in range(rounds):
-        model = ridge_of(u[kept], v[kept])
-        kept = np.argsort(((v - model.predict(u)) ** 2).sum(axis=1))[: len(u) - int(TRIM * len(u))]
+        residual = v - ridge_of(u[kept], v[kept], ridge=1.0).predict(u)
+        kept = np.argsort(np.linalg.norm(residual, axis=1) - WEIGHT * np.array(company))[: len(u) - int(TRIM * len(u))]
     return ridge_of(u[kept], v[kept]), kept
 
 
@@ -102,7 +107,8 @@ def others(corpus, places, query_id):
 
 def test_the_closed_form_is_ridge_and_ledoit_wolf(fitted):
     corpus, queries, _, _, scores = fitted
-    model, kept = trimmed_map(u := unit(corpus.references), v := unit(corpus.embedding_BE))
+    model, kept = trimmed_map(corpus)
+    u, v = unit(corpus.references), unit(corpus.embedding_BE)
     assert len(kept) == N - N * TRIM
     residual = unit(queries.embedding_BE) - model.predict(unit(queries.references))
     np.testing.assert_allclose(scores["xc"], (residual**2).sum(axis=1), rtol=1e-5)
@@ -115,7 +121,7 @@ def test_misplaced_is_the_residual_less_the_distance_to_company(fitted):
     """Both in the Mahalanobis metric of the residuals' covariance plus its mean variance."""
     corpus, queries, _, _, scores = fitted
     u, v, places = unit(corpus.references), unit(corpus.embedding_BE), drawn(corpus)
-    model, kept = trimmed_map(u, v)
+    model, kept = trimmed_map(corpus)
     covariance = LedoitWolf().fit((v - model.predict(u))[kept]).covariance_
     metric = {"VI": np.linalg.inv(covariance + np.trace(covariance) / E * np.eye(E))}
     for i, query_id in enumerate(queries.sample_ids):
@@ -147,7 +153,8 @@ def test_neighbours_are_compared_one_by_one(fitted):
 
 def test_the_contrastive_score_is_what_the_heads_say_of_the_references(fitted):
     corpus, queries, state, _, scores = fitted
-    _, kept = trimmed_map(u := unit(corpus.references), v := unit(corpus.embedding_BE))
+    _, kept = trimmed_map(corpus)
+    u, v = unit(corpus.references), unit(corpus.embedding_BE)
     places = drawn(corpus)
 
     def head(name, rows):
@@ -176,22 +183,22 @@ def test_scores_do_not_depend_on_batch_or_order(fitted):
 
 
 def test_copies_among_the_references_do_not_make_scores_depend_on_the_batch(victim):
-    """Of nine copies of each image the k-th neighbour is some copy or other."""
+    """Of ten copies of each image the k-th neighbour is some copy or other; an odd number makes products round oddly."""
     world = World(1)
     once = world.images("c", 100)
     corpus = Batch(
-        [f"{name}/{copy}" for copy in range(9) for name in once.sample_ids],
-        once.embedding_BE.repeat(9, 1),
-        reference_BR=once.references.repeat(9, 1),
+        [f"{name}/{copy}" for copy in range(10) for name in once.sample_ids],
+        once.embedding_BE.repeat(10, 1),
+        reference_BR=once.references.repeat(10, 1),
     )
-    settings = EVERY.model_copy(update={"forms": ["overlap", "neighbours"], "num_references": 900})
+    settings = EVERY.model_copy(update={"forms": ["overlap", "neighbours"], "num_references": 901})
     scorer = settings.open(victim, settings.fit(corpus, None))
     queries = world.images("q", 60)
     whole = scorer.score(queries)
     for i in range(60):
         for name, score_B in scorer.score(queries.part([i])).items():
             np.testing.assert_allclose(score_B, whole[name][i : i + 1], rtol=1e-6, atol=1e-6, err_msg=name)
-    assert set(whole["xc_overlap"]) == {0.0, 1.0}  # the nearest image has nine copies, and k is six
+    assert set(whole["xc_overlap"]) == {0.0, 1.0}  # the nearest image has many copies, and k is six
 
 
 def test_fitting_is_deterministic_and_takes_its_draws_from_the_seed(fitted, victim):
@@ -221,13 +228,16 @@ def test_planted_poison_is_found_though_a_hundredth_of_the_fitting_set_is_poison
     assert found["xc_gap"] > 0.9, found
 
 
-def test_trimming_undoes_what_poison_does_to_the_map(victim):
-    """A trigger that the reference encoder sees well, so that a linear map can learn what it does."""
-    seen = {"target": 2.0, "stamp": 2.0}
-    clean = detection(victim, 0, seen, forms=["closed"])
-    bent, robust = (detection(victim, 60, seen, forms=["closed"], rounds=rounds) for rounds in (0, 5))
-    assert bent["xc"] < clean["xc"] - 0.05, (clean, bent)
-    assert robust["xc"] > clean["xc"] - 0.02, (clean, robust)
+def test_trimming_with_stiff_maps_undoes_what_poison_does_to_the_map(victim):
+    """3 % of poison whose trigger the reference encoder sees well: a linear map learns what it does, and keeps it."""
+
+    def xc(poison: int, **settings):
+        return detection(victim, poison, {"target": 2.0, "stamp": 4.0}, forms=["closed"], **settings)["xc"]
+
+    assert xc(0) > 0.98
+    assert xc(60, rounds=0) < 0.6
+    assert xc(60, stiff_ridge=RIDGE) < 0.6
+    assert xc(60) > 0.98
 
 
 def test_an_encoder_that_was_not_tampered_with_is_not_accused(victim):
@@ -248,7 +258,7 @@ def test_the_agreement_is_the_r2_of_held_out_samples(fitted):
     order = np.argsort(sample_keys(corpus.sample_ids, 0).numpy())
     held, rest = order[: round(HELD_OUT * N)], order[round(HELD_OUT * N) :]
     u, v = unit(corpus.references), unit(corpus.embedding_BE)
-    model, _ = trimmed_map(u[rest], v[rest])
+    model = ridge_of(u[rest], v[rest])
     expected = r2_score(v[held], model.predict(u[held]), multioutput="variance_weighted")
     assert float(state["agreement"][0]) == pytest.approx(expected, rel=1e-6)
     assert expected > 0.5
@@ -272,6 +282,8 @@ def test_mistakes_say_what_is_missing(victim, fitted):
     corpus, _, state, _, _ = fitted
     with pytest.raises(Mistake, match=r"10 samples to fit on; .* at least 24"):
         EVERY.fit(corpus.part(range(10)), None)
+    with pytest.raises(Mistake, match="num_references is 6, and has to be more than k = 6"):
+        EVERY.model_copy(update={"num_references": K}).fit(corpus, None)
     with pytest.raises(Mistake, match="no clean samples"):
         EVERY.model_copy(update={"drawn_from": "clean"}).fit(corpus, None)
     closed = EVERY.model_copy(update={"forms": ["closed"]}).fit(corpus, None)

@@ -68,8 +68,8 @@ class Heads(Config):
 class Consistency(DetectorSettings):
     """How far the victim's embedding v is from what the reference encoder's u makes one expect.
 
-    `closed`: a ridge map u -> v, fitted again and again on the samples that it explains best, because poison in the
-    fitting set bends it. `xc` is the squared length of the residual e, `xc_whitened` e' S^-1 e (S: the residuals'
+    `closed`: a ridge map u -> v, fitted without the samples that look most misplaced, because poison in the fitting
+    set bends it. `xc` is the squared length of the residual e, `xc_whitened` e' S^-1 e (S: the residuals'
     covariance after Ledoit & Wolf, 2004), and `xc_misplaced` the length of e less `company_weight` times the mean
     distance of v to its nearest references: a poisoned sample is far from where it belongs and yet in company, an odd
     clean one is far from everybody. Both lengths are halfway between the plain and the whitened one.
@@ -79,6 +79,12 @@ class Consistency(DetectorSettings):
     that is not linear.
     `contrastive`: two heads trained to tell which v belongs to which u; the logarithm of p(v) / p(v | u) as they see
     it, against the references.
+
+    Where only one column is wanted, it is `xc_misplaced`. The defaults were chosen on six CIFAR-10 victims (NAD's
+    grid, BadEncoder, DRUPE, BadNets, a CLIP's patch, BadCLIP; 10,000 images to fit on, of which 0, 0.1 or 1 % are
+    triggered) with ResNet-56 as the reference encoder: AUROC 0.92 to 1.00. On BadEncoder and DRUPE `xc_whitened` has
+    no sample above the 99th percentile of clean ones. A trigger that upsets the reference encoder too (a large
+    checkerboard, ResNet-20) makes an honest victim look guilty: look at the same images under an honest twin.
     """
 
     kind: Literal["consistency"] = "consistency"
@@ -90,10 +96,13 @@ class Consistency(DetectorSettings):
     """What is fitted on: the corpus itself, or clean samples."""
     ridge: float = Field(1e-3, gt=0)
     """Of the map, in units of the mean variance of u's components."""
+    stiff_ridge: float = Field(1.0, gt=0)
+    """The same of the maps that choose what the last one is fitted on."""
     trim: float = Field(0.1, ge=0, le=0.5)
-    """Share of the fitting set with the largest residuals that the next fit leaves out: several times the poison."""
+    """Share of the fitting set, that which looks most misplaced, that the next fit leaves out: several times the
+    poison."""
     rounds: int = Field(5, ge=0)
-    """How often the map is fitted again."""
+    """How often what is left out is chosen again."""
     min_agreement: float = Field(0.3, ge=0, le=1)
     """Share of v's variance (R^2, on held-out samples of the fitting set) that the map has to explain."""
     num_references: int = Field(4096, ge=2)
@@ -101,7 +110,7 @@ class Consistency(DetectorSettings):
     k: int = Field(32, ge=1)
     """Neighbours that count."""
     company_weight: float = Field(1.0, ge=0)
-    """What the distance to neighbours counts in `xc_misplaced`."""
+    """What the distance to neighbours counts in `xc_misplaced`, and in what is left out."""
     softness: float = Field(1.0, ge=0)
     """Lengths of `xc_misplaced` are whitened by S + softness * mean variance: 0 is whitened, very large plain."""
     heads: Heads = Heads()
@@ -118,6 +127,8 @@ class Consistency(DetectorSettings):
             )
         victim_NE, reference_NR = (_unit(part.cpu()) for part in (source.embedding_BE, source.references))
         needed = max(self.k + 1, 2 * reference_NR.shape[1])
+        if self.num_references <= self.k:
+            raise Mistake(f"consistency: num_references is {self.num_references}, and has to be more than k = {self.k}")
         if len(source) < needed:
             raise Mistake(
                 f"consistency: {len(source):,} samples to fit on; a reference encoder of width "
@@ -132,8 +143,23 @@ class Consistency(DetectorSettings):
                 "would mean little. Take a reference encoder that is closer to these images, or fit on more samples"
             )
         logger.info("consistency: the reference encoder explains %.0f %% of what the victim says", 100 * agreement)
-        found = _robust_map(victim_NE, reference_NR, self.ridge, self.trim, self.rounds)
         drawn = source.part(order_N[: self.num_references].sort().values.tolist())
+        company = References(_unit(drawn.embedding_BE.cpu()), sample_keys(drawn.sample_ids, 0), self.k)
+        isolation_N = torch.cat(
+            [
+                company.nearest(victim_NE[rows], source.sample_ids[rows])[0].mean(dim=1)
+                for rows in (slice(start, start + 1024) for start in range(0, len(source), 1024))
+            ]
+        )
+        found = _robust_map(
+            victim_NE,
+            reference_NR,
+            self.company_weight * isolation_N,
+            self.ridge,
+            self.stiff_ridge,
+            self.trim,
+            self.rounds,
+        )
         state = {
             "agreement": torch.tensor([agreement], dtype=torch.float64),
             "victim_mean": found.victim_mean_E,
@@ -157,7 +183,7 @@ class Consistency(DetectorSettings):
     def _agreement(self, victim_NE: Tensor, reference_NR: Tensor) -> float:
         """R^2 of the map on the first fifth, fitted on the rest; all components together."""
         held = max(1, round(HELD_OUT * len(victim_NE)))
-        found = _robust_map(victim_NE[held:], reference_NR[held:], self.ridge, self.trim, self.rounds)
+        found = _Map(victim_NE[held:], reference_NR[held:], self.ridge, torch.arange(len(victim_NE) - held))
         residual_NE = found.residual(victim_NE[:held], reference_NR[:held])
         spread = float((victim_NE[:held] - victim_NE[:held].mean(dim=0)).square().mean())
         is_constant = spread < 1e-12  # says the same of every image: there is nothing to explain
@@ -265,22 +291,33 @@ def _metrics(residual_NE: Tensor, softness: float) -> State:
     return {"precision": torch.linalg.inv(covariance_EE), "soft_root": root_EE}
 
 
-def _robust_map(victim_NE: Tensor, reference_NR: Tensor, ridge: float, trim: float, rounds: int) -> _Map:
-    """Least trimmed squares: fit, leave out the share `trim` with the largest residuals, fit again.
+def _robust_map(
+    victim_NE: Tensor,
+    reference_NR: Tensor,
+    credit_N: Tensor,
+    ridge: float,
+    stiff_ridge: float,
+    trim: float,
+    rounds: int,
+) -> _Map:
+    """Trimmed least squares: fit stiffly, leave out the share `trim` with the largest residuals, again; then fit.
+
+    Poison that the reference encoder sees well pulls a map through itself and has small residuals: trimming by those
+    alone keeps it. So the maps that choose are stiff, too stiff to follow a rare direction, and `credit_N` is taken
+    off the residual's length.
 
     Source: the concentration steps of Rousseeuw & Van Driessen, Data Mining and Knowledge Discovery 2006, from the
-    fit to everything instead of from random subsets.
+    fit to everything instead of from random subsets; stiffness and credit are ours.
     """
-    everything_N = torch.arange(len(victim_NE))
+    kept_N = torch.arange(len(victim_NE))
     num_kept = len(victim_NE) - math.floor(trim * len(victim_NE))
-    found = _Map(victim_NE, reference_NR, ridge, everything_N)
     for _ in range(rounds):
-        square_N = found.residual(victim_NE, reference_NR).square().sum(dim=1)
-        kept_N = square_N.argsort(stable=True)[:num_kept].sort().values
-        if torch.equal(kept_N, found.kept_N):
+        residual_NE = _Map(victim_NE, reference_NR, stiff_ridge, kept_N).residual(victim_NE, reference_NR)
+        chosen_N = (residual_NE.norm(dim=1) - credit_N).argsort(stable=True)[:num_kept].sort().values
+        if torch.equal(chosen_N, kept_N):
             break
-        found = _Map(victim_NE, reference_NR, ridge, kept_N)
-    return found
+        kept_N = chosen_N
+    return _Map(victim_NE, reference_NR, ridge, kept_N)
 
 
 # ------------------------------------------------------------------------------------------- the contrastive form
