@@ -107,6 +107,7 @@ class CognitiveDistillationScorer(Scorer):
         return to_mask(raw_B1HW.detach())[:, 0].float()
 
 
+@torch.inference_mode(False)
 def _in_float64(victim: Victim) -> Victim:
     victim = copy.deepcopy(victim)
     victim.dtype = torch.float64
