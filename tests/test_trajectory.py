@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,7 @@ def test_masks_grow_from_nothing_to_the_last_ratio_and_never_uncover():
     keys_B = sample_keys(["a", "b"], 0)
     masks = nested_masks(keys_B, 64, MaskingTrajectory())
     assert [mask_BL.sum(dim=1).tolist() for mask_BL in masks] == [[round(0.05 * j * 64)] * 2 for j in range(20)]
-    assert all(bool((later | ~mask).all()) for mask, later in zip(masks, masks[1:], strict=False))
+    assert all(bool((later | ~mask).all()) for mask, later in pairwise(masks))
     assert not torch.equal(masks[10][0], masks[10][1])
     for mask_BL, alone_BL in zip(masks, nested_masks(keys_B[1:], 64, MaskingTrajectory()), strict=True):
         assert torch.equal(mask_BL[1:], alone_BL)
