@@ -264,21 +264,31 @@ def test_the_loss_makes_room_for_false_seeds():
     assert float(mixed_loss(seed_logit, clean_logit, 0.9)) == pytest.approx(as_clean, rel=1e-5)  # never below 0
 
 
-def test_the_occlusion_map_is_how_far_the_embedding_moves(corpus):
+@pytest.mark.parametrize(("square", "stride"), [(8, 4), (4, 4), (10, 7)])
+def test_the_occlusion_map_is_how_far_the_embedding_moves(corpus, square, stride):
     victim = planted_victim()
     image_BCHW = to_unit_range(torch.from_numpy(corpus[[0, 1]]))  # the first is poisoned
-    map_BHW = occlusion_map(victim, image_BCHW, square_px=8).numpy()
+    map_BHW = occlusion_map(victim, image_BCHW, square, stride).numpy()
+    starts = [*range(0, 32 - square, stride), 32 - square]
     for i in range(2):
-        for row in range(0, 32, 8):
-            for column in range(0, 32, 8):
+        moved_HW = [[[] for _ in range(32)] for _ in range(32)]
+        for row in starts:
+            for column in starts:
                 covered_CHW = image_BCHW[i].clone()
-                covered_CHW[:, row : row + 8, column : column + 8] = 0.5
+                covered_CHW[:, row : row + square, column : column + square] = 0.5
                 one, other = (victim(image[None])[0].double() for image in (image_BCHW[i], covered_CHW))
-                moved = 1 - float(one @ other / (one.norm() * other.norm()))
-                np.testing.assert_allclose(map_BHW[i, row : row + 8, column : column + 8], moved, atol=1e-6)
-    assert map_BHW[0].max() == map_BHW[0, -1, -1]
-    assert map_BHW[0].max() > 3 * map_BHW[0, :-8].max()
-    assert np.array_equal(occlusion_map(victim, image_BCHW), occlusion_map(victim, image_BCHW, square_px=4))
+                for y in range(row, row + square):
+                    for x in range(column, column + square):
+                        moved_HW[y][x].append(1 - float(one @ other / (one.norm() * other.norm())))
+        expected_HW = np.array([[np.mean(moved) for moved in moved_W] for moved_W in moved_HW])
+        np.testing.assert_allclose(map_BHW[i], expected_HW, atol=1e-5)
+    assert map_BHW[0, -4:, -4:].min() > 3 * map_BHW[0, :-10, :-10].max()
+
+
+def test_the_squares_of_an_occlusion_map_are_a_quarter_and_step_by_half(corpus):
+    victim, image_BCHW = planted_victim(), to_unit_range(torch.from_numpy(corpus[:3]))
+    assert torch.equal(occlusion_map(victim, image_BCHW), occlusion_map(victim, image_BCHW, 8, 4))
+    assert occlusion_map(victim, image_BCHW[:0]).shape == (0, 32, 32)
 
 
 def test_seeds_are_the_flagged_or_the_top():
