@@ -78,7 +78,7 @@ class Amplify(Config):
     held_out: float = Field(0.25, gt=0, lt=1)
     """Share of the seeds and of the clean images that the control keeps for itself."""
     least_auroc: float = Field(0.9, ge=0.5, le=1)
-    """Of the control; with less, the classifier learnt nothing that its seeds share."""
+    """Of true seeds in the control; with less, the classifier learnt nothing that they share."""
     max_rounds: int = Field(3, ge=1)
     """Rounds of fitting, scoring and deciding."""
     least_change: float = Field(0.01, ge=0)
@@ -88,13 +88,19 @@ class Amplify(Config):
     seed: int = Field(0, ge=0)
     """Draws weights, windows and places."""
 
+    @property
+    def bar(self) -> float:
+        """The control's AUROC that passes. False seeds are told from clean images at 0.5, so they pull at it."""
+        return 0.5 + (1 - self.false_seeds) * (self.least_auroc - 0.5)
+
     def fit(self, seeds: Images, maps: NDArray[Any] | None, clean: Images) -> Amplified:
         """Train the classifier and put it to the control.
 
         Args:
             seeds: (S, H, W, 3), at least 20; samples that a detector is sure of.
             maps: (S, H, W), higher where the trigger may be; None compares whole images.
-            clean: (N, H, W, 3), verified clean. They may not serve to calibrate the scores.
+            clean: (N, H, W, 3), verified clean, of the corpus's own kind: whole images from another source are told
+                from the seeds by their source. They may not serve to calibrate the scores.
 
         Raises:
             Mistake: too few images, or of other sizes.
@@ -121,7 +127,9 @@ class Amplify(Config):
             raise Mistake(f"amplify: seeds of {seeds.shape[1:]} beside clean images of {clean.shape[1:]}")
         if maps is None and self.look_at == "windows":
             raise Mistake("amplify: look_at is windows, which takes maps that say where they are")
-        assert maps is None or maps.shape == seeds.shape[:3], (maps.shape, seeds.shape)
+        if maps is not None:
+            assert maps.shape == seeds.shape[:3], (maps.shape, seeds.shape)
+            assert np.isfinite(maps).all(), "a map says of every pixel how suspicious it is"
 
     def _fit(
         self, way: Literal["windows", "whole"], seeds: Images, maps: NDArray[Any] | None, clean: Images
@@ -247,35 +255,43 @@ class _Donors:
 
 def _split(num: int, held_out: float, chance: np.random.Generator) -> tuple[NDArray[Any], NDArray[Any]]:
     order = chance.permutation(num)
-    num_held_out = max(1, round(held_out * num))
+    num_held_out = min(num - 1, max(1, round(held_out * num)))
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
 
 @torch.inference_mode()
-def occlusion_map(victim: Victim, image_BCHW: Tensor, square_px: int | None = None) -> Tensor:
+def occlusion_map(
+    victim: Victim, image_BCHW: Tensor, square_px: int | None = None, stride_px: int | None = None
+) -> Tensor:
     """Where the victim looks: how far its embedding moves when a square is covered by grey.
 
     Args:
         image_BCHW: float, in [0, 1].
-        square_px: side of a square; an eighth of the image's, if it is not said.
+        square_px: side of a square; a quarter of the image's, if it is not said. A smaller one leaves enough of a
+            trigger that the victim still responds, and the map misses it.
+        stride_px: from one square to the next; half a square, if it is not said.
 
     Returns:
-        float32 (B, H, W), 1 - cosine, the same all over a square.
+        float32 (B, H, W), 1 - cosine, the mean over the squares that cover a pixel.
 
     Source: Zeiler & Fergus, ECCV 2014, arXiv:1311.2901, with the embedding in place of a class.
     """
     size = image_BCHW.shape[-1]
-    square_px = square_px or max(1, size // 8)
-    embedding_BE = victim(image_BCHW)
-    moved_BHW = torch.empty_like(image_BCHW[:, 0])
-    for top in range(0, size, square_px):
-        for left in range(0, size, square_px):
+    square_px = square_px or max(1, size // 4)
+    stride_px = stride_px or max(1, square_px // 2)
+    starts = sorted({*range(0, size - square_px, stride_px), size - square_px})  # the last one ends at the border
+    embedding_BE = victim(image_BCHW).double()
+    moved_BHW = torch.zeros_like(image_BCHW[:, 0])
+    num_HW = image_BCHW.new_zeros(size, size)
+    for top in starts:
+        for left in starts:
             rows, columns = slice(top, top + square_px), slice(left, left + square_px)
             covered_BCHW = image_BCHW.clone()
             covered_BCHW[:, :, rows, columns] = 0.5
-            moved_B = 1 - cosine_similarity(victim(covered_BCHW).double(), embedding_BE.double(), dim=1)
-            moved_BHW[:, rows, columns] = moved_B.to(moved_BHW.dtype)[:, None, None]
-    return moved_BHW
+            moved_B = 1 - cosine_similarity(victim(covered_BCHW).double(), embedding_BE, dim=1)
+            moved_BHW[:, rows, columns] += moved_B.to(moved_BHW.dtype)[:, None, None]
+            num_HW[rows, columns] += 1
+    return moved_BHW / num_HW
 
 
 # ------------------------------------------------------------------------------------------------ the classifier
@@ -323,7 +339,7 @@ class Amplified:
     @property
     def passes(self) -> bool:
         """Whether what was learnt holds on seeds that were held out; its scores mean nothing otherwise."""
-        return self.control_auroc >= self.settings.least_auroc
+        return self.control_auroc >= self.settings.bar
 
     @torch.inference_mode()
     def score(self, images: Images) -> NDArray[np.float32]:
@@ -438,7 +454,8 @@ def amplify(
 ) -> Amplification:
     """Fit on the seeds, rescore the corpus, recalibrate, decide; what is flagged are the next round's seeds.
 
-    Ends after `max_rounds`, when the list hardly changes, or when the control fails: a first round that fails flags
+    Seeds are scored by networks that were trained on them, so a false seed can stay on the list. It ends after
+    `max_rounds`, when the list hardly changes, or when the control fails: a first round that fails flags
     nothing, a later one leaves the list of the round before.
 
     Args:
@@ -487,7 +504,7 @@ def amplify(
 def _refused(verdict: Verdict, amplified: Amplified) -> Verdict:
     message = (
         f"amplification failed its control: held-out seeds are told from clean images with an AUROC of "
-        f"{amplified.control_auroc:.3f}, expected {amplified.settings.least_auroc:g} or more; the seeds have nothing "
+        f"{amplified.control_auroc:.3f}, expected {amplified.settings.bar:.3g} or more; the seeds have nothing "
         "in common that the classifier could learn"
     )
     report = {**verdict.report, "num_flagged": 0, "threshold": None, "certified": False, "how": "none: refused"}

@@ -45,7 +45,9 @@ class CognitiveDistillation(DetectorSettings):
     learning_rate: float = Field(0.1, gt=0)
     """Adam's."""
     norm_weight: float = Field(0.001, ge=0)
-    """Weight of the mask's L1 norm, a sum over pixels (gamma)."""
+    """Weight of the mask's L1 norm, a sum over pixels (gamma). Both weights are the evaluation suite's; the
+    publication's are 0.01 and 1. They are weighed against the embedding, so what suits depends on its scale: at
+    0.001 and 100 a mask may hardly leave its start, and then says little."""
     smoothness_weight: float = Field(100.0, ge=0)
     """Weight of the mask's total variation, a mean over pixels (beta)."""
     is_exact: bool = True
@@ -107,6 +109,7 @@ class CognitiveDistillationScorer(Scorer):
         return to_mask(raw_B1HW.detach())[:, 0].float()
 
 
+@torch.inference_mode(False)
 def _in_float64(victim: Victim) -> Victim:
     victim = copy.deepcopy(victim)
     victim.dtype = torch.float64
