@@ -47,7 +47,7 @@ FITTED: dict[Form, str] = {"closed": "map", "contrastive": "victim.0.weight"}
 """A tensor of the state that only this form has."""
 
 TIE = 1e-6
-"""Distances that differ by less than this share are equal; those of equal float32 embeddings differ by rounding."""
+"""Distances, of embeddings of length one, that differ by less are equal: those of copies differ by rounding."""
 
 HELD_OUT = 0.2
 """Share of the fitting set that the agreement is measured on."""
@@ -236,7 +236,7 @@ class _ConsistencyScorer:
             own_Bk = distance_BM.topk(config.k, dim=1, largest=False).values
             there_Bk = distance_BM.gather(1, self.near_g.nearest(reference_BR, ids)[1])
             # By distance and not by index: which of several equal references is the k-th would depend on rounding.
-            is_shared_Bk = there_Bk <= own_Bk[:, -1:] * (1 + TIE)
+            is_shared_Bk = there_Bk <= own_Bk[:, -1:] + TIE
             scores["xc_overlap"] = 1 - is_shared_Bk.double().mean(dim=1)
             scores["xc_gap"] = there_Bk.mean(dim=1) - own_Bk.mean(dim=1)
         if "neighbours" in self.forms:
