@@ -80,11 +80,13 @@ class Consistency(DetectorSettings):
     `contrastive`: two heads trained to tell which v belongs to which u; the logarithm of p(v) / p(v | u) as they see
     it, against the references.
 
-    Where only one column is wanted, it is `xc_misplaced`. The defaults were chosen on six CIFAR-10 victims (NAD's
-    grid, BadEncoder, DRUPE, BadNets, a CLIP's patch, BadCLIP; 10,000 images to fit on, of which 0, 0.1 or 1 % are
-    triggered) with ResNet-56 as the reference encoder: AUROC 0.92 to 1.00. On BadEncoder and DRUPE `xc_whitened` has
-    no sample above the 99th percentile of clean ones. A trigger that upsets the reference encoder too (a large
-    checkerboard, ResNet-20) makes an honest victim look guilty: look at the same images under an honest twin.
+    Where only one column is wanted, it is `xc_misplaced`. The defaults were chosen on the images that they were
+    measured on: six CIFAR-10 victims (NAD's grid, BadEncoder, DRUPE, BadNets, a CLIP's patch, BadCLIP; 10,000 images to
+    fit on, of which 0, 0.1 or 1 % are triggered) with ResNet-56 as the reference encoder, AUROC 0.92 to 1.00; the
+    stiff maps on ResNet-20 as well. With a small self-supervised reference encoder BadCLIP falls to 0.73. On
+    BadEncoder and DRUPE `xc_whitened` has no sample above the 99th percentile of clean ones. A trigger that upsets
+    the reference encoder too (a large checkerboard, ResNet-20) makes an honest victim look guilty: look at the same
+    images under an honest twin.
     """
 
     kind: Literal["consistency"] = "consistency"
