@@ -183,7 +183,7 @@ def test_scores_do_not_depend_on_batch_or_order(fitted):
 
 
 def test_copies_among_the_references_do_not_make_scores_depend_on_the_batch(victim):
-    """Of ten copies of each image the k-th neighbour is some copy or other; an odd number makes products round oddly."""
+    """Of ten copies of each image the k-th neighbour is some copy or other; a query may be a copy itself."""
     world = World(1)
     once = world.images("c", 100)
     corpus = Batch(
@@ -193,9 +193,16 @@ def test_copies_among_the_references_do_not_make_scores_depend_on_the_batch(vict
     )
     settings = EVERY.model_copy(update={"forms": ["overlap", "neighbours"], "num_references": 901})
     scorer = settings.open(victim, settings.fit(corpus, None))
-    queries = world.images("q", 60)
+    strangers = world.images("q", 60)
+    queries = Batch(
+        [f"q{i}" for i in range(160)],
+        torch.cat([strangers.embedding_BE, once.embedding_BE]),
+        reference_BR=torch.cat([strangers.references, once.references]),
+    )
     whole = scorer.score(queries)
-    for i in range(60):
+    assert not whole["xc_overlap"][60:].any()
+    assert not whole["xc_gap"][60:].any()
+    for i in range(160):
         for name, score_B in scorer.score(queries.part([i])).items():
             np.testing.assert_allclose(score_B, whole[name][i : i + 1], rtol=1e-6, atol=1e-6, err_msg=name)
     assert set(whole["xc_overlap"]) == {0.0, 1.0}  # the nearest image has many copies, and k is six

@@ -88,6 +88,17 @@ def test_equal_embeddings_have_finite_scores():
     assert all(np.isfinite(score_B).all() for score_B in scores.values())
 
 
+def test_a_copy_of_a_reference_has_the_same_scores_in_any_batch(world):
+    """Its distance is a difference of products, and zero only up to how they round."""
+    reference_ME = np.tile(world[0], (K + 3, 1))[:-1]
+    model, copies = neighbourhood(reference_ME), torch.from_numpy(world[0])
+    whole = model.score(copies, ["q"] * M)
+    assert not whole["k_distance"].any()
+    for i in range(M):
+        for name, score_B in model.score(copies[i : i + 1], ["q"]).items():
+            assert torch.equal(score_B.float(), whole[name][i : i + 1].float()), name
+
+
 def test_the_reference_set_is_a_keyed_draw(world, victim_folder):
     reference_ME, query_BE = world
     settings, victim = Density(num_references=50, k=4, lid_k=8), load_victim(OpenClipVictim(path=str(victim_folder)))

@@ -47,7 +47,7 @@ FITTED: dict[Form, str] = {"closed": "map", "contrastive": "victim.0.weight"}
 """A tensor of the state that only this form has."""
 
 TIE = 1e-6
-"""Distances that differ by less than this share are equal; those of equal float32 embeddings differ by rounding."""
+"""Distances, of embeddings of length one, that differ by less are equal: those of copies differ by rounding."""
 
 HELD_OUT = 0.2
 """Share of the fitting set that the agreement is measured on."""
@@ -80,11 +80,13 @@ class Consistency(DetectorSettings):
     `contrastive`: two heads trained to tell which v belongs to which u; the logarithm of p(v) / p(v | u) as they see
     it, against the references.
 
-    Where only one column is wanted, it is `xc_misplaced`. The defaults were chosen on six CIFAR-10 victims (NAD's
-    grid, BadEncoder, DRUPE, BadNets, a CLIP's patch, BadCLIP; 10,000 images to fit on, of which 0, 0.1 or 1 % are
-    triggered) with ResNet-56 as the reference encoder: AUROC 0.92 to 1.00. On BadEncoder and DRUPE `xc_whitened` has
-    no sample above the 99th percentile of clean ones. A trigger that upsets the reference encoder too (a large
-    checkerboard, ResNet-20) makes an honest victim look guilty: look at the same images under an honest twin.
+    Where only one column is wanted, it is `xc_misplaced`. The defaults were chosen on the images that they were
+    measured on: six CIFAR-10 victims (NAD's grid, BadEncoder, DRUPE, BadNets, a CLIP's patch, BadCLIP; 10,000 images to
+    fit on, of which 0, 0.1 or 1 % are triggered) with ResNet-56 as the reference encoder, AUROC 0.92 to 1.00; the
+    stiff maps on ResNet-20 as well. With a small self-supervised reference encoder BadCLIP falls to 0.73. On
+    BadEncoder and DRUPE `xc_whitened` has no sample above the 99th percentile of clean ones. A trigger that upsets
+    the reference encoder too (a large checkerboard, ResNet-20) makes an honest victim look guilty: look at the same
+    images under an honest twin.
     """
 
     kind: Literal["consistency"] = "consistency"
@@ -236,7 +238,7 @@ class _ConsistencyScorer:
             own_Bk = distance_BM.topk(config.k, dim=1, largest=False).values
             there_Bk = distance_BM.gather(1, self.near_g.nearest(reference_BR, ids)[1])
             # By distance and not by index: which of several equal references is the k-th would depend on rounding.
-            is_shared_Bk = there_Bk <= own_Bk[:, -1:] * (1 + TIE)
+            is_shared_Bk = there_Bk <= own_Bk[:, -1:] + TIE
             scores["xc_overlap"] = 1 - is_shared_Bk.double().mean(dim=1)
             scores["xc_gap"] = there_Bk.mean(dim=1) - own_Bk.mean(dim=1)
         if "neighbours" in self.forms:

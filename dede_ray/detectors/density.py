@@ -26,6 +26,7 @@ from dede_ray.victims import Victim
 
 EPSILON = 1e-4
 """Added to ratios of distances before the logarithm, as the publication does."""
+ROUNDING = 1e-13  # of squared distances, in units of the squared lengths: float64 rounds at 2e-16 a step
 TINY = 1e-12  # two equal references are at no distance
 
 
@@ -118,12 +119,14 @@ class References:
         """`own_B` is left out, -1 is nobody.
 
         In float64: products of matrices round differently for batches of different sizes, and a float32 score must
-        not show it.
+        not show it. For the same reason copies are at no distance, instead of at that of their rounding.
         """
-        square_BM = query_BE.square().sum(dim=1, keepdim=True) + self.norm_M - 2 * query_BE @ self.reference_ME.T
+        both_BM = query_BE.square().sum(dim=1, keepdim=True) + self.norm_M
+        square_BM = both_BM - 2 * query_BE @ self.reference_ME.T
+        square_BM[square_BM < ROUNDING * both_BM] = 0
         is_own_B = own_B >= 0
         square_BM[is_own_B.nonzero()[:, 0], own_B[is_own_B]] = torch.inf
-        return square_BM.clamp_min_(0).sqrt_()
+        return square_BM.sqrt_()
 
     def _nearest(self, distance_BM: Tensor) -> tuple[Tensor, Tensor]:
         found = distance_BM.topk(self.k, dim=1, largest=False)
