@@ -426,8 +426,8 @@ def _lists(rows: Rows, cases: Sequence[str], standing: Standing) -> str:
     num_scores = len({column for case in cases for column in rows.columns(case, "list 0.01")})
     verdict = f"not kept by {', '.join(broken)}" if broken else "kept everywhere"
     lines.append(
-        f"\nOver all {num_scores} scores and {len(cases)} victims, the promise (FDP at most q plus two standard errors, "
-        f"at least 90 % of the lists empty without poison) is {verdict}."
+        f"\nOver all {num_scores} scores and {len(cases)} victims, the promise (FDP at most q plus two standard "
+        f"errors, at least 90 % of the lists empty without poison) is {verdict}."
     )
     return "## What the lists promise\n\n" + "\n".join(lines)
 
@@ -521,7 +521,7 @@ def _compat(rows: Rows, cases: Sequence[str], protocol: Mapping[str, Mapping[str
         "scores that depend on who else is in the batch (DAO as published, half of it poisoned), or on labels that "
         "give the trigger away (ASSET).",
         "",
-        "| victim | role | mis-stamped AUROC | median TPR / FPR / AUROC | P1 TPR / FPR | CA | ASR | DAO, pool | ASSET |",
+        "| victim | role | mis-stamped AUROC | median TPR / FPR / AUROC | P1 TPR / FPR | CA | ASR | DAO | ASSET |",
         "| --- " * 9 + "|",
     ]
     for case in cases:
