@@ -44,6 +44,7 @@ from dede_ray.detectors.detector import Detector
 from dede_ray.downstream import Labelled, LinearProbe, TwoLayerClassifier, draw_labelled
 from dede_ray.embedding import Encoders, Encoding
 from dede_ray.ledger import Chunk, write_parquet
+from dede_ray.session import start_ray
 from dede_ray.shards import Limits, list_shards
 from dede_ray.sources import draw
 from dede_ray.standing import About, Standing, tell
@@ -123,7 +124,7 @@ class BenchmarkConfig(Examination):
 
 
 def benchmark(config: BenchmarkConfig) -> str:
-    """Fill the table; Ray must be running. A rerun does what remains.
+    """Fill the table. A rerun does what remains.
 
     Returns:
         The tables as Markdown; they and all numbers lie in the output folder.
@@ -131,6 +132,7 @@ def benchmark(config: BenchmarkConfig) -> str:
     Raises:
         Mistake: settings or files that do not fit.
     """
+    start_ray()
     output = Path(config.output).absolute()
     done = claim(output, config.model_copy(update={"standing": Standing()}))
     cells = [
