@@ -535,7 +535,8 @@ def _completed(base: pa.Table, columns: dict[str, Any], kinds: dict[str, pa.Data
     errors = base["error"].to_pylist()
     good = [i for i, error in enumerate(errors) if error is None]
     if good:
-        is_finite = _are_finite(columns, len(good))
+        numbers = [column for name, column in columns.items() if not pa.types.is_string(kinds[name])]
+        is_finite = _are_finite(numbers, len(good))
         for i in np.flatnonzero(~is_finite).tolist():
             errors[good[i]] = "not_finite"
         columns = {name: [*itertools.compress(column, is_finite)] for name, column in columns.items()}
@@ -553,10 +554,10 @@ def _receipt(shard: str, table: pa.Table) -> dict[str, Any]:
     return {"shard": shard, "num_samples": len(table), "errors": table["error"].drop_null().to_pylist()}
 
 
-def _are_finite(columns: dict[str, Any], num: int) -> np.ndarray:
+def _are_finite(columns: list[Any], num: int) -> np.ndarray:
     """Which of the samples got numbers only, or nothing; a score that is none would never be flagged."""
     is_finite = np.ones(num, bool)
-    for column in columns.values():
+    for column in columns:
         if any(value is None for value in column):
             is_finite &= [value is None or bool(np.isfinite(value).all()) for value in column]
         else:

@@ -27,6 +27,8 @@ from dede_ray.ledger import write_parquet
 DECISION_COLUMNS = (
     ("combined_score", pa.float32()),
     ("p_value", pa.float64()),
+    ("rank", pa.int64()),
+    ("poisoned_at_least", pa.int64()),
     ("flagged", pa.bool_()),
     ("group_id", pa.string()),
 )

@@ -9,6 +9,7 @@ declared error rate.
     <output>/calibration/   parts of the calibration shards
     <output>/scores/        parts of the shards
     <output>/second_stage/  parts of the candidates
+    <output>/findings.json  copies, near-copies and clumps, one finding each
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import importlib.metadata
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ from dede_ray.config import Config, Mistake, read_json, write_json
 from dede_ray.decisions import Conformal, Decision
 from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, State, open_scorer
 from dede_ray.detectors.detector import Detector
-from dede_ray.embedding import Encoders, Encoding, fitting_set, gathered, restored, stored
+from dede_ray.embedding import Encoders, Encoding, count_samples, fitting_set, gathered, restored, stored
+from dede_ray.judgement import COMBINED, FAIR, Judging, Scored, judge
 from dede_ray.ledger import (
     BASE_SCHEMA,
     Chosen,
@@ -43,12 +46,16 @@ from dede_ray.ledger import (
     run_pass,
     standing_shards,
 )
+from dede_ray.lookalikes import perceptual_hash
 from dede_ray.manifest import DECISION_COLUMNS, Manifest, write_manifest
 from dede_ray.shards import Limits, Shard, list_shards
 from dede_ray.victims import OptionalVictimConfig, Victim, VictimConfig, load_victim
 from dede_ray.weights import read_tensors
 
 logger = logging.getLogger(__name__)
+
+NUM_KEPT = 10_000
+"""About so many samples keep their embeddings in any case; two domains are compared on them."""
 
 VERSIONS_OF = ("torch", "open_clip_torch", "timm", "numpy", "pillow", "pyarrow")
 
@@ -91,6 +98,7 @@ class ScoreConfig(Config):
     calibration: str | list[str] | None = None
     """Clean shards that nothing was fitted on; conformal decisions need them."""
     decision: Decision = Field(Conformal(), discriminator="kind")
+    judging: Judging = Judging()
     store_embeddings: bool = False
     """Keep each sample's embeddings as float16 beside its scores, to score it again without its image."""
     chunk_size: int = Field(256, ge=1)
@@ -159,8 +167,9 @@ class _Run:
         twice = [name for name, count in Counter(self.columns).items() if count > 1]
         if twice:
             raise Mistake(f"two detectors give the column {twice[0]}; name each kind once, or set `name` of one")
-        if config.decision.score not in self.columns or config.decision.score in self.controls:
-            judged = [column for column in self.columns if column not in self.controls]
+        made = [f"{name}{FAIR}" for name in config.judging.fair] + ([COMBINED] if config.judging.combined else [])
+        judged = [column for column in [*self.columns, *made] if column not in self.controls]
+        if config.decision.score not in judged:
             raise Mistake(
                 f"decision.score is {config.decision.score!r}; the detectors of this run give {', '.join(judged)}"
             )
@@ -221,10 +230,18 @@ class _Run:
         }
         if self.source is not None:
             return run_over_parts(shards, self.source / name, self.output / name, RescoreWork, work, **common)
+        keep = self._kept(shards)
+        common["made_with"] |= {"embeddings_kept": keep.share}
         return run_pass(
-            shards, self.output / name, ScoreWork, {**work, "store_embeddings": config.store_embeddings},
+            shards, self.output / name, ScoreWork, {**work, "keep": keep},
             image_size=self.victim.image_size, chunk_size=config.chunk_size, limits=config.limits, **common,
         )  # fmt: skip
+
+    def _kept(self, shards: list[Shard]) -> KeyedShare:
+        """Whose embeddings are written beside the scores: everybody's, or as many as comparing two domains takes."""
+        if self.config.store_embeddings:
+            return KeyedShare(1.0, 0)
+        return KeyedShare(min(1.0, NUM_KEPT / max(1, count_samples(shards, self.config.limits))), 0)
 
     def _work(self, detectors: list[DetectorSettings]) -> dict[str, Any]:
         states = [str(self._state_path(one)) if one.fits else None for one in detectors]
@@ -305,28 +322,42 @@ class ScoreWork(_Scoring):
         encoding: Encoding,
         detectors: list[DetectorSettings],
         states: list[str | None],
-        store_embeddings: bool = False,
+        keep: KeyedShare | None = None,
     ):
+        """`keep` says whose embeddings are written; None writes nothing but the scores."""
         self.encoders = Encoders(encoding)
         super().__init__(self.encoders.victim, detectors, states)
-        self.image_size, self.store_embeddings = self.encoders.image_size, store_embeddings
-        if store_embeddings:
-            self.columns |= self.encoders.columns("float16")
+        self.image_size, self.keep = self.encoders.image_size, keep
+        if keep is not None:
+            self.columns |= {**self.encoders.columns("float16"), **LOOKS}
 
     def __call__(self, chunk: Chunk) -> dict[str, Any]:
         batch = self.encoders(chunk)
-        kept = stored(batch, "float16") if self.store_embeddings else {}
-        return {**self.score(batch), **kept}
+        columns = self.score(batch)
+        if self.keep is not None:
+            is_kept = [self.keep(name) for name in chunk.sample_ids]
+            for name, rows in stored(batch, "float16").items():
+                columns[name] = [row if keep else None for row, keep in zip(rows, is_kept, strict=True)]
+            columns["caption"] = chunk.captions
+            columns["perceptual_hash"] = [perceptual_hash(image_HWC) for image_HWC in chunk.image_BHWC]
+        return columns
 
 
 class RescoreWork(_Scoring):
-    """The same from stored embeddings."""
+    """The same from stored embeddings; what else was stored is carried over."""
 
     def __init__(self, encoding: Encoding, detectors: list[DetectorSettings], states: list[str | None]):
         super().__init__(load_victim(encoding.victim), detectors, states)
+        self.columns |= LOOKS
 
     def __call__(self, table: pa.Table) -> dict[str, Any]:
-        return self.score(restored(table))
+        missing = [None] * len(table)
+        looks = {name: table[name].to_pylist() if name in table.column_names else missing for name in LOOKS}
+        return {**self.score(restored(table)), **looks}
+
+
+LOOKS: dict[str, pa.DataType] = {"caption": pa.string(), "perceptual_hash": pa.uint64()}
+"""What findings are made of."""
 
 
 def _column(folder: Path, shards: list[Shard], name: str) -> np.ndarray | None:
@@ -340,30 +371,62 @@ def _strings(folder: Path, shards: list[Shard], name: str) -> list[Any]:
     return [value for shard in shards for value in read_parts(folder, shard.name, [name])[name].to_pylist()]
 
 
+def _read_scored(run: _Run, name: str, shards: list[Shard]) -> Scored | None:
+    """All that a pass wrote, but for the embeddings of those that were not drawn."""
+    if not shards:
+        return None
+    folder = run.output / name
+    table = pa.concat_tables([_scored_part(folder, shard.name, run.columns) for shard in shards])
+    batch = None
+    if run.source is not None:
+        batch = gathered(run.source / name, shards)
+    elif "embedding" in table.column_names and table["embedding"].null_count < len(table):
+        batch = restored(table)
+    seen = None if batch is None else batch.embedding_BE if batch.reference_BR is None else batch.reference_BR
+    looks = {one: table[one].to_pylist() if one in table.column_names else [None] * len(table) for one in LOOKS}
+    return Scored(
+        sample_ids=table["sample_id"].to_pylist(),
+        content_hash=table["content_hash"].to_pylist(),
+        captions=looks["caption"],
+        perceptual_hash=looks["perceptual_hash"],
+        columns={one: table[one].to_numpy(zero_copy_only=False).astype(np.float64) for one in run.columns},
+        embedding_ids=batch.sample_ids if batch else [],
+        embedding_ME=None if seen is None else seen.numpy(),
+    )  # fmt: skip
+
+
+def _scored_part(folder: Path, shard: str, columns: list[str]) -> pa.Table:
+    table = read_parts(folder, shard)
+    wanted = [*BASE_SCHEMA.names, *columns, *LOOKS, "embedding", "reference"]
+    return table.select([name for name in wanted if name in table.column_names])
+
+
 def _decide(run: _Run, summary: PassSummary) -> Manifest:
     config, output, shards = run.config, run.output, run.shards
-    scores = output / "scores"
-    ids = _strings(scores, shards, "sample_id")
-    judged = _column(scores, shards, config.decision.score)
-    assert judged is not None
-    calibration = _column(output / "calibration", run.calibration, config.decision.score)
-    verdict = config.decision.decide(judged.astype(np.float32), calibration, ids)
-    hashes = Counter(_strings(scores, shards, "content_hash"))
-    repeated = {name for name, count in hashes.items() if count > 1 and name}
+    corpus, calibration = _read_scored(run, "scores", shards), _read_scored(run, "calibration", run.calibration)
+    assert corpus is not None
+    covariates = [name for name in run.controls if name.startswith("stat_")]
+    judged = judge(config.judging, config.decision, corpus, calibration, covariates, "caption" in run.encoding.needs)
+    verdict = judged.verdict
     second = _second_scores(run)
     second_columns = [column for scorer in getattr(run, "second_scorers", []) for column in scorer.columns]
 
     def rows() -> Iterator[tuple[str, pa.Table]]:
         start = 0
         for shard in shards:
-            table = read_parts(scores, shard.name).select([*BASE_SCHEMA.names, *run.columns])
+            table = read_parts(output / "scores", shard.name).select([*BASE_SCHEMA.names, *run.columns])
             here = slice(start, start + len(table))
             start += len(table)
             error = table["error"]
-            p_value = verdict.p_value[here]
-            group = [name if name in repeated else None for name in table["content_hash"].to_pylist()]
-            values = (judged[here], p_value, verdict.flagged[here], group)
+            values = (
+                judged.score_N[here], verdict.p_value[here], verdict.rank[here], verdict.poisoned_at_least[here],
+                verdict.flagged[here], judged.group_id[here],
+            )  # fmt: skip
             table = table.drop_columns(["error"])
+            for column, made_N in judged.made.items():
+                table = table.append_column(
+                    pa.field(column, pa.float32()), pa.array(made_N[here], pa.float32(), from_pandas=True)
+                )
             for column in second_columns:
                 found = [second.get((name, column)) for name in table["sample_id"].to_pylist()]
                 table = table.append_column(pa.field(column, pa.float32()), pa.array(found, pa.float32()))
@@ -372,13 +435,14 @@ def _decide(run: _Run, summary: PassSummary) -> Manifest:
             yield shard.name, table.append_column("error", error)
 
     made_with = run.made_with(run.detectors, run.scorers)
+    num_copies = sum(name is not None for name in judged.group_id)
     info = {
         "settings": config.model_dump(mode="json", exclude={"resources"}),
         "victim": {"path": config.victim.path, "fingerprint": made_with["victim"]},
         "reference": made_with["reference"],
         "detectors": made_with["detectors"],
         "versions": made_with["versions"],
-        "score_columns": run.columns,
+        "score_columns": [*run.columns, *judged.made],
         "second_stage_columns": second_columns,
         "controls": run.controls,
         "decision": verdict.report,
@@ -388,9 +452,12 @@ def _decide(run: _Run, summary: PassSummary) -> Manifest:
             "unreadable": summary.errors,
             "flagged": int(verdict.flagged.sum()),
             "truncated_shards": summary.truncated_shards,
-            "duplicated_images": sum(hashes[name] for name in repeated),
+            "duplicated_images": num_copies,
+            "findings": len(judged.findings),
+            "flagged_findings": sum(one.share_flagged > 0 for one in judged.findings),
         },
     }
+    write_json(output / "findings.json", {"findings": [asdict(one) for one in judged.findings]})
     return write_manifest(output, rows(), info)
 
 
