@@ -50,6 +50,8 @@ from dede_ray.weights import read_tensors
 
 logger = logging.getLogger(__name__)
 
+EMBEDDING_OF: dict[Need, str] = {"reference": "reference", "caption": "caption_embedding"}
+"""The column that stored embeddings must have for what a detector needs."""
 VERSIONS_OF = ("torch", "open_clip_torch", "timm", "numpy", "pillow", "pyarrow")
 
 
@@ -120,6 +122,9 @@ class _Run:
         self.config, self.output = config, Path(config.output).absolute()
         self.detectors: list[DetectorSettings] = [*config.detectors]
         second = config.second_stage.detectors if config.second_stage else []
+        twice = [name for name, count in Counter(one.label for one in self._all_detectors()).items() if count > 1]
+        if twice:  # they would share a state file
+            raise Mistake(f"two detectors of this run are called {twice[0]}; set `name` of one, which ends its columns")
         needs: frozenset[Need] = frozenset().union(*(one.needs for one in [*self.detectors, *second]))
         reference = config.reference and config.reference.located()
         self.encoding = Encoding(config.victim.located(), reference, needs)
@@ -133,6 +138,27 @@ class _Run:
         if self.source is not None and "image" in needs:
             lacking = [one.label for one in [*self.detectors, *second] if "image" in one.needs]
             raise Mistake(f"{', '.join(lacking)} look at images, and stored embeddings have none; name shards instead")
+        if self.source is not None:
+            self._check_source(self.source / "scores")
+
+    def _check_source(self, folder: Path) -> None:
+        """Embeddings are of the victim and the reference encoder that made them, and of no other."""
+        made_with, now = read_json(folder / "pass.json", "record of a pass"), self.encoding.made_with(self.victim)
+        for role in ("victim", "reference"):
+            there = made_with.get(role)
+            if there != now[role] and (role == "victim" or "reference" in self.encoding.needs):
+                raise Mistake(
+                    f"{folder} holds embeddings of another {role} encoder: {there!r} there, {now[role]!r} now; name "
+                    "the one that made them, or score the shards"
+                )
+        needed = {"embedding", *(EMBEDDING_OF[need] for need in self.encoding.needs if need != "image")}
+        for shard in self.shards[:1]:
+            lacking = sorted(needed - set(read_parts(folder, shard.name).column_names))
+            if lacking:
+                raise Mistake(
+                    f"{folder} holds no {', '.join(lacking)} of its samples; score the shards with store_embeddings: "
+                    "true, and with a detector that needs the same, or name shards instead of embeddings"
+                )
 
     def _calibration_shards(self) -> list[Shard]:
         if self.source is not None:
@@ -154,11 +180,14 @@ class _Run:
             for detector in fits:
                 fit_state(detector, suspected, clean, inputs, self._state_path(detector))
         self.scorers = [open_scorer(one, self.victim, self._state(one)) for one in self.detectors]
+        second = self.config.second_stage.detectors if self.config.second_stage else []
+        self.second_scorers = [open_scorer(one, self.victim, self._state(one)) for one in second]
         self.columns = [column for scorer in self.scorers for column in scorer.columns]
         self.controls = [column for scorer in self.scorers for column in scorer.controls]
-        twice = [name for name, count in Counter(self.columns).items() if count > 1]
+        everything = [*self.columns, *(column for scorer in self.second_scorers for column in scorer.columns)]
+        twice = [name for name, count in Counter(everything).items() if count > 1]
         if twice:
-            raise Mistake(f"two detectors give the column {twice[0]}; name each kind once, or set `name` of one")
+            raise Mistake(f"two detectors give the column {twice[0]}; set `name` of one")
         if config.decision.score not in self.columns or config.decision.score in self.controls:
             judged = [column for column in self.columns if column not in self.controls]
             raise Mistake(
@@ -175,7 +204,8 @@ class _Run:
         if self.source is None:
             return self._fitting_set("suspected", self.shards)
         everyone = gathered(self.source / "scores", self.shards)
-        share = KeyedShare(min(1.0, fitting.num_samples / len(everyone)), fitting.seed)
+        num_samples = len(_strings(self.source / "scores", self.shards, "error"))  # as `fitting_set` counts them
+        share = KeyedShare(min(1.0, fitting.num_samples / num_samples), fitting.seed)
         return everyone.part([row for row, name in enumerate(everyone.sample_ids) if share(name)])
 
     def _fitting_set(self, name: str, shards: list[Shard]) -> Batch:
@@ -200,7 +230,6 @@ class _Run:
         summary = [self._pass(name, shards) for name, shards in passes if shards][-1]
         second = self.config.second_stage
         if second:
-            self.second_scorers = [open_scorer(one, self.victim, self._state(one)) for one in second.detectors]
             chosen = self._candidates(second.num_candidates)
             run_pass(
                 self.shards, self.output / "second_stage", ScoreWork, self._work([*second.detectors]),
