@@ -16,6 +16,7 @@ The sets, all from test images that the victim was not trained on:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ import pyarrow as pa
 import ray
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dede_ray.activation import Examination
 from dede_ray.attacks.triggers import AnyTrigger, Patch, Trigger, square
@@ -45,7 +46,7 @@ from dede_ray.downstream import Labelled, LinearProbe, TwoLayerClassifier, draw_
 from dede_ray.embedding import Encoders, Encoding
 from dede_ray.ledger import Chunk, write_parquet
 from dede_ray.session import start_ray
-from dede_ray.shards import Limits, list_shards
+from dede_ray.shards import BadSample, Limits, decode_image, list_shards, to_square
 from dede_ray.sources import draw
 from dede_ray.standing import About, Standing, tell
 from dede_ray.victims import OptionalVictimConfig, VictimConfig
@@ -70,6 +71,12 @@ class Case(Config):
     training_trigger: Trigger | None = None
     """As the poisoned samples of the corpus bear it; None is the same."""
     target_label: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _roles_differ(self) -> Case:
+        if taken := {"victim", "honest"} & self.others.keys():
+            raise ValueError(f"others may not be called {min(taken)}")
+        return self
 
     def roles(self) -> dict[str, VictimConfig]:
         return {"victim": self.victim, "honest": self.honest, **self.others}
@@ -118,7 +125,7 @@ class BenchmarkConfig(Examination):
     num_second_stage: int = Field(100, ge=1)
     """Clean images, and as many triggered ones."""
     compat_asset: PublishedAsset | None = None
-    """ASSET as published, on `num_controls` clean and triggered images, under the first seed."""
+    """ASSET as published, on `num_controls` clean and triggered images of each victim, under the first seed."""
     standing: Standing = Standing()
     limits: Limits = Limits()
 
@@ -132,23 +139,23 @@ def benchmark(config: BenchmarkConfig) -> str:
     Raises:
         Mistake: settings or files that do not fit.
     """
+    _check(config)
     start_ray()
     output = Path(config.output).absolute()
     done = claim(output, config.model_copy(update={"standing": Standing()}))
     cells = [
         Cell(name, role, seed) for seed in config.seeds for name, case in config.cases.items() for role in case.roles()
     ]
+    gates = [name for name in config.cases if not (output / "gates" / f"{name}.json").is_file()]
+    lacking = [cell for cell in cells if not cell.path(output).is_file()]
     todo: list[Any] = []
-    if done is None:
-        images = _images(config)
-        here = ray.put((config, images))
+    if gates or lacking:
+        here = ray.put((config, _images(config)))
         gate, fill = ray.remote(num_cpus=1)(_judge), ray.remote(num_cpus=1)(_fill)
         todo = [
-            gate.remote(here, name, output)
-            for name in config.cases
-            if not (output / "gates" / f"{name}.json").is_file()
+            *(gate.remote(here, name, output) for name in gates),
+            *(fill.remote(here, one, output) for one in lacking),
         ]
-        todo += [fill.remote(here, cell, output) for cell in cells if not cell.path(output).is_file()]
     total = len(todo)
     while todo:
         ready, todo = ray.wait(todo)
@@ -159,6 +166,18 @@ def benchmark(config: BenchmarkConfig) -> str:
     if done is None:
         finish(output, config.model_copy(update={"standing": Standing()}), {"cells": len(cells)})
     return said
+
+
+def _check(config: BenchmarkConfig) -> None:
+    """Say at once what no cell could do."""
+    for one in (*config.detectors, *config.second_stage):
+        if "caption" in one.needs:
+            raise Mistake(f"{one.label} looks at captions, and the benchmark's images have none; leave it out")
+        if "reference" in one.needs and config.reference is None:
+            raise Mistake(f"{one.label} compares the victim with an independent encoder; name one as `reference`")
+    urls = ({shard.url for shard in list_shards(shards)} for shards in (config.train_shards, config.test_shards))
+    if shared := set.intersection(*urls):
+        raise Mistake(f"{len(shared)} shards are both train_shards and test_shards, such as {min(shared)}; split them")
 
 
 @dataclass(frozen=True)
@@ -202,24 +221,38 @@ class _Pictures:
     """Decoded images with what is known of them."""
 
     sample_ids: list[str]
+    content: list[bytes]
+    """Still encoded, as triggers are stamped on an image of its own size."""
     image_NHWC: np.ndarray
     label_N: np.ndarray
 
     def part(self, rows: Sequence[int] | NDArray[Any]) -> _Pictures:
         index = np.asarray(rows, np.int64)
-        return _Pictures([self.sample_ids[i] for i in index], self.image_NHWC[index], self.label_N[index])
+        ids, content = ([whole[i] for i in index] for whole in (self.sample_ids, self.content))
+        return _Pictures(ids, content, self.image_NHWC[index], self.label_N[index])
 
-    def stamped(self, trigger: AnyTrigger) -> _Pictures:
-        """The same images with a trigger; their ids tell."""
-        images = [trigger.stamp(image, name) for image, name in zip(self.image_NHWC, self.sample_ids, strict=True)]
-        return replace(
-            self, image_NHWC=np.stack(images), sample_ids=[f"{name}+{trigger.kind}" for name in self.sample_ids]
-        )
+    def stamped(self, trigger: AnyTrigger, limits: Limits) -> _Pictures:
+        """The same images with a trigger, stamped as the gate does, before the victim's size; their ids tell."""
+        size, named = self.image_NHWC.shape[1], zip(self.content, self.sample_ids, strict=True)
+        images = [square(content, name, size, limits, trigger) for content, name in named]
+        ids = [f"{name}+{trigger.kind}" for name in self.sample_ids]
+        return replace(self, image_NHWC=np.stack(images), sample_ids=ids)
 
 
 def _decode(images: Sequence[Labelled], size: int, limits: Limits) -> _Pictures:
-    pixels = [square(image.content, image.sample_id, size, limits) for image in images]
-    return _Pictures([i.sample_id for i in images], np.stack(pixels), np.array([i.label for i in images]))
+    """Images that cannot be decoded are left out."""
+    found: list[tuple[Labelled, np.ndarray]] = []
+    for image in images:
+        with contextlib.suppress(BadSample):
+            found.append((image, square(image.content, image.sample_id, size, limits)))
+    if not found:
+        raise Mistake(f"none of {len(images):,} images can be read, such as {images[0].sample_id}")
+    return _Pictures(
+        [image.sample_id for image, _ in found],
+        [image.content for image, _ in found],
+        np.stack([pixels for _, pixels in found]),
+        np.array([image.label for image, _ in found]),
+    )
 
 
 def _judge(here: tuple[BenchmarkConfig, _Images], name: str, output: Path) -> str:
@@ -267,7 +300,8 @@ class _Filling:
         is_poisoned[rows] = True
         image_NHWC = pictures.image_NHWC.copy()
         if len(rows):
-            image_NHWC[rows] = pictures.part(rows).stamped(self.case.training_trigger or self.case.trigger).image_NHWC
+            trigger = self.case.training_trigger or self.case.trigger
+            image_NHWC[rows] = pictures.part(rows).stamped(trigger, self.config.limits).image_NHWC
         return replace(pictures, image_NHWC=image_NHWC), is_poisoned
 
     def run(self) -> str:
@@ -295,8 +329,10 @@ class _Filling:
         few = judged[: config.num_controls]
         sets = {
             "clean": self.test,
-            "triggered": self.test.part(np.sort(judged[: config.num_triggered])).stamped(self.case.trigger),
-            "patch": self.test.part(np.sort(few)).stamped(self._unlearned()),
+            "triggered": self.test.part(np.sort(judged[: config.num_triggered])).stamped(
+                self.case.trigger, config.limits
+            ),
+            "patch": self.test.part(np.sort(few)).stamped(self._unlearned(), config.limits),
         }
         tables = []
         for name, pictures in sets.items():
@@ -359,15 +395,16 @@ class _Filling:
 
     def _unlearned(self) -> Patch:
         """A patch of noise as large as the trigger and about where it is, or in the corner where it is everywhere."""
-        before = np.zeros((self.encoders.image_size,) * 2 + (3,), np.uint8)
+        before = np.zeros_like(decode_image(self.test.content[0], self.config.limits))
         after = [self.case.trigger.stamp(before + level, "0") for level in (np.uint8(0), np.uint8(128))]
         is_covered = (after[0] == after[1]).all(axis=2)
-        side = int(np.clip(round(np.sqrt(is_covered.sum())), 3, self.encoders.image_size // 2))
-        rows = np.flatnonzero(is_covered.any(axis=1)) if is_covered.any() else np.array([self.encoders.image_size - 1])
-        is_central = bool(is_covered.any()) and rows.max() < self.encoders.image_size - 8
+        height = min(is_covered.shape)
+        side = int(np.clip(round(np.sqrt(is_covered.sum())), 3, height // 2))
+        rows = np.flatnonzero(is_covered.any(axis=1)) if is_covered.any() else np.array([height - 1])
+        is_central = bool(is_covered.any()) and rows.max() < height * 3 // 4
         return Patch(
             size_px=side, pattern="random", position="center" if is_central else "bottom_right",
-            margin_px=0 if is_central else int(self.encoders.image_size - 1 - rows.max()), seed=1000 + self.cell.seed,
+            margin_px=0 if is_central else int(max(0, height - 1 - rows.max())), seed=1000 + self.cell.seed,
         )  # fmt: skip
 
     def _misstamped(self, rows: np.ndarray) -> pa.Table:
@@ -377,21 +414,25 @@ class _Filling:
         """
         pictures = self.test.part(rows)
         image_BCHW = to_unit_range(torch.from_numpy(pictures.image_NHWC))
-        black, white = (np.full(pictures.image_NHWC.shape[1:], level, np.uint8) for level in (0, 255))
-        on_black, on_white = (self.case.trigger.stamp(one, "0") for one in (black, white))
+        size = self.encoders.image_size
+        native = np.zeros_like(decode_image(pictures.content[0], self.config.limits))
+        on_black, on_white = (
+            to_square(self.case.trigger.stamp(native + level, "0"), size) for level in (np.uint8(0), np.uint8(255))
+        )
         mask_HWC = (on_black == on_white).all(axis=2, keepdims=True).repeat(3, axis=2)
         mask, patch = (
-            self.victim.normalise(to_unit_range(torch.from_numpy(255 * one[None].astype(np.uint8))))
-            for one in (mask_HWC.astype(np.uint8), mask_HWC * (on_black / 255))
+            self.victim.normalise(to_unit_range(torch.from_numpy(one[None])))
+            for one in (np.where(mask_HWC, np.uint8(255), np.uint8(0)), np.where(mask_HWC, on_black, np.uint8(0)))
         )
         normalised_BCHW = self.victim.normalise(image_BCHW) * mask + patch
         mean, std = self.victim.normalise.mean, self.victim.normalise.std
         pixels_BCHW = normalised_BCHW * std + mean  # what normalises to that
-        reference = self.encoders.reference
+        found = [self.encoders.embed(pictures.sample_ids, some) for some in pixels_BCHW.split(BATCH_SIZE)]
+        references = [one.reference_BR for one in found if one.reference_BR is not None]
         batch = Batch(
             pictures.sample_ids,
-            torch.cat([self.victim(some) for some in pixels_BCHW.split(BATCH_SIZE)]),
-            reference_BR=torch.cat([reference(some) for some in pixels_BCHW.split(BATCH_SIZE)]) if reference else None,
+            torch.cat([one.embedding_BE for one in found]),
+            reference_BR=torch.cat(references) if references else None,
         )
         return _table("misstamped", pictures, self._scored(pictures, batch, pixels_BCHW))
 
@@ -429,7 +470,7 @@ class _Filling:
             )
             for half, (name, one) in enumerate(zip(("clean", "triggered"), pool, strict=True))
         ]
-        if self.config.compat_asset is not None:
+        if self.config.compat_asset is not None and self.cell.role == "victim":
             num = min(num, self.config.num_controls)
             some = [one.part(range(num)) for one in pool]
             image_NHWC = np.concatenate([one.image_NHWC for one in some])

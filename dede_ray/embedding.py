@@ -8,8 +8,9 @@ resumable pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +24,8 @@ from torch.nn import functional
 from dede_ray.clip import to_unit_range
 from dede_ray.config import Mistake
 from dede_ray.detectors.contract import Batch, Need
-from dede_ray.feed import index_shards
 from dede_ray.ledger import Chunk, KeyedShare, PassResources, Select, read_parts, run_pass
-from dede_ray.shards import Limits, Shard, iter_samples, open_shard
+from dede_ray.shards import Limits, Shard, open_shard, open_tar, split_name
 from dede_ray.victims import ClipVictim, Victim, VictimConfig, load_victim
 
 Precision = Literal["float16", "float32"]
@@ -77,16 +77,25 @@ class Encoders:
         self.image_size = self.victim.image_size
 
     def __call__(self, chunk: Chunk) -> Batch:
-        """Embed a chunk; the reference encoder sees the victim's pixels, resized where its own size differs."""
-        image_BCHW = to_unit_range(torch.tensor(chunk.image_BHWC).to(self.device))
-        reference, needs_captions = self.reference, "caption" in self.needs
+        """Embed a chunk."""
+        batch = self.embed(chunk.sample_ids, to_unit_range(torch.tensor(chunk.image_BHWC).to(self.device)))
+        if "caption" not in self.needs:
+            return batch
+        reference = self.reference
+        return replace(
+            batch,
+            caption_BE=_captions(self.victim, chunk.captions),
+            reference_caption_BR=_captions(reference, chunk.captions) if isinstance(reference, ClipVictim) else None,
+        )
+
+    def embed(self, sample_ids: Sequence[str], image_BCHW: Tensor) -> Batch:
+        """Embed pictures of the victim's size; the reference encoder sees them resized where its own size differs."""
+        reference = self.reference
         return Batch(
-            chunk.sample_ids,
+            sample_ids,
             self.victim(image_BCHW),
             image_BCHW,
             None if reference is None else reference(_resized(image_BCHW, reference.image_size)),
-            _captions(self.victim, chunk.captions) if needs_captions else None,
-            _captions(reference, chunk.captions) if needs_captions and isinstance(reference, ClipVictim) else None,
         )
 
     def columns(self, precision: Precision) -> dict[str, pa.DataType]:
@@ -179,14 +188,14 @@ def fitting_set(
 ) -> Batch:
     """Draw about `num_samples` of a corpus by their keys and embed them; a rerun does what remains.
 
-    Each sample is drawn by its own id, so that what the workers find adds up in any order and a corpus that grows
-    keeps its share.
+    Each sample is drawn by its own id, so that what the workers find adds up in any order, and the same ones are drawn
+    however the corpus is cut into chunks.
 
     Returns:
         Their embeddings, sorted by sample id, without pictures.
     """
     victim = load_victim(encoding.victim)
-    share = min(1.0, num_samples / max(1, count_samples(shards, limits)))
+    share = min(1.0, num_samples / max(1, count_samples(shards)))
     select: Select | None = KeyedShare(share, seed) if share < 1 else None
     run_pass(
         shards, folder, EmbedWork, {"encoding": encoding}, image_size=victim.image_size,
@@ -209,14 +218,19 @@ def gathered(folder: Path, shards: Iterable[Shard]) -> Batch:
     return batch
 
 
-def count_samples(shards: list[Shard], limits: Limits) -> int:
-    """Count samples, of plain tars by their headers alone; shards in parallel on Ray."""
-    plain = [shard for shard in shards if shard.name.endswith(".tar")]
+def count_samples(shards: list[Shard]) -> int:
+    """Count samples, readable or not, by the headers of the tars alone; shards in parallel on Ray."""
     count = ray.remote(num_cpus=1)(_count)
-    others = [count.remote(shard, limits) for shard in shards if shard not in plain]
-    return sum(ref.num_samples for ref in index_shards(plain, 2**20)) + sum(ray.get(others))
+    return sum(ray.get([count.remote(shard) for shard in shards]))
 
 
-def _count(shard: Shard, limits: Limits) -> int:
+def _count(shard: Shard) -> int:
+    count, key = 0, None
     with open_shard(shard) as stream:
-        return sum(1 for _ in iter_samples(stream, limits))
+        try:
+            for member in open_tar(stream):
+                if member.isfile() and split_name(member.name)[0] != key:
+                    count, key = count + 1, split_name(member.name)[0]
+        except tarfile.ReadError:
+            pass  # what stands before the damage counts, as `iter_samples` reads it
+    return count

@@ -198,13 +198,7 @@ def run_pass(
         unfinished = [shard.name for shard in open_shards if not _is_done(folder, shard)]
         if unfinished:
             raise RuntimeError(f"{name}: chunks are missing in {unfinished[:5]}; run the same command again")
-    summary = _summarise(shards, folder)
-    if summary.truncated_shards:
-        names = ", ".join(summary.truncated_shards[:3])
-        logger.warning("%s: %d shards end early, such as %s", name, len(summary.truncated_shards), names)
-    if sum(summary.errors.values()) > max_error_fraction * summary.num_samples:
-        raise Mistake(_too_many_errors(summary.errors, summary.num_samples, max_error_fraction, name))
-    return summary
+    return _summarise(shards, folder, max_error_fraction, name)
 
 
 def run_over_parts(
@@ -227,7 +221,7 @@ def run_over_parts(
         work: built in each actor as `work(**work_arguments)`, then called with one part's readable rows at a time.
 
     Raises:
-        Mistake: the source is not finished, or the folder holds parts of another pass.
+        Mistake: the source is not finished, the folder holds parts of another pass, or too many samples are unusable.
     """
     folder = Path(folder).absolute()
     _claim_parts(folder, made_with, shards)
@@ -257,7 +251,7 @@ def run_over_parts(
         _watch(receipts, len(shards), max_error_fraction, name)
     for shard in shards:
         write_json(folder / "parts" / shard.name / "end.json", asdict(_read_end(source, shard.name)))
-    return _summarise(shards, folder)
+    return _summarise(shards, folder, max_error_fraction, name)
 
 
 def standing_shards(folder: Path) -> list[Shard]:
@@ -354,7 +348,8 @@ def _is_done(folder: Path, shard: Shard) -> bool:
     return len(standing) >= num_chunks and standing >= set(range(num_chunks))
 
 
-def _summarise(shards: list[Shard], folder: Path) -> PassSummary:
+def _summarise(shards: list[Shard], folder: Path, max_error_fraction: float, name: str) -> PassSummary:
+    """Count over all parts, and stop a pass that has read rubbish."""
     errors: Counter[str] = Counter()
     num_samples, truncated = 0, []
     for shard in shards:
@@ -363,6 +358,10 @@ def _summarise(shards: list[Shard], folder: Path) -> PassSummary:
         errors.update(column.drop_null().to_pylist())
         if not _read_end(folder, shard.name).is_complete:
             truncated.append(shard.name)
+    if truncated:
+        logger.warning("%s: %d shards end early, such as %s", name, len(truncated), ", ".join(truncated[:3]))
+    if sum(errors.values()) > max_error_fraction * num_samples:
+        raise Mistake(_too_many_errors(errors, num_samples, max_error_fraction, name))
     return PassSummary(num_samples, dict(sorted(errors.items())), truncated)
 
 

@@ -57,6 +57,8 @@ logger = logging.getLogger(__name__)
 NUM_KEPT = 10_000
 """About so many samples keep their embeddings in any case; two domains are compared on them."""
 
+EMBEDDING_OF: dict[Need, str] = {"reference": "reference", "caption": "caption_embedding"}
+"""The column that stored embeddings must have for what a detector needs."""
 VERSIONS_OF = ("torch", "open_clip_torch", "timm", "numpy", "pillow", "pyarrow")
 
 
@@ -128,6 +130,9 @@ class _Run:
         self.config, self.output = config, Path(config.output).absolute()
         self.detectors: list[DetectorSettings] = [*config.detectors]
         second = config.second_stage.detectors if config.second_stage else []
+        twice = [name for name, count in Counter(one.label for one in self._all_detectors()).items() if count > 1]
+        if twice:  # they would share a state file
+            raise Mistake(f"two detectors of this run are called {twice[0]}; set `name` of one, which ends its columns")
         needs: frozenset[Need] = frozenset().union(*(one.needs for one in [*self.detectors, *second]))
         reference = config.reference and config.reference.located()
         self.encoding = Encoding(config.victim.located(), reference, needs)
@@ -141,6 +146,27 @@ class _Run:
         if self.source is not None and "image" in needs:
             lacking = [one.label for one in [*self.detectors, *second] if "image" in one.needs]
             raise Mistake(f"{', '.join(lacking)} look at images, and stored embeddings have none; name shards instead")
+        if self.source is not None:
+            self._check_source(self.source / "scores")
+
+    def _check_source(self, folder: Path) -> None:
+        """Embeddings are of the victim and the reference encoder that made them, and of no other."""
+        made_with, now = read_json(folder / "pass.json", "record of a pass"), self.encoding.made_with(self.victim)
+        for role in ("victim", "reference"):
+            there = made_with.get(role)
+            if there != now[role] and (role == "victim" or "reference" in self.encoding.needs):
+                raise Mistake(
+                    f"{folder} holds embeddings of another {role} encoder: {there!r} there, {now[role]!r} now; name "
+                    "the one that made them, or score the shards"
+                )
+        needed = {"embedding", *(EMBEDDING_OF[need] for need in self.encoding.needs if need != "image")}
+        for shard in self.shards[:1]:
+            lacking = sorted(needed - set(read_parts(folder, shard.name).column_names))
+            if lacking:
+                raise Mistake(
+                    f"{folder} holds no {', '.join(lacking)} of its samples; score the shards with store_embeddings: "
+                    "true, and with a detector that needs the same, or name shards instead of embeddings"
+                )
 
     def _calibration_shards(self) -> list[Shard]:
         if self.source is not None:
@@ -162,11 +188,14 @@ class _Run:
             for detector in fits:
                 fit_state(detector, suspected, clean, inputs, self._state_path(detector))
         self.scorers = [open_scorer(one, self.victim, self._state(one)) for one in self.detectors]
+        second = self.config.second_stage.detectors if self.config.second_stage else []
+        self.second_scorers = [open_scorer(one, self.victim, self._state(one)) for one in second]
         self.columns = [column for scorer in self.scorers for column in scorer.columns]
         self.controls = [column for scorer in self.scorers for column in scorer.controls]
-        twice = [name for name, count in Counter(self.columns).items() if count > 1]
+        everything = [*self.columns, *(column for scorer in self.second_scorers for column in scorer.columns)]
+        twice = [name for name, count in Counter(everything).items() if count > 1]
         if twice:
-            raise Mistake(f"two detectors give the column {twice[0]}; name each kind once, or set `name` of one")
+            raise Mistake(f"two detectors give the column {twice[0]}; set `name` of one")
         made = [f"{name}{FAIR}" for name in config.judging.fair] + ([COMBINED] if config.judging.combined else [])
         judged = [column for column in [*self.columns, *made] if column not in self.controls]
         if config.decision.score not in judged:
@@ -184,7 +213,8 @@ class _Run:
         if self.source is None:
             return self._fitting_set("suspected", self.shards)
         everyone = gathered(self.source / "scores", self.shards)
-        share = KeyedShare(min(1.0, fitting.num_samples / len(everyone)), fitting.seed)
+        num_samples = len(_strings(self.source / "scores", self.shards, "error"))  # as `fitting_set` counts them
+        share = KeyedShare(min(1.0, fitting.num_samples / num_samples), fitting.seed)
         return everyone.part([row for row, name in enumerate(everyone.sample_ids) if share(name)])
 
     def _fitting_set(self, name: str, shards: list[Shard]) -> Batch:
@@ -209,7 +239,6 @@ class _Run:
         summary = [self._pass(name, shards) for name, shards in passes if shards][-1]
         second = self.config.second_stage
         if second:
-            self.second_scorers = [open_scorer(one, self.victim, self._state(one)) for one in second.detectors]
             chosen = self._candidates(second.num_candidates)
             run_pass(
                 self.shards, self.output / "second_stage", ScoreWork, self._work([*second.detectors]),
@@ -241,7 +270,7 @@ class _Run:
         """Whose embeddings are written beside the scores: everybody's, or as many as comparing two domains takes."""
         if self.config.store_embeddings:
             return KeyedShare(1.0, 0)
-        return KeyedShare(min(1.0, NUM_KEPT / max(1, count_samples(shards, self.config.limits))), 0)
+        return KeyedShare(min(1.0, NUM_KEPT / max(1, count_samples(shards))), 0)
 
     def _work(self, detectors: list[DetectorSettings]) -> dict[str, Any]:
         states = [str(self._state_path(one)) if one.fits else None for one in detectors]
@@ -409,7 +438,7 @@ def _decide(run: _Run, summary: PassSummary) -> Manifest:
     judged = judge(config.judging, config.decision, corpus, calibration, covariates, "caption" in run.encoding.needs)
     verdict = judged.verdict
     second = _second_scores(run)
-    second_columns = [column for scorer in getattr(run, "second_scorers", []) for column in scorer.columns]
+    second_columns = [column for scorer in run.second_scorers for column in scorer.columns]
 
     def rows() -> Iterator[tuple[str, pa.Table]]:
         start = 0
@@ -464,7 +493,7 @@ def _decide(run: _Run, summary: PassSummary) -> Manifest:
 def _second_scores(run: _Run) -> dict[tuple[str, str], float]:
     """(sample id, column) -> score of the candidates."""
     found: dict[tuple[str, str], float] = {}
-    for scorer in getattr(run, "second_scorers", []):
+    for scorer in run.second_scorers:
         for shard in run.shards:
             table = read_parts(run.output / "second_stage", shard.name, ["sample_id", *scorer.columns])
             for row in table.to_pylist():

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
 import numpy as np
@@ -56,8 +56,9 @@ FITTED_PARTS = ("clean", "triggered", "patch", "shuffled_clean", "shuffled_trigg
 class Standing(Config):
     """What is asked of the scores."""
 
-    poison_rates: tuple[float, ...] = (0.5, 0.01, 0.001)
-    """Of the mixtures; lists are also decided on one without poison."""
+    poison_rates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.01, 0.001)
+    """Of the mixtures; the tables quote these three, and a rate for which there are too few clean images is left out.
+    Lists are also decided on a corpus without poison."""
     num_mixtures: int = Field(20, ge=1)
     """Draws of each rare mixture and each seed."""
     num_lists: int = Field(20, ge=2)
@@ -179,7 +180,7 @@ def _numbers(cell: _Cell) -> Iterator[Row]:
     standing, judged = cell.standing, cell.is_judged
     for name in cell.columns:
         clean, triggered = cell.scores("clean", name)[judged], cell.scores("triggered", name)
-        for rate in standing.poison_rates:
+        for rate in dict.fromkeys((0.5, *standing.poison_rates)):
             for metric, value in _of_mixture(clean, triggered, rate, cell.seed, standing.num_mixtures).items():
                 yield {"mixture": f"{rate:g}", "column": name, "metric": metric, "value": value}
         patch = cell.scores("patch", name)
@@ -198,7 +199,7 @@ def _numbers(cell: _Cell) -> Iterator[Row]:
 def _auroc(clean: Scores, poisoned: Scores) -> float:
     if not len(clean) or not len(poisoned):
         return math.nan
-    return auroc(np.concatenate([clean, poisoned]), _labels(clean, poisoned)).value or math.nan
+    return auroc(np.concatenate([clean, poisoned]), _labels(clean, poisoned)).value
 
 
 def _labels(clean: Scores, poisoned: Scores) -> NDArray[np.bool_]:
@@ -206,14 +207,19 @@ def _labels(clean: Scores, poisoned: Scores) -> NDArray[np.bool_]:
 
 
 def _of_mixture(clean: Scores, triggered: Scores, rate: float, seed: int, num_draws: int) -> dict[str, float]:
-    """Metrics at a poison rate; where it takes only some of the triggered images, the mean over draws of them."""
+    """Metrics at a poison rate; where it takes only some of the triggered images, the mean over draws of them.
+
+    Nothing where so few clean images have not one poisoned sample at this rate.
+    """
     num = round(rate * len(clean) / (1 - rate))
+    if not num:
+        return {}
     if num >= len(triggered):
         kept = clean[: round(len(triggered) * (1 - rate) / rate)]
         draws = [(kept, triggered)]
     else:
         rng = np.random.default_rng([seed, num])
-        draws = [(clean, triggered[rng.permutation(len(triggered))[: max(1, num)]]) for _ in range(num_draws)]
+        draws = [(clean, triggered[rng.permutation(len(triggered))[:num]]) for _ in range(num_draws)]
     found = []
     for some_clean, some in draws:
         scores, labels = np.concatenate([some_clean, some]), _labels(some_clean, some)
@@ -253,6 +259,8 @@ def _decided(cell: _Cell) -> Iterator[Row]:
             calibration, corpus = clean[order[:half]], clean[order[half:]]
             for rate in (0.01, 0.0):
                 num = min(round(rate * len(corpus) / (1 - rate)), len(triggered))
+                if rate and not num:
+                    continue  # so small a corpus has no poison at this rate
                 some = triggered[rng.permutation(len(triggered))[:num]]
                 scores = np.concatenate([corpus, some])
                 verdict = rule.decide(scores, calibration, [f"{draw}/{i}" for i in range(len(scores))])
@@ -328,7 +336,7 @@ def tell(standing: Standing, output: Path, cases: Mapping[str, About], seeds: Se
                 table = pq.read_table(output / "cells" / f"{case}-{role}-{seed}.parquet")
                 cell = _Cell(case, role, seed, table, standing, num_lists)
                 numbers += [{"case": case, "role": role, "seed": seed, "draw": 0, **row} for row in _numbers(cell)]
-                if seed == seeds[0]:
+                if seed == seeds[0] and PAPER in cell.columns:
                     compat.setdefault(case, {})[role] = _published_protocol(cell, about.target_label)
     names = ("case", "role", "seed", "mixture", "column", "metric", "draw", "value")
     write_parquet(pa.table({name: [row[name] for row in numbers] for name in names}), output / "results.parquet")
@@ -360,6 +368,11 @@ def _spread(values: Scores) -> str:
     return f"{mean:.3f} ± {half:.3f}"
 
 
+def _standard_error(values: Scores) -> float:
+    """Of the mean; 0 where there is one value."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
 def _about(cases: Mapping[str, Any], seeds: Sequence[int], gates: Mapping[str, Any], standing: Standing) -> str:
     void = [case for case in cases if not gates[case]["passes"]]
     return (
@@ -370,7 +383,9 @@ def _about(cases: Mapping[str, Any], seeds: Sequence[int], gates: Mapping[str, A
 
 
 def _is_control(column: str) -> bool:
-    return column.startswith("stat_") or column == "dede_null"
+    """Columns that detectors must beat, whatever `name` they end in."""
+    is_null = column == "dede_null" or (column.startswith("dede_null_") and not column.startswith("dede_null_ratio"))
+    return column.startswith("stat_") or is_null
 
 
 def _best(rows: Rows, cases: Sequence[str]) -> str:
@@ -383,6 +398,8 @@ def _best(rows: Rows, cases: Sequence[str]) -> str:
         best = best_column(rows, case)
         for column, words in ((PAPER, "DeDe"), (DEFAULT, DEFAULT), (best, f"{best} (oracle: the best here)")):
             if column is None or (column == best and best in (PAPER, DEFAULT) and words.endswith("here)")):
+                continue
+            if column not in rows.columns(case, "0.5"):
                 continue
             cells = [
                 _spread(rows.values(case, "victim", "0.5", column, "auroc")),
@@ -418,12 +435,14 @@ def _lists(rows: Rows, cases: Sequence[str], standing: Standing) -> str:
             fdp = rows.values(case, "victim", "list 0.01", column, "fdp")
             if not len(fdp):
                 continue
-            error = fdp.std(ddof=1) / math.sqrt(len(fdp))
+            error = _standard_error(fdp)
             recall = rows.mean(case, "victim", "list 0.01", column, "recall")
             empty = rows.mean(case, "victim", "list 0", column, "is_empty")
             lines.append(f"| {case} | {column} | {fdp.mean():.3f} ± {error:.3f} | {recall:.3f} | {empty:.0%} |")
     broken = list(broken_promises(rows, cases, standing))
     num_scores = len({column for case in cases for column in rows.columns(case, "list 0.01")})
+    if not num_scores:
+        return "## What the lists promise\n\nNo list was decided: no victim is valid, or there are too few images."
     verdict = f"not kept by {', '.join(broken)}" if broken else "kept everywhere"
     lines.append(
         f"\nOver all {num_scores} scores and {len(cases)} victims, the promise (FDP at most q plus two standard "
@@ -437,7 +456,7 @@ def broken_promises(rows: Rows, cases: Iterable[str], standing: Standing) -> Ite
     for case in cases:
         for column in rows.columns(case, "list 0.01"):
             fdp = rows.values(case, "victim", "list 0.01", column, "fdp")
-            if fdp.mean() > standing.q + 2 * fdp.std(ddof=1) / math.sqrt(len(fdp)):
+            if fdp.mean() > standing.q + 2 * _standard_error(fdp):
                 yield f"{case}/{column} (FDP {fdp.mean():.3f})"
             empty = rows.mean(case, "victim", "list 0", column, "is_empty")
             if empty < 0.9:
@@ -525,7 +544,7 @@ def _compat(rows: Rows, cases: Sequence[str], protocol: Mapping[str, Mapping[str
         "| --- " * 9 + "|",
     ]
     for case in cases:
-        for role, found in protocol[case].items():
+        for role, found in protocol.get(case, {}).items():
             dao, asset = (rows.mean(case, role, "compat_pool", one, "auroc") for one in ("compat_dao", "compat_asset"))
             cells = [
                 case,
@@ -549,7 +568,11 @@ def figures(rows: Rows, cases: Sequence[str], standing: Standing) -> dict[str, b
     """PNG files by name: AUROC of victims and honest twins, and what the lists kept of their promise."""
     if not cases:
         return {}
-    return {"auroc": _auroc_figure(rows, cases), "lists": _lists_figure(rows, cases, standing)}
+    found = {"auroc": _auroc_figure(rows, cases)}
+    shown = {column for case in cases for column in rows.columns(case, "list 0.01")}
+    if columns := [name for name in SHOWN if name in shown]:
+        found["lists"] = _lists_figure(rows, cases, columns, standing)
+    return found
 
 
 def _auroc_figure(rows: Rows, cases: Sequence[str]) -> bytes:
@@ -569,18 +592,16 @@ def _auroc_figure(rows: Rows, cases: Sequence[str]) -> bytes:
     return _png(figure)
 
 
-def _lists_figure(rows: Rows, cases: Sequence[str], standing: Standing) -> bytes:
-    columns = [
-        name for name in (PAPER, DEFAULT, "xc", "dao", "combined") if name in rows.columns(cases[0], "list 0.01")
-    ]
+def _lists_figure(rows: Rows, cases: Sequence[str], columns: Sequence[str], standing: Standing) -> bytes:
     figure, axes = plt.subplots(1, 2, figsize=(3 + 1.3 * len(cases), 3.6))
     width = 0.8 / len(columns)
     for place, column in enumerate(columns):
         for axis, metric in zip(axes, ("fdp", "recall"), strict=True):
             found = [rows.values(case, "victim", "list 0.01", column, metric) for case in cases]
+            there = [number for number, one in enumerate(found) if len(one) > 1]
             axis.bar(
-                np.arange(len(cases)) + place * width, [one.mean() for one in found], width, label=column,
-                yerr=[2 * one.std(ddof=1) / math.sqrt(len(one)) for one in found], error_kw={"linewidth": 0.8},
+                np.array(there) + place * width, [found[i].mean() for i in there], width, label=column,
+                yerr=[2 * _standard_error(found[i]) for i in there], error_kw={"linewidth": 0.8},
             )  # fmt: skip
     axes[0].axhline(standing.q, color="black", linestyle="--", linewidth=1)
     for axis, title in zip(

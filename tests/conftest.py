@@ -132,6 +132,23 @@ def victim_folder(clip_config: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def reference_folder(clip_config: Path) -> Path:
+    """Another CLIP with random weights, of another width and for larger images: somebody else's encoder."""
+    import torch
+
+    from dede_ray.clip import build_clip, model_description, save_clip
+
+    model = json.loads(clip_config.read_text())
+    model["embed_dim"], model["vision_cfg"]["image_size"] = 12, 64
+    config = clip_config.parent / "reference.json"
+    config.write_text(json.dumps(model))
+    torch.manual_seed(5)
+    described = model_description(str(config))
+    save_clip(clip_config.parent / "reference", build_clip(described), described)
+    return clip_config.parent / "reference"
+
+
+@pytest.fixture(scope="session")
 def decoder_folder(victim_folder: Path) -> Path:
     """A decoder of one block per side for that victim, exported with random weights and a null embedding."""
     import torch
