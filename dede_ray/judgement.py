@@ -127,7 +127,8 @@ def _made(
         return {}, {}, np.zeros(0 if calibration is None else len(calibration), bool), {}
     if calibration is None:
         raise Mistake(
-            f"{', '.join(wanted)}: what scores are brought to a common scale with are calibration samples; name some"
+            f"{', '.join(wanted)}: scores are brought to a common scale by calibration samples, and there are none; "
+            "name some"
         )
     fitted_on = split_calibration(_names(calibration), 0)
     made: dict[str, Scores] = {}
