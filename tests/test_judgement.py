@@ -109,7 +109,7 @@ def test_what_lacks_its_ground_is_refused(calibration):
     corpus = scored("corpus", 8)
     with pytest.raises(Mistake, match="attach {kind: image_statistics}"):
         judge(Judging(fair=["hard"]), Conformal(score="hard_fair"), corpus, calibration, [], False)
-    with pytest.raises(Mistake, match=r"no column soft; there are hard, seen"):
+    with pytest.raises(Mistake, match="no column soft"):
         judge(Judging(fair=["soft"]), Conformal(score="seen"), corpus, calibration, STATS, False)
     with pytest.raises(Mistake, match="brought to a common scale by calibration samples"):
         judge(Judging(fair=["hard"]), FixedThreshold(score="hard_fair", threshold=1), corpus, None, STATS, False)
