@@ -44,7 +44,7 @@ PAPER = "dede_mean"
 """The published detector: `dede_sum` over a constant."""
 DEFAULT = "dede_reverse"
 """The score that decisions are made on unless told otherwise."""
-SHOWN = (PAPER, DEFAULT, "xc", "dao", "combined")
+SHOWN = (PAPER, DEFAULT, "xc_misplaced", "dao", "combined")
 """Scores whose lists are shown; all are judged."""
 NO_SCORES = {"set", "sample_id", "label", "is_judged", "probe", "compat_head"}
 
@@ -67,7 +67,7 @@ class Standing(Config):
     false_alarm: float | None = Field(0.05, gt=0, lt=1)
     fair: tuple[str, ...] = ("dede_mean", "dede_reverse")
     """Columns that are also given without what image statistics explain."""
-    combined: Fusion = Fusion(columns=("dede_reverse", "xc", "dao"))
+    combined: Fusion = Fusion(columns=("dede_reverse", "xc_misplaced", "dao"))
     """Columns are taken as far as the run has them."""
 
 
