@@ -107,7 +107,7 @@ def test_a_corpus_from_elsewhere_is_not_certified(calibration):
 
 def test_what_lacks_its_ground_is_refused(calibration):
     corpus = scored("corpus", 8)
-    with pytest.raises(Mistake, match="attach .kind: image_statistics"):
+    with pytest.raises(Mistake, match=r"attach .*image_statistics"):
         judge(Judging(fair=["hard"]), Conformal(score="hard_fair"), corpus, calibration, [], False)
     with pytest.raises(Mistake, match="no column soft"):
         judge(Judging(fair=["soft"]), Conformal(score="seen"), corpus, calibration, STATS, False)
