@@ -29,7 +29,7 @@ import pyarrow as pa
 import ray
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dede_ray.activation import Examination
 from dede_ray.attacks.triggers import AnyTrigger, Patch, Trigger, square
@@ -128,6 +128,13 @@ class BenchmarkConfig(Examination):
     """ASSET as published, on `num_controls` clean and triggered images of each victim, under the first seed."""
     standing: Standing = Standing()
     limits: Limits = Limits()
+
+    @field_validator("seeds")
+    @classmethod
+    def _are_different(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError("seeds must be different, and 0 or more")
+        return seeds
 
 
 def benchmark(config: BenchmarkConfig) -> str:

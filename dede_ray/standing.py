@@ -519,7 +519,7 @@ def _published_protocol(cell: _Cell, target: int) -> Row:
     rare = triggered[: max(1, len(clean) // 100)]
     tenth = float(np.quantile(np.concatenate([clean, rare]), 0.9))
     return {
-        "tpr": is_found.mean(), "fpr": 1 - is_kept.mean(), "auroc": _auroc(clean, triggered),
+        "tpr": is_found.mean(), "fpr": (~is_kept).mean(), "auroc": _auroc(clean, triggered),
         "p1_tpr": (rare > tenth).mean(), "p1_fpr": (clean > tenth).mean(),
         "ca": (is_right.mean(), is_right[is_kept].mean()), "asr": (is_target.mean(), (is_target & ~is_found).mean()),
     }  # fmt: skip

@@ -14,6 +14,7 @@ from dede_ray.decoder import DecoderShape, MaskedDecoder, load_decoder, random_m
 from dede_ray.detectors.contract import Batch
 from dede_ray.detectors.dede import DeDe
 from dede_ray.detectors.statistics import ImageStatistics
+from dede_ray.shards import encode_image
 from dede_ray.victims import OpenClipVictim, Victim, load_victim
 
 RATIOS = [0.75, 0.97, 0.99]  # 16, 1 and 0 of 64 patches visible
@@ -87,16 +88,52 @@ def test_controls_never_look_at_the_embedding(victim, decoder_folder, batch):
         scorer = detector.open(victim, {})
         one, two = scorer.score(batch), scorer.score(other)
         seen.update({name: not np.array_equal(one[name], two[name]) for name in one})
-    assert {name for name, looks in seen.items() if not looks} == {"dede_null", "stat_contrast", "stat_edges"}
+    statistics = ImageStatistics().open(victim, {}).controls
+    assert {name for name, looks in seen.items() if not looks} == {"dede_null", *statistics}
 
 
-def test_image_statistics_are_contrast_and_edges(batch, victim):
-    scores = ImageStatistics().open(victim, {}).score(batch)
-    for i in range(12):
-        grey = batch.image_BCHW[i].numpy().astype(np.float64).mean(axis=0)
-        edges = np.mean((grey[1:] - grey[:-1]) ** 2) + np.mean((grey[:, 1:] - grey[:, :-1]) ** 2)
-        assert scores["stat_contrast"][i] == pytest.approx(grey.std(ddof=1), rel=1e-4)
-        assert scores["stat_edges"][i] == pytest.approx(edges, rel=1e-4)
+def in_numpy(image_HWC: np.ndarray) -> dict[str, float]:
+    """The statistics of one uint8 picture, in plain words."""
+    image_HWC = image_HWC.astype(np.float64) / 255
+    grey = image_HWC.mean(axis=2)
+    size = min(8, len(grey))
+    tiles = [
+        grey[row : row + size, column : column + size].var()
+        for row in range(0, len(grey) - size + 1, size)
+        for column in range(0, len(grey) - size + 1, size)
+    ]
+    power = np.abs(np.fft.rfft2(grey)).ravel()[1:] ** 2
+    share = power / max(power.sum(), 1e-12)
+    entropy = -sum(one * np.log(one) for one in share if one > 0) / np.log(len(power))
+    return {
+        "stat_contrast": grey.std(ddof=1),
+        "stat_edges": np.mean((grey[1:] - grey[:-1]) ** 2) + np.mean((grey[:, 1:] - grey[:, :-1]) ** 2),
+        "stat_texture": np.mean(tiles),
+        "stat_texture_spread": np.std(tiles),
+        "stat_range": np.quantile(grey, 0.95) - np.quantile(grey, 0.05),
+        "stat_bright": np.mean(grey > 0.9),
+        "stat_dark": np.mean(grey < 0.1),
+        "stat_entropy": entropy,
+        "stat_colour": np.sqrt(np.mean((image_HWC - grey[:, :, None]) ** 2)),
+        "stat_bytes": np.log(len(encode_image(np.rint(255 * image_HWC).astype(np.uint8), "jpg", quality=75))),
+    }
+
+
+def test_image_statistics_are_what_numpy_says(victim, picture):
+    rng = np.random.default_rng(0)
+    dark, bright = picture(1) // 8, 255 - picture(2) // 8
+    odd = [np.zeros((32, 32, 3), np.uint8), rng.integers(0, 256, (32, 32, 3), dtype=np.uint8), dark, bright]
+    images = np.stack([*(picture(i) for i in range(8)), *odd])
+    batch = Batch(
+        [str(i) for i in range(len(images))], torch.zeros(len(images), 16), to_unit_range(torch.from_numpy(images))
+    )
+    scores = ImageStatistics(reencode=True).open(victim, {}).score(batch)
+    for i, image_HWC in enumerate(images):
+        for name, value in in_numpy(image_HWC).items():
+            assert scores[name][i] == pytest.approx(value, rel=1e-3, abs=1e-5), (name, i)
+    assert list(in_numpy(images[0])) == list(scores)
+    assert all(np.ptp(score_B) > 0 for score_B in scores.values())
+    assert "stat_bytes" not in ImageStatistics().open(victim, {}).columns
 
 
 def test_the_seed_and_the_ratio_are_part_of_a_detectors_fingerprint(victim, decoder_folder):

@@ -12,7 +12,17 @@ import pyarrow as pa
 import pytest
 
 from dede_ray.config import Mistake
-from dede_ray.ledger import PassResources, PassSummary, part_path, read_parts, run_pass
+from dede_ray.ledger import (
+    Chosen,
+    KeyedShare,
+    PassResources,
+    PassSummary,
+    part_path,
+    read_parts,
+    run_over_parts,
+    run_pass,
+    standing_shards,
+)
 from dede_ray.shards import Limits, decode_image, list_shards
 
 RESOURCES = PassResources(min_actors=1, cpus_per_actor=0.5, decode_cpus=0.5)
@@ -202,3 +212,101 @@ def test_a_pass_that_reads_rubbish_stops_and_says_what_it_read(local_ray, write_
     assert (
         run(tmp_path / "shards", tmp_path / "pass", max_error_fraction=0.25, chunk_size=50).num_samples == num_samples
     )
+
+
+# --- a pass over some samples
+
+
+def test_selected_samples_keep_their_ids_places_and_values(finished, shards, tmp_path):
+    whole = [row for shard in list_shards(str(shards)) for row in read_parts(finished, shard.name).to_pylist()]
+    wanted = {row["sample_id"] for row in whole[1:17:3]}  # of the first two shards
+    summary = run(shards, tmp_path / "some", select=Chosen(frozenset(wanted | {"elsewhere.tar/0001"})))
+    assert summary == PassSummary(len(wanted), {}, [])
+    found = [row for shard in list_shards(str(shards)) for row in read_parts(tmp_path / "some", shard.name).to_pylist()]
+    assert found == [row for row in whole if row["sample_id"] in wanted]
+    assert read_parts(tmp_path / "some", "train-00002.tar").schema == read_parts(finished, "train-00002.tar").schema
+    before = snapshot(tmp_path / "some")  # the shard of which nothing is selected is finished, too
+    assert run(shards, tmp_path / "some", select=Chosen(frozenset(wanted))) == summary
+    assert snapshot(tmp_path / "some") == before
+
+
+def test_a_pass_over_a_share_that_was_killed_is_completed_to_the_same_bytes(local_ray, shards, tmp_path):
+    share = KeyedShare(0.6, 3)
+    summary = run(shards, tmp_path / "some", select=share)
+    chosen = {f"train-{i // 10:05d}.tar/{i:04d}" for i in range(22)}
+    assert summary.num_samples == sum(share(name) for name in chosen)
+    whole = snapshot(tmp_path / "some")
+    part_path(tmp_path / "some", "train-00001.tar", 0).unlink()
+    (tmp_path / "some" / "parts" / "train-00000.tar" / "end.json").unlink()
+    assert run(shards, tmp_path / "some", select=share) == summary
+    assert {name: part[2] for name, part in snapshot(tmp_path / "some").items()} == {
+        name: part[2] for name, part in whole.items()
+    }
+
+
+# --- a pass over parts
+
+
+class Doubled:
+    """The work of a pass over parts; where it should, it gives one sample no number."""
+
+    def __init__(self, lost: str = ""):
+        self.columns, self.lost = {"doubled": pa.float32()}, lost
+
+    def __call__(self, table):
+        assert table["error"].null_count == len(table) > 0
+        doubled = 2 * table["brightness"].to_numpy()
+        return {"doubled": np.where(np.array(table["sample_id"].to_pylist()) == self.lost, np.nan, doubled)}
+
+
+def over_parts(source: Path, folder: Path, work_arguments=None, **changed) -> PassSummary:
+    settings = {"made_with": {"detector": "one"}, "resources": RESOURCES, "max_error_fraction": 0.5, "name": "test"}
+    return run_over_parts(
+        standing_shards(source), source, folder, Doubled, work_arguments or {}, **{**settings, **changed}
+    )
+
+
+def test_a_pass_over_parts_has_the_same_rows_and_carries_errors_over(odd, tmp_path):
+    source, summary = odd
+    assert over_parts(source, tmp_path / "pass") == summary
+    assert [shard.name for shard in standing_shards(source)] == ["bad.tar", "cut.tar", "empty.tar"]
+    for shard in ("bad.tar", "cut.tar", "empty.tar"):
+        before, after = read_parts(source, shard), read_parts(tmp_path / "pass", shard)
+        assert after.drop_columns(["doubled"]).equals(before.drop_columns(["brightness"]))
+        for brightness, doubled in zip(before["brightness"].to_pylist(), after["doubled"].to_pylist(), strict=True):
+            assert (doubled is None) == (brightness is None)
+            assert doubled is None or doubled == 2 * brightness
+
+
+def test_a_pass_over_parts_redoes_only_what_is_missing(finished, tmp_path):
+    over_parts(finished, tmp_path / "pass")
+    whole = snapshot(tmp_path / "pass")
+    part_path(tmp_path / "pass", "train-00000.tar", 1).unlink()
+    shutil.rmtree(tmp_path / "pass" / "parts" / "train-00002.tar")
+    before = snapshot(tmp_path / "pass")
+    assert over_parts(finished, tmp_path / "pass") == PassSummary(22, {}, [])
+    after = snapshot(tmp_path / "pass")
+    assert {name: part[2] for name, part in after.items()} == {name: part[2] for name, part in whole.items()}
+    kept = [name for name in before if name.endswith(".parquet")]
+    assert {name: after[name][:2] for name in kept} == {name: whole[name][:2] for name in kept}
+    with pytest.raises(Mistake, match="detector: 'one' there, 'two' now"):
+        over_parts(finished, tmp_path / "pass", made_with={"detector": "two"})
+
+
+def test_a_sample_that_loses_its_number_is_an_error_and_too_many_stop_a_pass_over_parts(finished, tmp_path):
+    lost = {"lost": "train-00001.tar/0013"}
+    summary = over_parts(finished, tmp_path / "pass", lost)
+    assert summary == PassSummary(22, {"not_finite": 1}, [])
+    [row] = [row for row in read_parts(tmp_path / "pass", "train-00001.tar").to_pylist() if row["error"]]
+    assert (row["sample_id"], row["doubled"]) == (lost["lost"], None)
+    with pytest.raises(Mistake, match=r"1 of 22 samples cannot be used \(not_finite 1\)"):
+        over_parts(finished, tmp_path / "pass", lost, max_error_fraction=0.04)
+
+
+def test_parts_of_an_unfinished_pass_are_not_passed_over(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "half")
+    part_path(tmp_path / "half", "train-00001.tar", 2).unlink()
+    with pytest.raises(Mistake, match=r"half is not finished: train-00001\.tar lacks parts"):
+        over_parts(tmp_path / "half", tmp_path / "pass")
+    with pytest.raises(Mistake, match="record of a pass"):
+        standing_shards(tmp_path / "absent")

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,16 +23,27 @@ import yaml
 from dede_ray.clip import to_unit_range
 from dede_ray.config import Mistake
 from dede_ray.decisions import AssumedPoisonRate, Conformal
-from dede_ray.decoder import load_decoder, save_decoder
-from dede_ray.detectors.contract import Batch
+from dede_ray.decoder import load_decoder, sample_keys, save_decoder
+from dede_ray.detectors.caption import CaptionScore
+from dede_ray.detectors.consistency import Consistency
+from dede_ray.detectors.contract import Batch, open_scorer
 from dede_ray.detectors.dede import DeDe
+from dede_ray.detectors.density import Density
+from dede_ray.detectors.forest import Forest
 from dede_ray.detectors.statistics import ImageStatistics
-from dede_ray.ledger import PassResources
+from dede_ray.detectors.trajectory import MaskingTrajectory
+from dede_ray.embedding import Encoders, Encoding, restored
+from dede_ray.ledger import Chunk, KeyedShare, PassResources, read_parts
 from dede_ray.manifest import Manifest, read_manifest
-from dede_ray.scoring import ScoreConfig, score
+from dede_ray.scoring import Fitting, ScoreConfig, SecondStage, score
 from dede_ray.shards import list_shards
 from dede_ray.victims import OpenClipVictim, load_victim
+from dede_ray.weights import read_tensors
 
+STATISTICS = [
+    f"stat_{name}"
+    for name in ("contrast", "edges", "texture", "texture_spread", "range", "bright", "dark", "entropy", "colour")
+]
 JOB = Path(__file__).parents[1] / "jobs" / "score.py"
 ONE = PassResources(min_actors=1, cpus_per_actor=0.5, decode_cpus=0.5)
 TWO = PassResources(min_actors=2, max_actors=2, cpus_per_actor=0.5, decode_cpus=0.5)
@@ -125,7 +137,7 @@ def test_the_counts_and_the_summary_are_those_of_the_rows(scored):
     assert counts["unreadable"] == {"image_unreadable": 1, "no_image": 1}
     assert counts["flagged"] == sum(row["flagged"] for row in rows(scored))
     assert scored.info["decision"]["num_calibration"] == 60
-    assert scored.info["controls"] == ["dede_null", "stat_contrast", "stat_edges"]
+    assert scored.info["controls"] == ["dede_null", *STATISTICS]
     said = f"{counts['flagged']} of 43 samples flagged by dede_null_ratio (conformal); 2 unreadable"
     assert scored.summary().startswith(said)
 
@@ -285,7 +297,7 @@ def test_a_decision_that_nothing_supports_is_a_mistake(local_ray, settings, deco
         score(settings(tmp_path / "other", decision=Conformal(score="dede_nul")))
     with pytest.raises(Mistake, match=r"decision\.score is 'stat_edges'"):  # a control decides nothing
         score(settings(tmp_path / "other", decision=Conformal(score="stat_edges")))
-    with pytest.raises(Mistake, match="two detectors give the column dede_sum"):
+    with pytest.raises(Mistake, match="two detectors of this run are called dede; set `name` of one"):
         score(settings(tmp_path / "other", detectors=[DeDe(decoder=str(decoder_folder))] * 2))
 
 
@@ -344,3 +356,203 @@ def test_a_mistake_ends_the_job_with_one_message_and_exit_code_2(
         assert said.count("error: ") == 1
         assert "Traceback" not in err
     assert not (tmp_path / "exploded").exists()
+
+
+# --- detectors that fit, a reference encoder, a second stage, stored embeddings
+
+FITTED = [
+    Density(k=3, lid_k=4),
+    Forest(num_trees=20, num_samples=16),
+    Consistency(forms=["closed", "overlap"], k=3, num_references=32, min_agreement=0),
+    CaptionScore(reference=True),
+]
+FROM_CLEAN = Density(name="clean", drawn_from="clean", k=3, lid_k=4)
+SHARE = 36 / 45
+
+
+@pytest.fixture(scope="module")
+def everything(shards, settings, decoder_folder, reference_folder):
+    """Settings of a run of many detectors beside dede."""
+
+    def config(output: Path, **changed) -> ScoreConfig:
+        defaults = {
+            "reference": OpenClipVictim(path=str(reference_folder)),
+            "detectors": [DeDe(decoder=str(decoder_folder)), *FITTED, FROM_CLEAN, ImageStatistics()],
+            "fitting": Fitting(num_samples=36, seed=3, clean=str(shards / "calibration-00000.tar")),
+            "calibration": str(shards / "calibration-00001.tar"),
+            "second_stage": SecondStage(detectors=[MaskingTrajectory(num_pictures=4)], num_candidates=5),
+            "decision": Conformal(score="dao", q=0.5, false_alarm=None),
+            "store_embeddings": True,
+        }
+        return settings(output, **{**defaults, **changed})
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def attached(local_ray, shards, everything) -> Manifest:
+    return score(everything(shards.parent / "attached"))
+
+
+@pytest.fixture(scope="module")
+def by_hand(everything, picture) -> tuple[Encoders, Batch]:
+    """The encoders of that run, and what they make of the samples whose name is their picture's number."""
+    config = everything(Path("unused"))
+    encoders = Encoders(Encoding(config.victim, config.reference, frozenset({"reference", "caption"})))
+    ids = [f"train-{i // 20:05d}.tar/{i:04d}" for i in range(40)]
+    captions = [f"picture {i}" for i in range(40)]
+    return encoders, encoders(Chunk(ids, np.stack([picture(i) for i in range(40)]), captions))
+
+
+def states(folder: Path) -> dict[str, tuple[int, int]]:
+    found = sorted((folder / "fitting").glob("*.safetensors"))
+    return {path.stem: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+
+def test_detectors_that_fit_score_beside_dede_what_they_score_by_hand(attached, by_hand):
+    encoders, everyone = by_hand
+    # Number 7 comes twice: between the copies lies the rounding of the forward pass, which is another in each batch.
+    batch = everyone.part([i for i in range(40) if i != 7])
+    found = {row["sample_id"]: row for row in rows(attached)}
+    assert {row["error"] for row in found.values()} == {None, "image_unreadable", "no_image"}
+    for detector in (*FITTED, FROM_CLEAN):
+        state = read_tensors(attached.folder / "fitting" / f"{detector.label}.safetensors")
+        scorer = open_scorer(detector, encoders.victim, state)
+        assert set(scorer.columns) <= set(attached.score_columns)
+        for name, score_B in scorer.score(batch).items():
+            there = [found[one][name] for one in batch.sample_ids]
+            np.testing.assert_allclose(there, score_B, rtol=1e-3, atol=1e-5, err_msg=name)
+            assert all((row[name] is None) == (row["error"] is not None) for row in found.values())
+
+
+def test_each_is_fitted_on_a_share_of_the_samples_drawn_by_their_keys(attached, by_hand):
+    _, batch = by_hand
+    share = KeyedShare(SHARE, 3)
+    odd = {f"train-odd.tar/{key}" for key in ("twin", "10", "9")}
+    drawn = sorted(name for name in {*batch.sample_ids, *odd} if share(name))
+    assert 0 < len(drawn) < 43
+    state = read_tensors(attached.folder / "fitting" / "density.safetensors")
+    assert state["key"].tolist() == sample_keys(drawn, 0).tolist()
+    rows_by_hand = dict(zip(batch.sample_ids, batch.embedding_BE, strict=True))
+    for name, embedding_E in zip(drawn, state["reference"], strict=True):
+        if name in rows_by_hand:
+            torch.testing.assert_close(embedding_E, rows_by_hand[name], rtol=1e-4, atol=1e-6)
+
+
+def test_clean_samples_for_fitting_come_from_the_shards_named_for_it(attached, settings, tmp_path):
+    state = read_tensors(attached.folder / "fitting" / "density_clean.safetensors")
+    every = {key: f"calibration-00000.tar/{key:04d}" for key in range(100, 130)}
+    assert set(state["key"].tolist()) <= set(sample_keys(list(every.values()), 0).tolist())
+    with pytest.raises(Mistake, match="drawn_from is clean, and the run has no clean samples"):
+        score(settings(tmp_path / "scores", detectors=[FROM_CLEAN], fitting=Fitting(num_samples=36)))
+
+
+def test_a_rerun_fits_and_scores_nothing_again_and_gives_the_same_bytes(attached, everything):
+    before = files(attached.folder), parts(attached.folder), states(attached.folder)
+    assert len(before[2]) == len(FITTED) + 1
+    score(everything(attached.folder))
+    assert (files(attached.folder), parts(attached.folder), states(attached.folder)) == before
+
+
+def test_the_second_stage_scores_the_samples_that_look_worst_and_no_other(attached, by_hand):
+    encoders, batch = by_hand
+    scored = [row for row in rows(attached) if row["error"] is None]
+    worst = sorted(scored, key=lambda row: (-row["dao"], row["sample_id"]))[:5]
+    columns = attached.info["second_stage_columns"]
+    assert columns == ["mt_jump", "mt_clusters", "mt_stability"]
+    assert not set(columns) & set(attached.score_columns)
+    for name in columns:
+        there = {row["sample_id"] for row in rows(attached) if row[name] is not None}
+        assert there == {row["sample_id"] for row in worst}
+    known = [row for row in worst if row["sample_id"] in batch.sample_ids]
+    part = batch.part([batch.sample_ids.index(row["sample_id"]) for row in known])
+    found = MaskingTrajectory(num_pictures=4).open(encoders.victim, {}).score(part)
+    assert known
+    np.testing.assert_allclose([row["mt_stability"] for row in known], found["mt_stability"], rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def rescored(attached, everything, shards) -> Manifest:
+    return score(everything(shards.parent / "rescored", **rescoring(attached)))
+
+
+def rescoring(attached: Manifest) -> dict:
+    fitting = Fitting(num_samples=36, seed=3)
+    return {
+        "shards": [], "embeddings": str(attached.folder), "detectors": FITTED, "second_stage": None,
+        "fitting": fitting, "calibration": None, "store_embeddings": False,
+    }  # fmt: skip
+
+
+def test_stored_embeddings_give_the_same_rows_and_the_same_scores_but_for_their_rounding(attached, rescored, by_hand):
+    one, two = rows(attached), rows(rescored)
+    for name in ("sample_id", "content_hash", "shard", "index", "error"):
+        assert [row[name] for row in one] == [row[name] for row in two], name
+    assert set(rescored.score_columns) < set(attached.score_columns)
+    keys = [
+        read_tensors(run.folder / "fitting" / "density.safetensors")["key"].tolist() for run in (attached, rescored)
+    ]
+    assert keys[0] == keys[1]  # the same samples were drawn to fit on
+    judged = [i for i, row in enumerate(one) if row["error"] is None]
+    _, batch = by_hand
+    moved_B = (batch.embedding_BE.half().float() - batch.embedding_BE).norm(dim=1)
+    difference = {name: max(abs(one[i][name] - two[i][name]) for i in judged) for name in rescored.score_columns}
+    assert 0 < difference["k_distance"] < 3 * float(moved_B.max())  # a sample and its neighbour, both moved
+    assert 0 < difference["clip_score"] < 2**-9
+    assert 0 < difference["clip_score_reference"] < 2**-9
+    assert rescored.info["decision"]["num_calibration"] == attached.info["decision"]["num_calibration"] == 30
+
+
+def test_what_stored_embeddings_are_scored_is_what_detectors_score_of_them_by_hand(attached, rescored, by_hand):
+    batch = restored(
+        pa.concat_tables([read_parts(attached.folder / "scores", shard) for shard in attached.info["shards"]])
+    )
+    found = {row["sample_id"]: row for row in rows(rescored)}
+    fitted_on = KeyedShare(SHARE, 3)
+    drawn = sorted(range(len(batch)), key=lambda i: batch.sample_ids[i])
+    suspected = batch.part([i for i in drawn if fitted_on(batch.sample_ids[i])])
+    for detector in FITTED:
+        scorer = open_scorer(detector, by_hand[0].victim, detector.fit(suspected, None))
+        for name, score_B in scorer.score(batch).items():
+            there = [found[one][name] for one in batch.sample_ids]
+            np.testing.assert_allclose(there, score_B, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_rescoring_refuses_what_embeddings_cannot_tell(attached, scored, everything, decoder_folder, tmp_path):
+    def refused(message: str, **changed) -> None:
+        with pytest.raises(Mistake, match=message):
+            score(everything(tmp_path / "other", **{**rescoring(attached), **changed}))
+        assert not (tmp_path / "other").exists()
+
+    refused("image_statistics look at images, and stored embeddings have none", detectors=[ImageStatistics()])
+    trajectory = SecondStage(detectors=[MaskingTrajectory()])
+    refused("masking_trajectory look at images", second_stage=trajectory)
+    refused("name either `shards` to read or `embeddings`", shards="somewhere")
+    refused("name either `shards` to read or `embeddings`", embeddings=None)
+    refused("no record of a pass|record of a pass", embeddings=str(tmp_path / "absent"))
+    refused("scores holds no embedding", embeddings=str(scored.folder), detectors=FITTED[:1])
+    path = everything(tmp_path / "other").victim.path
+    refused("embeddings of another victim encoder", victim=OpenClipVictim(path=path, mean=[0.1, 0.1, 0.1]))
+    other = OpenClipVictim(path=everything(tmp_path / "other").reference.path, mean=[0.1, 0.1, 0.1])
+    refused("embeddings of another reference encoder", reference=other)
+
+
+def test_detectors_that_compare_need_a_reference_and_those_of_one_kind_a_name(everything, tmp_path):
+    def refused(message: str, **changed) -> None:
+        with pytest.raises(Mistake, match=message):
+            score(everything(tmp_path / "other", **changed))
+        assert not (tmp_path / "other").exists()
+
+    refused("name one that you trust as `reference`", reference=None)
+    one, other = Consistency(forms=["closed"]), Consistency(forms=["overlap"])  # no column in common, one state file
+    refused("two detectors of this run are called consistency; set `name` of one", detectors=[one, other])
+    second = SecondStage(detectors=[Density(k=5)])
+    refused("two detectors of this run are called density; set `name` of one", second_stage=second)
+
+
+def test_embeddings_are_those_that_the_encoders_give(attached, by_hand):
+    _, batch = by_hand
+    stored = read_parts(attached.folder / "scores", "train-00000.tar")
+    assert stored["sample_id"].to_pylist() == batch.sample_ids[:20]
+    there = np.array(stored["embedding"].to_pylist(), np.float32)
+    np.testing.assert_allclose(there, batch.embedding_BE[:20].numpy(), rtol=2e-3, atol=1e-4)
