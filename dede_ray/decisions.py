@@ -3,13 +3,15 @@
 Every rule answers `decide(scores, calibration, sample_ids)` with a `Verdict`. `scores` is float (N,), higher means
 more likely poisoned, NaN where a sample has no score: such samples are never flagged and not counted in N.
 `calibration` is float (n,), the scores of clean samples that nothing was fitted on, under the same detector and in
-the same precision. No rule ever sees a label.
+the same precision. No rule ever sees a label; a rule that still knows what only labels could tell, such as how much
+of the pool is poisoned, says `oracle` in its report.
 
 `Conformal` is the rule that keeps a promise about the list: among what it flags, the expected share of clean samples
 is at most q, as long as the clean samples of the corpus look like the calibration samples (exchangeability; domain
 shift between the two is what breaks it, see shift.py) and copies count once (`About.groups`). Beside the list, a
 verdict ranks all samples and says of each prefix of the ranking how many poisoned samples it holds at least, for
-readers who choose their own threshold afterwards. The other rules are simpler and promise less.
+readers who choose their own threshold afterwards. The other rules are simpler and promise less; `CleanMean` and
+`PoolMedian` are the two thresholds of DeDe's publication, to compare with its tables.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -57,7 +59,7 @@ class Verdict:
 
     p_value: NDArray[np.float64]
     """(N,): how often a clean sample scores as high, by `conformal_p_values`; NaN without a score or without
-    calibration, which the last two rules can do without."""
+    calibration, which the rules that set no threshold by it can do without."""
     flagged: NDArray[np.bool_]
     """(N,): True for the samples on the list."""
     threshold: float | None
@@ -71,9 +73,10 @@ class Verdict:
     p-value. With probability `CONFIDENCE` this is true of all ranks at once, so of any that is chosen afterwards."""
     report: dict[str, Any]
     """The same in numbers and words, ready for JSON: rule, score, declared (the rule's settings), counts, threshold,
-    how (it was found), certified (the declared false discovery rate holds for this list), message, and the smallest
-    achievable_q (at the expected poison rate, or where everything is poisoned if none is expected) and
-    achievable_poison_rate (at the declared q and false_alarm) of this many calibration samples; None where nothing is.
+    how (it was found), certified (the declared false discovery rate holds for this list), oracle (the rule knows what
+    only labels tell), message, and the smallest achievable_q (at the expected poison rate, or where everything is
+    poisoned if none is expected) and achievable_poison_rate (at the declared q and false_alarm) of this many
+    calibration samples; None where nothing is.
     `num_distinct` counts M, and `num_calibration_unused` the calibration samples left out as copies or as borders of
     bins; `alarm` is the p-value of there being no poison at all, `null_share` Storey's estimate of the share of clean
     samples, `bins` the strata and calibration samples of each bin, `poisoned_at_least` the bound for the flagged."""
@@ -82,6 +85,8 @@ class Verdict:
 class Rule(Config):
     """What the rules share: the score they judge."""
 
+    is_oracle: ClassVar[bool] = False
+    """Whether it knows what only labels could tell; its lists are no evidence that a detector works."""
     score: str = "dede_null_ratio"
     """Score column to judge."""
 
@@ -298,7 +303,69 @@ class AssumedPoisonRate(Rule):
         )
 
 
-Decision = Annotated[Conformal | CleanQuantile | FixedThreshold | AssumedPoisonRate, Field(discriminator="kind")]
+class CleanMean(Rule):
+    """The threshold of DeDe's text: the decoder's average error on what it was trained on.
+
+    Taken literally the rule compares unlike things: training hides fewer patches than scoring and divides by their
+    share, a score may be a sum. Here it is the mean *score* of the calibration samples: held-out, under the masks that
+    scores are made with. Errors lean to the right, so somewhat less than half of all clean samples are flagged.
+
+    Source: Hou et al., DeDe, CVPR 2025, arXiv:2411.16154.
+    """
+
+    kind: Literal["paper_mean"] = "paper_mean"
+    score: str = "dede_mean"
+    """Score column to judge; the publication's is the reconstruction error."""
+
+    def decide(
+        self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
+    ) -> Verdict:
+        evidence = _weigh(self, scores, calibration, sample_ids)
+        num_calibration = evidence.require_calibration()
+        threshold = math.fsum(evidence.clean.tolist()) / num_calibration  # in any order
+        num_above = int((evidence.clean >= threshold).sum())
+        return evidence.verdict(
+            evidence.scores >= threshold,
+            threshold=threshold,
+            how=f"mean of {num_calibration:,} calibration scores, {num_above:,} of which are at or above it",
+            message=f"flags about {num_above / num_calibration:.0%} of the clean samples; promises nothing about the "
+            "share of clean samples in the list",
+        )
+
+
+class PoolMedian(Rule):
+    """The threshold of DeDe's published evaluation: the median of the scores that it judges.
+
+    It always flags half. There the pool was as many triggered as clean test images, so that half was the right answer,
+    known beforehand: the rates of true and false positives in the publication's tables add up to one. Marked `oracle`,
+    and for comparing with those tables only.
+
+    Source: Hou et al., DeDe, CVPR 2025, arXiv:2411.16154, their published code.
+    """
+
+    kind: Literal["compat_median"] = "compat_median"
+    is_oracle: ClassVar[bool] = True
+    score: str = "dede_mean"
+    """Score column to judge; the publication's is the reconstruction error."""
+
+    def decide(
+        self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
+    ) -> Verdict:
+        evidence = _weigh(self, scores, calibration, sample_ids)
+        threshold = float(np.nanmedian(evidence.scores)) if evidence.num_scored else None
+        return evidence.verdict(
+            np.zeros(evidence.scores.size, bool) if threshold is None else evidence.scores >= threshold,
+            threshold=threshold,
+            how=f"median of the {evidence.num_scored:,} scores that are judged",
+            message="an oracle: it flags half of any pool, which is right only where half of it is known to be "
+            "poisoned; promises nothing about errors",
+        )
+
+
+Decision = Annotated[
+    Conformal | CleanQuantile | FixedThreshold | AssumedPoisonRate | CleanMean | PoolMedian,
+    Field(discriminator="kind"),
+]
 
 
 def conformal_p_values(
@@ -476,6 +543,7 @@ class _Evidence:
             **dict.fromkeys(("achievable_q", "achievable_poison_rate", "alarm", "null_share")),
             **(facts or {}),
             "certified": certified,
+            "oracle": self.rule.is_oracle,
             "message": message,
         }
         return Verdict(self.p_value, flagged, threshold, rank, at_least, report)

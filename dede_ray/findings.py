@@ -223,6 +223,8 @@ def rule_text(decision: Numbers) -> str:
         "clean_quantile": ("clean quantile, FPR", declared.get("fpr")),
         "fixed": ("fixed threshold", declared.get("threshold")),
         "assumed_rate": ("assumed poison rate", declared.get("rate")),
+        "paper_mean": ("mean of the calibration scores (DeDe's text)", None),
+        "compat_median": ("median of the judged scores (DeDe's code; an oracle, right where half is poisoned)", None),
     }.get(decision["rule"], (decision["rule"], None))
     return name if value is None else f"{name} {value:g}"
 

@@ -14,20 +14,26 @@ from scipy import stats
 from dede_ray.config import Config, Mistake, load
 from dede_ray.decisions import (
     AssumedPoisonRate,
+    CleanMean,
     CleanQuantile,
     Conformal,
     Decision,
     FixedThreshold,
+    PoolMedian,
     conformal_p_values,
     true_discoveries,
 )
+from dede_ray.findings import rule_text
 from dede_ray.metrics import false_discovery_proportion
 
-RULES = [Conformal(q=0.2), CleanQuantile(fpr=0.05), FixedThreshold(threshold=1.0), AssumedPoisonRate(rate=0.1)]
+WITH_CALIBRATION = [Conformal(q=0.2), CleanQuantile(fpr=0.05), CleanMean()]
+WITHOUT_CALIBRATION = [FixedThreshold(threshold=1.0), AssumedPoisonRate(rate=0.1), PoolMedian()]
+RULES = [*WITH_CALIBRATION, *WITHOUT_CALIBRATION]
 REPORT_KEYS = {
     *("rule", "score", "declared", "num_calibration", "num_calibration_unscored", "num_scored", "num_unscored"),
     *("num_flagged", "threshold", "how", "achievable_q", "achievable_poison_rate", "certified", "message"),
     *("num_calibration_unused", "bins", "num_distinct", "poisoned_at_least", "alarm", "null_share"),
+    "oracle",
 }
 
 
@@ -542,14 +548,14 @@ def test_the_threshold_parts_the_flagged_from_the_rest(rule):
     assert (scores[~verdict.flagged] <= verdict.threshold).all()
 
 
-@pytest.mark.parametrize("rule", [Conformal(), CleanQuantile()], ids=lambda rule: rule.kind)
+@pytest.mark.parametrize("rule", WITH_CALIBRATION, ids=lambda rule: rule.kind)
 @pytest.mark.parametrize("calibration", [None, [], [math.nan]], ids=["none", "empty", "unscored"])
 def test_missing_calibration_is_a_mistake_that_says_what_to_do(rule, calibration):
     with pytest.raises(Mistake, match="score a set of clean samples"):
         rule.decide([1.0, 2.0], calibration, names(2))
 
 
-@pytest.mark.parametrize("rule", RULES[2:], ids=lambda rule: rule.kind)
+@pytest.mark.parametrize("rule", WITHOUT_CALIBRATION, ids=lambda rule: rule.kind)
 def test_rules_that_need_no_calibration_give_p_values_when_they_get_one(rule):
     assert np.isnan(rule.decide([0.5, 2.0], None, names(2)).p_value).all()
     np.testing.assert_allclose(rule.decide([0.5, 2.0], [0.0, 1.0, 1.5], names(2)).p_value, [3 / 4, 1 / 4])
@@ -558,8 +564,16 @@ def test_rules_that_need_no_calibration_give_p_values_when_they_get_one(rule):
 def test_only_the_conformal_rule_certifies():
     rng = np.random.default_rng(9)
     scores, calibration = rng.normal(size=100), rng.normal(size=100)
-    certified = [rule.decide(scores, calibration, names(100)).report["certified"] for rule in RULES]
-    assert certified == [True, False, False, False]
+    reports = [rule.decide(scores, calibration, names(100)).report for rule in RULES]
+    assert [report["rule"] for report in reports if report["certified"]] == ["conformal"]
+    assert [report["rule"] for report in reports if report["oracle"]] == ["compat_median"]
+
+
+def test_every_rule_has_words_of_its_own():
+    words = [rule_text(rule.decide([0.5, 2.0], [0.0, 1.0], names(2)).report) for rule in RULES]
+    assert len(set(words)) == len(RULES)
+    assert not [text for text, rule in zip(words, RULES, strict=True) if rule.kind in text.split()]
+    assert "oracle" in words[-1]
 
 
 # --- the simpler rules
@@ -597,6 +611,29 @@ def test_an_assumed_rate_flags_exactly_that_many_the_highest_first_then_by_id(sc
     ranked = sorted((-s, sample_id) for s, sample_id in zip(scores, ids, strict=True) if not math.isnan(s))
     expected = {sample_id for _, sample_id in ranked[: round(rate * len(ranked))]}
     assert {sample_id for sample_id, flagged in zip(ids, verdict.flagged, strict=True) if flagged} == expected
+
+
+# --- the thresholds of DeDe's publication
+
+
+def test_the_papers_mean_is_that_of_the_calibration_scores_and_not_of_what_is_judged():
+    verdict = CleanMean().decide([0.0, 2.9, 3.0, 50.0, math.nan], [1.0, 2.0, 6.0, math.nan], names(5))
+    assert verdict.threshold == 3.0
+    assert verdict.flagged.tolist() == [False, False, True, True, False]
+    assert "flags about 33% of the clean samples" in verdict.report["message"]
+
+
+def test_the_median_of_the_pool_flags_half_whatever_is_in_it_and_admits_to_be_an_oracle():
+    rng = np.random.default_rng(10)
+    clean, triggered = rng.normal(size=200), rng.normal(size=200) + 1.5
+    for pool in (clean, np.concatenate([clean, triggered])):
+        verdict = PoolMedian().decide(pool, None, names(pool.size))
+        assert verdict.flagged.sum() == pool.size / 2
+        assert verdict.report["oracle"]
+        assert "half" in verdict.report["message"]
+    caught, alarms = verdict.flagged[200:].mean(), verdict.flagged[:200].mean()
+    assert caught + alarms == pytest.approx(1)  # the mark that this threshold leaves in the publication's tables
+    assert PoolMedian().decide([math.nan], None, ["a"]).threshold is None
 
 
 # --- settings
