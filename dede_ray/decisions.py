@@ -87,7 +87,7 @@ class Rule(Config):
 
     is_oracle: ClassVar[bool] = False
     """Whether it knows what only labels could tell; its lists are no evidence that a detector works."""
-    score: str = "dede_null_ratio"
+    score: str = "dede_reverse"
     """Score column to judge."""
 
 

@@ -150,7 +150,7 @@ def reference_folder(clip_config: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def decoder_folder(victim_folder: Path) -> Path:
-    """A decoder of one block per side for that victim, exported with random weights and a null embedding."""
+    """A decoder of one block per side for that victim, exported with random weights, null embedding, reverse head."""
     import torch
 
     from dede_ray.decoder import DecoderShape, MaskedDecoder, save_decoder
@@ -159,7 +159,7 @@ def decoder_folder(victim_folder: Path) -> Path:
     victim = load_victim(OpenClipVictim(path=str(victim_folder)))
     torch.manual_seed(1)
     shape = DecoderShape(patch_px=4, width=32, heads=2, encoder_depth=1, decoder_depth=1)
-    decoder = MaskedDecoder(shape, victim.image_size, victim.embedding_dim)
+    decoder = MaskedDecoder(shape, victim.image_size, victim.embedding_dim, has_reverse=True)
     decoder.victim, decoder.has_null = victim.fingerprint, True
     save_decoder(victim_folder.parent / "decoder", decoder, {})
     return victim_folder.parent / "decoder"

@@ -79,7 +79,7 @@ def _score(folder, name, seed, ids, samples, is_seen):
         output=str(folder / f"{name}_scores"),
         victim=OpenClipVictim(path=str(folder / name)),
         detectors=[DeDe(decoder=str(folder / f"{name}_decoder"), score_mask_ratio=0.75), ImageStatistics()],
-        decision=Conformal(q=0.2),
+        decision=Conformal(q=0.2, score="dede_null_ratio"),
     )
     rng = np.random.default_rng(seed)
     columns = {score: rng.normal(size=NUM).astype(np.float32) for score in SCORES}

@@ -646,7 +646,7 @@ def test_a_decision_is_chosen_by_its_kind_and_overridden_from_the_command_line(t
     (tmp_path / "run.yaml").write_text("decision: {kind: conformal, q: 0.05, score: lid}")
     config = load(JobConfig, [str(tmp_path / "run.yaml"), "--decision.expected-poison-rate", "0.001"])
     assert config.decision == Conformal(q=0.05, score="lid", expected_poison_rate=0.001)
-    assert JobConfig().decision.score == "dede_null_ratio"
+    assert JobConfig().decision.score == "dede_reverse"
     adapter = TypeAdapter(Decision)
     for rule in RULES:
         assert adapter.validate_python(rule.model_dump(mode="json")) == rule

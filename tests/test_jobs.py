@@ -319,6 +319,6 @@ def test_scoring_on_a_running_cluster_gives_the_same_manifest(head, smoke, check
     shutil.move(scores, tmp_path / "scores")
     job = run_job(checkout, "score", RAY_ADDRESS=head.ray)
     assert job.returncode == 0, job.stderr
-    assert re.match(r"\d+ of 1,000 samples flagged by dede_null_ratio \(conformal\); 0 unreadable -> ", job.stdout)
+    assert re.match(r"\d+ of 1,000 samples flagged by dede_reverse \(conformal\); 0 unreadable -> ", job.stdout)
     assert "Ray with 2 CPUs" in job.stderr
     assert {path.relative_to(scores): path.read_bytes() for path in scores.rglob("*") if path.is_file()} == before

@@ -138,19 +138,19 @@ def test_the_counts_and_the_summary_are_those_of_the_rows(scored):
     assert counts["flagged"] == sum(row["flagged"] for row in rows(scored))
     assert scored.info["decision"]["num_calibration"] == 60
     assert scored.info["controls"] == ["dede_null", *STATISTICS]
-    said = f"{counts['flagged']} of 43 samples flagged by dede_null_ratio (conformal); 2 unreadable"
+    said = f"{counts['flagged']} of 43 samples flagged by dede_reverse (conformal); 2 unreadable"
     assert scored.summary().startswith(said)
 
 
 def test_p_values_compare_with_the_calibration_samples(scored):
     paths = sorted((scored.folder / "calibration" / "parts").glob("*/*.parquet"))
-    calibration = [value for path in paths for value in pq.read_table(path)["dede_null_ratio"].to_pylist()]
+    calibration = [value for path in paths for value in pq.read_table(path)["dede_reverse"].to_pylist()]
     assert len(calibration) == 60
     for row in rows(scored):
         if row["error"] is None:
             above = sum(value >= row["combined_score"] for value in calibration)
             assert row["p_value"] == pytest.approx((1 + above) / 61)
-            assert row["combined_score"] == row["dede_null_ratio"]
+            assert row["combined_score"] == row["dede_reverse"]
 
 
 def test_the_manifest_says_what_made_it_and_holds_no_clock_time(scored, settings):
@@ -255,7 +255,7 @@ def test_a_killed_job_run_again_gives_the_same_bytes_and_redoes_nothing(
     for job in (scoring(killed), undisturbed):
         out, err = job.communicate()
         assert job.returncode == 0, err
-        assert "samples flagged by dede_null_ratio" in out
+        assert "samples flagged by dede_reverse" in out
     assert parts(output).items() >= standing.items()
     assert len(parts(output)) == 160
     assert files(output) == files(tmp_path / "undisturbed" / "scores")
@@ -291,9 +291,11 @@ def test_a_folder_scored_with_other_settings_is_not_continued(
 
 
 def test_a_decision_that_nothing_supports_is_a_mistake(local_ray, settings, decoder_folder, tmp_path):
-    with pytest.raises(Mistake, match="needs dede_null_ratio scores of calibration samples, found none"):
+    with pytest.raises(Mistake, match="needs dede_reverse scores of calibration samples, found none"):
         score(settings(tmp_path / "scores", calibration=None))
-    with pytest.raises(Mistake, match=r"decision\.score is 'dede_nul'.*give dede_sum, dede_mean, dede_null_ratio$"):
+    with pytest.raises(
+        Mistake, match=r"decision\.score is 'dede_nul'.*give dede_sum, dede_mean, dede_reverse, dede_null_ratio$"
+    ):
         score(settings(tmp_path / "other", decision=Conformal(score="dede_nul")))
     with pytest.raises(Mistake, match=r"decision\.score is 'stat_edges'"):  # a control decides nothing
         score(settings(tmp_path / "other", decision=Conformal(score="stat_edges")))
