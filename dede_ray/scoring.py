@@ -98,7 +98,8 @@ class ScoreConfig(Config):
     fitting: Fitting = Fitting()
     second_stage: SecondStage | None = None
     calibration: str | list[str] | None = None
-    """Clean shards that nothing was fitted on; conformal decisions need them."""
+    """Clean shards for conformal decisions. What has seen the corpus must have seen them alike: where the victim and
+    the decoder learnt the corpus, they learnt these too, unmarked; where they did not, they did not."""
     decision: Decision = Field(Conformal(), discriminator="kind")
     judging: Judging = Judging()
     store_embeddings: bool = False
