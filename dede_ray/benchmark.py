@@ -54,6 +54,8 @@ from dede_ray.victims import OptionalVictimConfig, VictimConfig
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 256
+COMPAT_SMALLEST = 65
+"""Samples with which a published batch cannot do, for its 64 neighbours."""
 
 
 class Case(Config):
@@ -469,8 +471,13 @@ class _Filling:
         num = min(self.config.num_triggered, len(sets["triggered"].sample_ids))
         clean = sets["clean"].part(range(num))
         pool = [clean, sets["triggered"].part(range(num))]
-        embedding_NE = np.concatenate([self._embedded(one).embedding_BE.numpy() for one in pool])
-        columns = {f"compat_{name}": column for name, column in compat_scores(embedding_NE).items()}
+        columns: dict[str, np.ndarray] = {}
+        if 2 * num > COMPAT_SMALLEST:
+            size = 2048  # as published, or batches of one size where a small rest would be left
+            if 0 < 2 * num % size <= COMPAT_SMALLEST:
+                size = -(-2 * num // -(-2 * num // size))
+            embedding_NE = np.concatenate([self._embedded(one).embedding_BE.numpy() for one in pool])
+            columns = {f"compat_{name}": found for name, found in compat_scores(embedding_NE, size).items()}
         tables = [
             _table(
                 f"pool_{name}", one, {column: found[half * num : (half + 1) * num] for column, found in columns.items()}
