@@ -121,12 +121,24 @@ class MaskedDecoder(nn.Module):
         Returns:
             (B, L, P), pixels around [0, 1], not clipped.
         """
+        return self.decode(self.see(image_BCHW, mask_BL), embedding_BE)
+
+    def see(self, image_BCHW: Tensor, mask_BL: Tensor) -> Tensor:
+        """The half of `forward` that no embedding enters: features of visible patches in their places (B, L, D).
+
+        Where no patch is visible, they are the same for every image.
+        """
+        all_BLD = self.mask_token.expand(len(image_BCHW), self.num_patches, -1)
+        if not self.training and not bool((~mask_BL[:1]).any()):
+            return all_BLD  # in training every parameter takes part in every step, for whoever adds gradients up
         x, visible_BV = self._encode(image_BCHW, mask_BL)
-        batch = len(image_BCHW)
-        embedding_B1D = self.embed_embedding(embedding_BE.to(x.dtype) * self.embedding_scale.to(x.dtype)).unsqueeze(1)
-        all_BLD = self.mask_token.to(x.dtype).expand(batch, self.num_patches, -1)
-        all_BLD = all_BLD.scatter(1, visible_BV.unsqueeze(-1).expand(-1, -1, x.shape[-1]), x[:, 1:])
-        x = torch.cat([embedding_B1D, all_BLD], dim=1) + self.decoder_position  # the embedding replaces token 0
+        return all_BLD.to(x.dtype).scatter(1, visible_BV.unsqueeze(-1).expand(-1, -1, x.shape[-1]), x[:, 1:])
+
+    def decode(self, seen_BLD: Tensor, embedding_BE: Tensor) -> Tensor:
+        """The other half: every patch's pixels (B, L, P) from what `see` gave and embeddings."""
+        dtype = seen_BLD.dtype
+        embedding_B1D = self.embed_embedding(embedding_BE.to(dtype) * self.embedding_scale.to(dtype)).unsqueeze(1)
+        x = torch.cat([embedding_B1D, seen_BLD], dim=1) + self.decoder_position  # the embedding replaces token 0
         for block in self.decoder:
             x = block(x)
         return 0.5 + 0.25 * self.to_pixels(x[:, 1:])
@@ -145,11 +157,13 @@ class MaskedDecoder(nn.Module):
 
     def _encode(self, image_BCHW: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Features of class token and visible patches (B, 1 + V, D), and which patches those are (B, V)."""
-        patches_BLP = (self.patchify(image_BCHW) - 0.5) / 0.25
+        patches_BLP = self.patchify(image_BCHW)
         num_visible = int((~mask_BL[0]).sum())
         visible_BV = mask_BL.int().argsort(dim=1, stable=True)[:, :num_visible]
-        token_BLD = self.embed_patch(patches_BLP) + self.encoder_position
-        token_BVD = token_BLD.gather(1, visible_BV.unsqueeze(-1).expand(-1, -1, token_BLD.shape[-1]))
+        patches_BVP = patches_BLP.gather(1, visible_BV.unsqueeze(-1).expand(-1, -1, patches_BLP.shape[-1]))
+        position_BLD = self.encoder_position.expand(len(image_BCHW), -1, -1)
+        position_BVD = position_BLD.gather(1, visible_BV.unsqueeze(-1).expand(-1, -1, position_BLD.shape[-1]))
+        token_BVD = self.embed_patch((patches_BVP - 0.5) / 0.25) + position_BVD
         x = torch.cat([self.class_token.expand(len(image_BCHW), -1, -1), token_BVD], dim=1)
         for block in self.encoder:
             x = block(x)
