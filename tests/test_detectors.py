@@ -87,7 +87,7 @@ def test_controls_never_look_at_the_embedding(victim, decoder_folder, batch):
         scorer = detector.open(victim, {})
         one, two = scorer.score(batch), scorer.score(other)
         seen.update({name: not np.array_equal(one[name], two[name]) for name in one})
-    assert {name for name, looks in seen.items() if not looks} == {"dede_null", "stat_contrast", "stat_edges"}
+    assert {name for name, looks in seen.items() if not looks} == {"dede_null", *scorer.columns}
 
 
 def test_image_statistics_are_contrast_and_edges(batch, victim):
@@ -164,3 +164,17 @@ def test_the_swap_rank_counts_embeddings_that_rebuild_better(victim, decoder_fol
     own = plain.score(batch)["dede_mean"]
     others = [plain.score(replace(batch, embedding_BE=swap_E.expand(12, -1)))["dede_mean"] for swap_E in state["swap"]]
     np.testing.assert_allclose(ranks, (np.stack(others) < own).mean(axis=0))
+
+
+def test_what_five_detectors_cost_is_told_beside_embedding_alone(clip_config):
+    from dede_ray.speed import DetectorSpeed, SpeedConfig, measure_speed
+
+    small = DecoderShape(patch_px=8, width=32, heads=2, encoder_depth=1, decoder_depth=1)
+    measured = DetectorSpeed(
+        model=str(clip_config), reference="mobilenetv3_small_050", decoder=small, num_samples=6, chunk_size=4, repeats=1
+    )
+    table = measure_speed(SpeedConfig(detectors=[measured]))
+    assert "with five detectors ratio" in table
+    shares = table.splitlines()[-1]
+    for name in ("dede", "density", "isolation_forest", "consistency", "clip_score", "reference encoder", "text tower"):
+        assert f"{name} " in shares
