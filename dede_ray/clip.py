@@ -489,10 +489,46 @@ def to_unit_range(image_BHWC: Tensor) -> Tensor:
     return image_BHWC.permute(0, 3, 1, 2).float() / 255
 
 
+TOKENS_APART = 8  # captions are computed at their length, rounded up to a multiple of this
+
+
 @torch.no_grad()
 def encode_captions(model: Any, tokenize: Any, captions: list[str], batch_size: int = 256) -> Tensor:
-    """Embed captions with the text tower: float32 (N, E), not normalised."""
-    parts = [
-        model.encode_text(tokenize(captions[i : i + batch_size])).float() for i in range(0, len(captions), batch_size)
-    ]
-    return torch.cat(parts)
+    """Embed captions with the text tower: float32 (N, E), not normalised.
+
+    Equal captions are embedded once. Where the tower looks back only, as CLIP's own does, what pads a caption to the
+    context length cannot change its embedding, and is most of the work: it is left out. How much is left out depends
+    on the caption alone, so that its embedding does not depend on its company.
+    """
+    distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+    tokens_NT = tokenize(list(distinct)).to(next(model.parameters()).device)
+    context = tokens_NT.shape[1]
+    length_N = torch.full((len(tokens_NT),), context)
+    if _looks_back_only(model):
+        ends_N = tokens_NT.argmax(dim=1).cpu() + 1  # the end of text has the highest number
+        length_N = (-(-ends_N // TOKENS_APART) * TOKENS_APART).clamp_max(context)
+    embedding_NE = torch.empty(0)
+    for length in length_N.unique().tolist():
+        for rows in (length_N == length).nonzero()[:, 0].split(batch_size):
+            tokens_BT = tokens_NT[rows.to(tokens_NT.device), :length]
+            part_BE = (model.encode_text(tokens_BT) if length == context else _encode_short(model, tokens_BT)).float()
+            if not len(embedding_NE):
+                embedding_NE = part_BE.new_empty(len(tokens_NT), part_BE.shape[1])
+            embedding_NE[rows.to(part_BE.device)] = part_BE
+    return embedding_NE[torch.tensor([distinct[caption] for caption in captions], device=embedding_NE.device)]
+
+
+def _looks_back_only(model: Any) -> bool:
+    """Whether it is open_clip's plain CLIP, whose caption is read off at its end."""
+    return type(model) is open_clip.model.CLIP and model.text_pool_type == "argmax" and model.attn_mask is not None
+
+
+def _encode_short(model: Any, tokens_BT: Tensor) -> Tensor:
+    """`encode_text` of a plain CLIP for fewer tokens than its context has places."""
+    length, dtype = tokens_BT.shape[1], model.transformer.get_cast_dtype()
+    x = model.token_embedding(tokens_BT).to(dtype) + model.positional_embedding[:length].to(dtype)
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+    x = x[torch.arange(len(x), device=x.device), tokens_BT.argmax(dim=1)]
+    if isinstance(model.text_projection, nn.Linear):
+        return model.text_projection(x)
+    return x if model.text_projection is None else x @ model.text_projection

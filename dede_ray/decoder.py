@@ -15,13 +15,14 @@ Masks are boolean, True = hidden. Pixels are in [0, 1], before and after.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -120,12 +121,24 @@ class MaskedDecoder(nn.Module):
         Returns:
             (B, L, P), pixels around [0, 1], not clipped.
         """
+        return self.decode(self.see(image_BCHW, mask_BL), embedding_BE)
+
+    def see(self, image_BCHW: Tensor, mask_BL: Tensor) -> Tensor:
+        """The half of `forward` that no embedding enters: features of visible patches in their places (B, L, D).
+
+        Where no patch is visible, they are the same for every image.
+        """
+        all_BLD = self.mask_token.expand(len(image_BCHW), self.num_patches, -1)
+        if not self.training and not bool((~mask_BL[:1]).any()):
+            return all_BLD  # in training every parameter takes part in every step, for whoever adds gradients up
         x, visible_BV = self._encode(image_BCHW, mask_BL)
-        batch = len(image_BCHW)
-        embedding_B1D = self.embed_embedding(embedding_BE.to(x.dtype) * self.embedding_scale.to(x.dtype)).unsqueeze(1)
-        all_BLD = self.mask_token.to(x.dtype).expand(batch, self.num_patches, -1)
-        all_BLD = all_BLD.scatter(1, visible_BV.unsqueeze(-1).expand(-1, -1, x.shape[-1]), x[:, 1:])
-        x = torch.cat([embedding_B1D, all_BLD], dim=1) + self.decoder_position  # the embedding replaces token 0
+        return all_BLD.to(x.dtype).scatter(1, visible_BV.unsqueeze(-1).expand(-1, -1, x.shape[-1]), x[:, 1:])
+
+    def decode(self, seen_BLD: Tensor, embedding_BE: Tensor) -> Tensor:
+        """The other half: every patch's pixels (B, L, P) from what `see` gave and embeddings."""
+        dtype = seen_BLD.dtype
+        embedding_B1D = self.embed_embedding(embedding_BE.to(dtype) * self.embedding_scale.to(dtype)).unsqueeze(1)
+        x = torch.cat([embedding_B1D, seen_BLD], dim=1) + self.decoder_position  # the embedding replaces token 0
         for block in self.decoder:
             x = block(x)
         return 0.5 + 0.25 * self.to_pixels(x[:, 1:])
@@ -144,11 +157,13 @@ class MaskedDecoder(nn.Module):
 
     def _encode(self, image_BCHW: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Features of class token and visible patches (B, 1 + V, D), and which patches those are (B, V)."""
-        patches_BLP = (self.patchify(image_BCHW) - 0.5) / 0.25
+        patches_BLP = self.patchify(image_BCHW)
         num_visible = int((~mask_BL[0]).sum())
         visible_BV = mask_BL.int().argsort(dim=1, stable=True)[:, :num_visible]
-        token_BLD = self.embed_patch(patches_BLP) + self.encoder_position
-        token_BVD = token_BLD.gather(1, visible_BV.unsqueeze(-1).expand(-1, -1, token_BLD.shape[-1]))
+        patches_BVP = patches_BLP.gather(1, visible_BV.unsqueeze(-1).expand(-1, -1, patches_BLP.shape[-1]))
+        position_BLD = self.encoder_position.expand(len(image_BCHW), -1, -1)
+        position_BVD = position_BLD.gather(1, visible_BV.unsqueeze(-1).expand(-1, -1, position_BLD.shape[-1]))
+        token_BVD = self.embed_patch((patches_BVP - 0.5) / 0.25) + position_BVD
         x = torch.cat([self.class_token.expand(len(image_BCHW), -1, -1), token_BVD], dim=1)
         for block in self.encoder:
             x = block(x)
@@ -249,6 +264,15 @@ def embedding_error(predicted_BE: Tensor, standardised_BE: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ presets
 
 
+OodFill = Literal["none", "split", "noise"]
+"""What becomes of samples whose embeddings are longer than most: where few samples lie, a decoder learns little else
+than them, and a poison that makes embeddings long (CTRL) is then rebuilt well. Publication and code disagree.
+
+none: nothing. noise, after the publication's text: they are left out, and as many images of random noise take their
+place. split, after the published code, where the noise is commented out: they are kept apart, and every epoch is a pass
+over the others, then one over them."""
+
+
 class DecoderPreset(Optimisation):
     """Network and optimisation of one published or tried setting."""
 
@@ -261,6 +285,8 @@ class DecoderPreset(Optimisation):
     batch_size: int
     epochs: float
     shuffle: bool
+    ood_fill: OodFill = "none"
+    ood_quantile: float = 0.99
 
 
 PRESETS: dict[str, DecoderPreset] = {
@@ -413,6 +439,35 @@ def reconstruction(preset: DecoderPreset, image_size: int, spread: Spread, victi
     )
 
 
+# What `ood_fill` does. The rule is here alone: embeddings longer than a quantile of the corpus' lengths are outside.
+
+NOISE_SPLIT, NOISE_PER_SHARD = "ood-noise", 1000
+
+
+def lengths(embedding_NE: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Euclidean length of each embedding (N,)."""
+    return np.sqrt(np.square(embedding_NE, dtype=np.float64).sum(axis=1))
+
+
+def ball_radius(length_N: ArrayLike, quantile: float) -> float:
+    """Radius of the ball around zero that holds this share of the corpus."""
+    return float(np.quantile(np.asarray(length_N, np.float64), quantile))
+
+
+def ood_split(embedding_NE: NDArray[np.floating], quantile: float) -> NDArray[np.bool_]:
+    """(N,), True where an embedding lies outside of the ball that holds `quantile` of all."""
+    length_N = lengths(embedding_NE)
+    return length_N > ball_radius(length_N, quantile)
+
+
+def noise_images(num: int, image_size: int, seed: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """Images of uniform noise, each by its own name: (sample id, uint8 HWC)."""
+    for number in range(num):
+        name = f"{NOISE_SPLIT}-{number // NOISE_PER_SHARD:05d}.tar/{number:08d}"
+        rng = np.random.default_rng(sample_keys([name], seed).numpy().view(np.uint64))
+        yield name, rng.integers(0, 256, (image_size, image_size, 3), np.uint8)
+
+
 def fit_decoder(
     image_NHWC: np.ndarray,
     embedding_NE: np.ndarray,
@@ -420,6 +475,7 @@ def fit_decoder(
     preset: DecoderPreset,
     victim: str,
     seed: int,
+    embed: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> MaskedDecoder:
     """Train a decoder on images that are in memory, by a plain loop: for benchmarks and small sets.
 
@@ -431,24 +487,43 @@ def fit_decoder(
         sample_ids: N of them; masks are drawn from (id, seed, epoch).
         preset: network and optimisation; an epoch's last batch, if it is short, is left out.
         victim: fingerprint.
+        embed: the victim itself, uint8 (N, H, W, 3) -> float32 (N, E), where the preset fills with noise.
+
+    Raises:
+        Mistake: fewer images than a batch, or noise to embed and nobody to do it.
     """
+    passes = [np.arange(len(image_NHWC))]
+    if preset.ood_fill != "none":
+        is_outside_N = ood_split(embedding_NE, preset.ood_quantile)
+        inside, outside = np.flatnonzero(~is_outside_N), np.flatnonzero(is_outside_N)
+        if preset.ood_fill == "split":
+            passes = [inside, outside] if len(outside) else [inside]
+        elif len(outside):
+            if embed is None:
+                raise Mistake("ood_fill is noise, and there is no victim to embed the noise; give `embed`")
+            noise = dict(noise_images(len(outside), image_NHWC.shape[1], seed))
+            sample_ids = [*(sample_ids[row] for row in inside.tolist()), *noise]
+            noise_NHWC = np.stack(list(noise.values()))
+            image_NHWC = np.concatenate([image_NHWC[inside], noise_NHWC])
+            embedding_NE = np.concatenate([embedding_NE[inside], embed(noise_NHWC)])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         objective = reconstruction(preset, image_NHWC.shape[1], Spread.of(embedding_NE), victim)
     optimiser = preset.build(objective)
-    per_epoch = len(image_NHWC) // preset.batch_size
-    if not per_epoch:
-        raise Mistake(f"{len(image_NHWC):,} images to train the decoder on, fewer than a batch of {preset.batch_size}")
+    if len(passes[0]) < preset.batch_size:
+        raise Mistake(f"{len(passes[0]):,} images to train the decoder on, fewer than a batch of {preset.batch_size}")
+    per_epoch = sum(1 for part in passes for _ in _batches(part, preset.batch_size))
     num_steps = max(1, round(preset.epochs * per_epoch))
     image, embedding = torch.from_numpy(image_NHWC), torch.from_numpy(embedding_NE)
-    order = np.arange(len(image_NHWC))
+    batches: list[np.ndarray] = []
     keys_N = torch.empty(0)
     for step in range(num_steps):
         epoch, place = divmod(step, per_epoch)
         if place == 0:
-            keys_N = sample_keys(sample_ids, seed, epoch)
-            order = np.random.default_rng([seed, epoch]).permutation(len(order)) if preset.shuffle else order
-        rows = torch.from_numpy(order[place * preset.batch_size : (place + 1) * preset.batch_size])
+            keys_N, rng = sample_keys(sample_ids, seed, epoch), np.random.default_rng([seed, epoch])
+            mixed = [rng.permutation(part) if preset.shuffle else part for part in passes]
+            batches = [rows for part in mixed for rows in _batches(part, preset.batch_size)]
+        rows = torch.from_numpy(batches[place])
         for group in optimiser.param_groups:
             group["lr"] = preset.rate(step, num_steps)
         loss, _ = objective({"image": image[rows], "embedding": embedding[rows], "key": keys_N[rows]})
@@ -458,6 +533,12 @@ def fit_decoder(
             nn.utils.clip_grad_norm_(objective.parameters(), preset.clip_norm)
         optimiser.step()
     return objective.decoder.requires_grad_(False).eval()
+
+
+def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Rows in batches of one size; what is left over at the end is left out, unless it is all there is."""
+    size = min(size, len(rows))
+    return (rows[start : start + size] for start in range(0, len(rows) - size + 1, size))
 
 
 @torch.inference_mode()

@@ -18,11 +18,11 @@ import itertools
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -219,9 +219,14 @@ class Plan:
         return np.floor(weight * (epoch + 1) + turn).astype(int) - np.floor(weight * epoch + turn).astype(int)
 
 
+SetAside = Literal["outside_ball"]
+"""Why a sample without any fault is not trained on: its embedding is long (`decoder.ood_fill`)."""
+SET_ASIDE: tuple[SetAside, ...] = get_args(SetAside)
+Unused = Reason | SetAside
+
 # Turns samples `start ... start + len(samples)` of a chunk, in some epoch, into columns of those that can be used, and
 # says for each sample why it cannot be used, or None.
-Decode = Callable[[ChunkRef, int, int, list[Sample]], tuple[Columns, list[Reason | None]]]
+Decode = Callable[[ChunkRef, int, int, list[Sample]], tuple[Columns, Sequence[Unused | None]]]
 
 
 def read_window(plan: Plan, lanes: list[int], window: int, limits: Limits, decode: Decode) -> Iterator[Columns]:

@@ -22,7 +22,8 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ from dede_ray.config import Config, Mistake, read_json, write_atomically, write_
 from dede_ray.contrastive import backward
 from dede_ray.curve import draw_curve
 from dede_ray.optimisation import Optimisation
-from dede_ray.shards import Limits, Reason, Sample
+from dede_ray.shards import Limits, Sample
 from dede_ray.tracking import Follower, Tracking
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class Recipe(ABC):
     @abstractmethod
     def decode(
         self, ref: feed.ChunkRef, epoch: int, start: int, samples: list[Sample]
-    ) -> tuple[feed.Columns, list[Reason | None]]:
+    ) -> tuple[feed.Columns, Sequence[feed.Unused | None]]:
         """Samples to columns; see feed.Decode."""
 
     def reader(self) -> feed.Decode:
@@ -588,11 +589,12 @@ def _non_finite(
 
 def _stop_reading_rubbish(run: Run, seen: feed.Seen) -> None:
     """Raise when too many samples cannot be used; rank 0's share speaks for all."""
-    bad, used = sum(seen.unusable.values()), seen.counts["samples"]
+    unusable = Counter({key: n for key, n in seen.unusable.items() if key[1] not in feed.SET_ASIDE})
+    bad, used = sum(unusable.values()), seen.counts["samples"]
     used = max(used, run.plan.batch_size * min(run.plan.steps_per_window, run.plan.num_steps))  # a window's at once
     if bad > run.max_error_fraction * used:
         raise Mistake(
-            f"{bad:,} of the first {used:,} samples cannot be used ({feed.in_words(seen.unusable)}), more than "
+            f"{bad:,} of the first {used:,} samples cannot be used ({feed.in_words(unusable)}), more than "
             f"max_error_fraction {run.max_error_fraction:g} allows; repair the shards or raise it"
         )
 

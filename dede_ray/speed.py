@@ -1,11 +1,12 @@
 """How fast our passes are beside others that do the same work, in one run on one machine.
 
 `trainers` compares our CLIP trainer with open_clip's own (baseline.py), `ingest` the writing of shards with
-webdataset's ShardWriter, `loops` training and scoring with the plainest loops:
-the trainer is compared with a bare PyTorch loop over the same batches held in memory; the score pass with a bare loop
-that decodes and scores one chunk after the other, its arithmetic using all cores. Ours and theirs take turns, because
-machines drift; the figures that count are the ratios. The images are the bundled digits, repeated under distinct keys;
-the weights are random, which changes nothing about the speed.
+webdataset's ShardWriter, `loops` training and scoring with the plainest loops: the trainer is compared with a bare
+PyTorch loop over the same batches held in memory; the score pass with a bare loop that decodes and scores one chunk
+after the other, its arithmetic using all cores. `detectors` says what attached detectors cost of the rate at which
+images are embedded. Ours and theirs take turns, because machines drift; the figures that count are the ratios. The
+images are the bundled digits, repeated under distinct keys; the weights are random, which changes nothing about the
+speed.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -34,13 +37,19 @@ from pydantic import Field
 from dede_ray import clip, feed, training
 from dede_ray.baseline import TrainerSpeed, compare_trainers, photographs
 from dede_ray.config import Config, Mistake
-from dede_ray.decoder import PRESETS, MaskedDecoder, Reconstruction, save_decoder
+from dede_ray.decoder import PRESETS, DecoderShape, MaskedDecoder, Reconstruction, save_decoder
+from dede_ray.detectors.caption import CaptionScore
+from dede_ray.detectors.consistency import Consistency
+from dede_ray.detectors.contract import Batch, DetectorSettings, Need
 from dede_ray.detectors.dede import DeDe
-from dede_ray.embedding import Encoding
+from dede_ray.detectors.density import Density
+from dede_ray.detectors.forest import Forest
+from dede_ray.embedding import EmbedWork, Encoding
+from dede_ray.encoders import Described, Timm, build_encoder, save_encoder
 from dede_ray.ingest import IngestConfig, ingest
 from dede_ray.ledger import BASE_SCHEMA, Chunk, PassResources, run_pass
 from dede_ray.manifest import DECISION_COLUMNS, write_manifest
-from dede_ray.scoring import ScoreWork
+from dede_ray.scoring import ScoreWork, fit_state
 from dede_ray.shards import (
     Limits,
     Sample,
@@ -55,7 +64,7 @@ from dede_ray.shards import (
 )
 from dede_ray.sift import SiftConfig, sift, sift_shard
 from dede_ray.sources import Digits
-from dede_ray.victims import OpenClipVictim, load_victim
+from dede_ray.victims import EncoderVictim, OpenClipVictim, load_victim
 
 
 class LoopSpeed(Config):
@@ -99,6 +108,32 @@ class SiftSpeed(Config):
     """Turns each; the median counts."""
 
 
+class DetectorSpeed(Config):
+    """The score pass's work on one core with five detectors attached beside that of embedding alone.
+
+    The detectors are dede, density, isolation_forest, consistency (closed form) and clip_score. Of what they share with
+    nobody, the reference encoder's forward and the text tower's are told apart. All weights are random and detectors
+    are fitted to random embeddings, which changes nothing about their speed.
+    """
+
+    model: str = "configs/models/clip_cifar10.json"
+    """The victim's architecture."""
+    reference: str = "mobilenetv3_small_100"
+    """The reference encoder, by timm's name."""
+    decoder: DecoderShape = PRESETS["tiny"].shape
+    """DeDe's network."""
+    dede_masks: int = Field(4, ge=1)
+    """DeDe's `num_masks`."""
+    shards: str | None = None
+    """Captioned shards to score; null makes up digits, for images of more than 64 px JPEGs with a photograph's
+    spectrum, and captions of a dozen words."""
+    num_samples: int = Field(1024, ge=1)
+    """Samples of one turn."""
+    chunk_size: int = Field(256, ge=1)
+    repeats: int = Field(5, ge=1)
+    """Turns each; the median counts."""
+
+
 class SpeedConfig(Config):
     """Settings of jobs/speed.py."""
 
@@ -108,6 +143,7 @@ class SpeedConfig(Config):
     loops: LoopSpeed | None = None
     ingest: IngestSpeed | None = None
     sift: SiftSpeed | None = None
+    detectors: list[DetectorSpeed] = Field([])
 
 
 def measure_speed(config: SpeedConfig) -> str:
@@ -116,8 +152,8 @@ def measure_speed(config: SpeedConfig) -> str:
     Returns:
         A few lines per comparison: ours, the other's, and their ratio.
     """
-    if not config.trainers and config.loops is None and config.ingest is None and config.sift is None:
-        raise Mistake("nothing to measure: the config needs `trainers:`, `loops:`, `ingest:` or `sift:`")
+    if not any((config.trainers, config.loops, config.ingest, config.sift, config.detectors)):
+        raise Mistake("nothing to measure: the config needs `trainers:`, `loops:`, `ingest:`, `sift:` or `detectors:`")
     tables = [compare_trainers(trainers, Path(config.output)) for trainers in config.trainers]
     if config.loops is not None:
         tables.append(_compare_loops(config.loops))
@@ -125,6 +161,7 @@ def measure_speed(config: SpeedConfig) -> str:
         tables.append(_compare_ingest(config.ingest))
     if config.sift is not None:
         tables.append(_compare_sifting(config.sift, Path(config.output)))
+    tables += [_compare_attached(detectors) for detectors in config.detectors]
     return "\n\n".join(tables)
 
 
@@ -133,7 +170,7 @@ def _compare_loops(config: LoopSpeed) -> str:
         folder = Path(name)
         shards = _write_shards(folder / "shards", config.num_samples)
         victim = _write_victim(folder / "victim", config.model)
-        _write_decoder(folder / "decoder", victim, config.preset)
+        _write_decoder(folder / "decoder", victim, PRESETS[config.preset].shape)
         lines = [_compare_training(config, folder, shards, victim), _compare_scoring(config, folder, shards, victim)]
     about = f"{os.cpu_count()} CPUs, {config.num_samples:,} images, preset {config.preset}"
     return "\n".join([f"{about}, median of {config.repeats} turns", *lines])
@@ -155,9 +192,9 @@ def _write_victim(folder: Path, model: str) -> OpenClipVictim:
     return OpenClipVictim(path=str(folder))
 
 
-def _write_decoder(folder: Path, victim_config: OpenClipVictim, preset: str) -> None:
+def _write_decoder(folder: Path, victim_config: OpenClipVictim, shape: DecoderShape) -> None:
     victim = load_victim(victim_config)
-    decoder = MaskedDecoder(PRESETS[preset].shape, victim.image_size, victim.embedding_dim, has_reverse=True)
+    decoder = MaskedDecoder(shape, victim.image_size, victim.embedding_dim, has_reverse=True)
     decoder.victim, decoder.has_null = victim.fingerprint, True
     save_decoder(folder, decoder, {})
 
@@ -274,6 +311,125 @@ def _bare_scoring(config: LoopSpeed, shards: list[Shard], arguments: dict) -> fl
         work(Chunk([sample_id(shard.name, s.key) for s in chunk], np.stack(images), [s.caption for s in chunk]))
         done += len(chunk) if number >= 2 else 0
     return done / (time.monotonic() - started)
+
+
+# ------------------------------------------------------------------------------------------------ detectors
+
+
+def _compare_attached(config: DetectorSpeed) -> str:
+    """In this process, on one thread and in its own seconds of computing: the machine may have other work."""
+    num_threads, laps = torch.get_num_threads(), Counter[str]()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            alone = EmbedWork(Encoding(_write_victim(folder / "victim", config.model), None, frozenset()))
+            attached = _attach(config, folder, laps)
+            samples = _captioned(config, alone.image_size)
+            turns: list[tuple[float, float, Counter[str]]] = []
+            for _ in range(1 + config.repeats):  # the first one only warms up
+                embed_s = _lasts(config, samples, alone)
+                laps.clear()
+                turns.append((embed_s, _lasts(config, samples, attached), Counter(laps)))
+    finally:
+        torch.set_num_threads(num_threads)
+    turns = turns[1:]
+    rate, ratio = (
+        statistics.median(len(samples) / embed_s for embed_s, _, _ in turns),
+        statistics.median(embed_s / score_s for embed_s, score_s, _ in turns),
+    )
+    bare = statistics.median(
+        embed_s / (score_s - sum(spent[name] for name in ENCODERS)) for embed_s, score_s, spent in turns
+    )
+    shares = {
+        name: statistics.median(spent[name] / embed_s for embed_s, _, spent in turns) for name in turns[0][2]
+    }  # fmt: skip
+    return "\n".join(
+        [
+            f"{config.model}, {attached.image_size} px, reference {config.reference}, one thread, chunks of "
+            f"{config.chunk_size}, median of {config.repeats} turns of {len(samples):,} images, random weights",
+            f"embedding alone, JPEG to float32: {rate:,.1f} images/s; with five detectors ratio {ratio:.3f} "
+            f"(turns: {', '.join(f'{embed_s / score_s:.3f}' for embed_s, score_s, _ in turns)})",
+            f"without what other encoders take, the five alone: ratio {bare:.3f}, cost {1 - bare:.1%} of the rate",
+            "time in units of the embedding's: "
+            + ", ".join(f"{name} {share:.1%}" for name, share in sorted(shares.items(), key=lambda one: -one[1])),
+        ]
+    )
+
+
+ENCODERS = ("reference encoder", "text tower")
+
+
+def _attach(config: DetectorSpeed, folder: Path, laps: Counter[str]) -> ScoreWork:
+    """The victim with five detectors, and stopwatches in whatever they add."""
+    victim = OpenClipVictim(path=str(folder / "victim"))
+    architecture = Timm(name=config.reference)
+    encoder, size = build_encoder(architecture), load_victim(victim).image_size
+    save_encoder(folder / "reference", encoder, Described(architecture, size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
+    _write_decoder(folder / "decoder", victim, config.decoder)
+    detectors: list[DetectorSettings] = [
+        DeDe(decoder=str(folder / "decoder"), num_masks=config.dede_masks),
+        Density(),
+        Forest(),
+        Consistency(min_agreement=0),
+        CaptionScore(),
+    ]
+    widths = load_victim(victim).embedding_dim, int(encoder.embedding_dim)  # type: ignore[arg-type]
+    suspected, states = _made_up(*widths), []
+    for one in detectors:
+        path = folder / f"{one.label}.safetensors"
+        fit_state(one, suspected, None, "", path)
+        states.append(str(path) if one.fits else None)
+    needs: frozenset[Need] = frozenset().union(*(one.needs for one in detectors))
+    work = ScoreWork(Encoding(victim, EncoderVictim(path=str(folder / "reference")), needs), detectors, states)
+    encoders: Any = work.encoders
+    encoders.reference.forward = _stopwatch(laps, ENCODERS[0], encoders.reference.forward)
+    encoders.victim.encode_text = _stopwatch(laps, ENCODERS[1], encoders.victim.encode_text)
+    for one, scorer in zip(detectors, work.scorers, strict=True):
+        scorer.score = _stopwatch(laps, one.label, scorer.score)  # type: ignore[method-assign]
+    return work
+
+
+def _made_up(width: int, reference_width: int) -> Batch:
+    """A fitting set of normal noise in which one encoder tells something of the other."""
+    rng, num = torch.Generator().manual_seed(0), max(4096, 2 * reference_width)
+    reference_NR = torch.randn(num, reference_width, generator=rng)
+    noise_NE, caption_NE = torch.randn(2, num, width, generator=rng)
+    embedding_NE = reference_NR @ torch.randn(reference_width, width, generator=rng) / reference_width**0.5 + noise_NE
+    return Batch([f"{i}" for i in range(num)], embedding_NE, None, reference_NR, caption_NE)
+
+
+def _stopwatch(laps: Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(*arguments: Any) -> Any:
+        started = time.thread_time()
+        result = function(*arguments)
+        laps[name] += time.thread_time() - started  # type: ignore[assignment]
+        return result
+
+    return timed
+
+
+def _captioned(config: DetectorSpeed, size_px: int) -> list[Sample]:
+    """As many samples as a turn takes, each with a caption; what there is is repeated."""
+    if config.shards is not None:
+        found = (s for shard in list_shards(config.shards) for s in iter_samples(open_shard(shard), Limits()))
+        images = [s for s in itertools.islice(found, config.num_samples) if s.error is None and s.image is not None]
+    else:
+        images = [*(Digits(calibration=0, test=0).read(0, Limits())["train"] if size_px <= 64 else photographs())]
+    return [
+        replace(like, key=f"{i:06d}", caption=like.caption or f"photograph {i} of two people at a table in a kitchen")
+        for i, like in ((i, images[i % len(images)]) for i in range(config.num_samples))
+    ]
+
+
+def _lasts(config: DetectorSpeed, samples: list[Sample], work: EmbedWork | ScoreWork) -> float:
+    """Seconds that this thread computes: decode, embed, score, one chunk after the other."""
+    started = time.thread_time()
+    for start in range(0, len(samples), config.chunk_size):
+        chunk = samples[start : start + config.chunk_size]
+        images = [decode_image(sample.image or b"", Limits(), work.image_size) for sample in chunk]
+        work(Chunk([f"s.tar/{s.key}" for s in chunk], np.stack(images), [s.caption for s in chunk]))
+    return time.thread_time() - started
 
 
 # ------------------------------------------------------------------------------------------------ ingestion

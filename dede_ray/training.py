@@ -12,7 +12,9 @@ resuming needs) and a tensor-only export that the other jobs read. Running the s
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,12 +30,18 @@ from dede_ray.augmentation import Augmentation
 from dede_ray.config import Config, Mistake, claim, finish
 from dede_ray.contrastive import Contrastive, LossKind, with_loss
 from dede_ray.decoder import (
+    NOISE_PER_SHARD,
+    NOISE_SPLIT,
     PRESETS,
     DecoderPreset,
     MaskedDecoder,
+    OodFill,
     Reconstruction,
     Spread,
+    ball_radius,
     embedding_use,
+    lengths,
+    noise_images,
     reconstruction,
     sample_keys,
     save_decoder,
@@ -42,7 +50,19 @@ from dede_ray.embedding import EmbedWork, Encoding
 from dede_ray.ledger import PassResources, part_path, run_pass
 from dede_ray.loop import Precision, Recipe, Run, Workers, check_workers, fit
 from dede_ray.optimisation import Optimisation
-from dede_ray.shards import BadSample, Limits, Reason, Sample, decode_image, list_shards, sample_id
+from dede_ray.shards import (
+    BadSample,
+    Limits,
+    Reason,
+    Sample,
+    Shard,
+    decode_image,
+    encode_image,
+    in_order,
+    list_shards,
+    sample_id,
+    write_shards,
+)
 from dede_ray.tracking import Tracking
 from dede_ray.validation import ValidationConfig, Validator
 from dede_ray.victims import OpenClipVictim, OptionalVictimConfig, Victim, VictimConfig, load_victim
@@ -114,6 +134,12 @@ class DecoderTrain(Config):
     """Weight of the reverse direction, embeddings predicted from visible patches; 0 trains none."""
     reverse_mask_ratio: float | None = Field(None, gt=0, lt=1)
     """Hidden patches / patches in the reverse direction."""
+    ood_fill: OodFill = "none"
+    """What becomes of samples with long embeddings, against poison that makes embeddings long (CTRL). Publication and
+    code disagree: `noise` (the text) puts images of random noise in their place; `split` (the code) trains on them in a
+    pass of their own, which is for in-memory training only; `none` does nothing, as the publication's other rows."""
+    ood_quantile: float = Field(0.99, gt=0.5, lt=1)
+    """Share of the samples whose embeddings are not long; in the published code 1 - poison rate, which is 0.01."""
 
     def resolved(self) -> DecoderPreset:
         own = self.model_dump(include=DecoderPreset.model_fields.keys() - {"shape"})
@@ -275,6 +301,12 @@ def train_decoder(config: Training, section: DecoderTrain, trained: VictimConfig
     Returns:
         One line for people.
     """
+    if section.ood_fill == "split":
+        raise Mistake(
+            "decoder.ood_fill is split, which takes samples apart by their embeddings; what trains here reads whole "
+            "chunks, in an order that is fixed before anything is embedded. Set it to noise or none, or train in "
+            "memory (fit_decoder in decoder.py)"
+        )
     folder = Path(config.output).absolute() / "decoder"
     victim_config = section.victim or trained.model_copy(update={"path": str(Path(trained.path).absolute())})
     victim = load_victim(victim_config)
@@ -286,13 +318,18 @@ def train_decoder(config: Training, section: DecoderTrain, trained: VictimConfig
         check_workers(config.lanes, preset.batch_size, 1, config.workers)
         shards = list_shards(section.shards)
         index = feed.index_shards(shards, CHUNK_SIZE)
+        holdout = list_shards(section.holdout) if section.holdout else [index[0].shard]
+        noise: list[Shard] = []
+        if preset.ood_fill == "noise":
+            noise = _noise_shards(folder / "noise", preset, index, victim.image_size, config.seed)
+            in_order([*shards, *noise])  # names that clash are told here
+            index += feed.index_shards(noise, CHUNK_SIZE)
         steps_per_window = max(1, 4096 // preset.batch_size)
         plan = feed.Plan(
             index, preset.batch_size, config.lanes, config.seed, preset.shuffle, steps_per_window, preset.epochs
         )
-        holdout = list_shards(section.holdout) if section.holdout else [index[0].shard]
         held_index = feed.index_shards(holdout, CHUNK_SIZE)
-        for kind, pass_shards in (("train", shards), ("holdout", holdout)):
+        for kind, pass_shards in (("train", [*shards, *noise]), ("holdout", holdout)):
             run_pass(
                 pass_shards, folder / "embeddings" / kind, EmbedWork,
                 {"encoding": Encoding(victim_config.located(), None, frozenset())},
@@ -300,7 +337,7 @@ def train_decoder(config: Training, section: DecoderTrain, trained: VictimConfig
                 limits=config.limits, resources=config.embedding, max_error_fraction=config.max_error_fraction,
                 name=f"embedding {kind}",
             )  # fmt: skip
-        recipe = decoder_recipe(preset, config.seed, victim, folder, held_index, config.limits)
+        recipe = decoder_recipe(preset, config.seed, victim, folder, held_index, config.limits, noise)
         result = fit(config.run(folder, recipe, preset, plan))
         done = finish(folder, own, {**result, "victim": victim.fingerprint})
     use = done["export"]
@@ -310,25 +347,69 @@ def train_decoder(config: Training, section: DecoderTrain, trained: VictimConfig
     )
 
 
+def _noise_shards(
+    folder: Path, preset: DecoderPreset, index: list[feed.ChunkRef], image_size: int, seed: int
+) -> list[Shard]:
+    """Write shards of as many noise images as samples will be left out; a rerun finds them."""
+    if not folder.is_dir():
+        num = max(1, round((1 - preset.ood_quantile) * sum(ref.num_samples for ref in index)))
+        samples = (
+            Sample(name.split("/")[1], number % NOISE_PER_SHARD, encode_image(image_HWC, "png"), "png")
+            for number, (name, image_HWC) in enumerate(noise_images(num, image_size, seed))
+        )
+        temporary = folder.with_name(f".{folder.name}")
+        write_shards(temporary, NOISE_SPLIT, samples, NOISE_PER_SHARD)
+        temporary.rename(folder)
+    return list_shards(str(folder))
+
+
 def decoder_recipe(
-    preset: DecoderPreset, seed: int, victim: Victim, folder: Path, held_index: list[feed.ChunkRef], limits: Limits
+    preset: DecoderPreset,
+    seed: int,
+    victim: Victim,
+    folder: Path,
+    held_index: list[feed.ChunkRef],
+    limits: Limits,
+    noise: Sequence[Shard] = (),
 ) -> _DecoderRecipe:
-    """The decoder's objective and data, once the folder holds the embeddings of training and held-out samples."""
-    parts = folder / "embeddings" / "train"
+    """The decoder's objective and data, once the folder holds the embeddings of training and held-out samples.
+
+    Args:
+        noise: those of the training shards that take the place of samples with long embeddings.
+    """
+    parts, names = folder / "embeddings" / "train", frozenset(shard.name for shard in noise)
+    radius = math.inf
+    if names:
+        corpus = [path for path in _paths(parts) if path.parent.name not in names]
+        radius = ball_radius(np.concatenate([lengths(_rows(path)) for path in corpus]), preset.ood_quantile)
+    spread = _embedding_spread(parts, radius, names)
     return _DecoderRecipe(
-        preset, seed, victim.image_size, victim.embedding_dim, victim.fingerprint, _embedding_spread(parts), parts,
-        folder / "embeddings" / "holdout", held_index, limits,
+        preset, seed, victim.image_size, victim.embedding_dim, victim.fingerprint, spread, parts,
+        folder / "embeddings" / "holdout", held_index, limits, radius, names,
     )  # fmt: skip
 
 
-def _embedding_spread(parts: Path, most_chunks: int = 64) -> Spread:
-    """Measure some chunks, evenly spaced."""
-    paths = sorted(parts.glob("parts/*/[0-9]*.parquet"))
-    columns = [pq.read_table(path)["embedding"].drop_null() for path in paths[:: -(-len(paths) // most_chunks) or 1]]
-    rows = [row for column in columns if len(column) for row in column.to_numpy()]
-    if not rows:
+def _paths(parts: Path) -> list[Path]:
+    return sorted(parts.glob("parts/*/[0-9]*.parquet"))
+
+
+def _rows(path: Path) -> np.ndarray:
+    """A part's embeddings (n, E), of the samples that have one."""
+    column = pq.read_table(path, columns=["embedding"])["embedding"].combine_chunks().drop_null()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1 if len(column) else 0)
+
+
+def _embedding_spread(parts: Path, radius: float, noise: frozenset[str], most_chunks: int = 64) -> Spread:
+    """Measure what is trained on in some chunks, evenly spaced."""
+    paths = _paths(parts)
+    chunks = []
+    for path in paths[:: -(-len(paths) // most_chunks) or 1]:
+        rows_NE = _rows(path)
+        chunks.append(rows_NE if path.parent.name in noise else rows_NE[lengths(rows_NE) <= radius])
+    chunks = [rows_NE for rows_NE in chunks if len(rows_NE)]
+    if not chunks:
         raise Mistake("not one sample of the decoder's shards can be used; score them to see the reasons")
-    return Spread.of(np.stack(rows))
+    return Spread.of(np.concatenate(chunks))
 
 
 # ------------------------------------------------------------------------------------------------ recipes
@@ -429,23 +510,42 @@ class _DecoderRecipe(Recipe):
     holdout_parts: Path
     holdout_index: list[feed.ChunkRef]
     limits: Limits
+    radius: float = math.inf
+    """Training samples with a longer embedding are set aside, unless they are noise."""
+    noise: frozenset[str] = frozenset()
+    """Names of the shards of noise."""
 
     def objective(self, rank: int, world: int) -> Reconstruction:
         return reconstruction(self.preset, self.image_size, self.spread, self.victim)
 
     def decode(
         self, ref: feed.ChunkRef, epoch: int, start: int, samples: list[Sample]
-    ) -> tuple[feed.Columns, list[Reason | None]]:
-        return self._columns(self.train_parts, ref, epoch, start, samples)
+    ) -> tuple[feed.Columns, list[feed.Unused | None]]:
+        radius = math.inf if ref.shard.name in self.noise else self.radius
+        return self._columns(self.train_parts, ref, epoch, start, samples, radius)
 
     def _columns(
-        self, parts: Path, ref: feed.ChunkRef, epoch: int, start: int, samples: list[Sample]
-    ) -> tuple[feed.Columns, list[Reason | None]]:
+        self,
+        parts: Path,
+        ref: feed.ChunkRef,
+        epoch: int,
+        start: int,
+        samples: list[Sample],
+        radius: float = math.inf,
+    ) -> tuple[feed.Columns, list[feed.Unused | None]]:
         """What the embedding pass could use is used here, and what it could not has its reason there."""
         part = part_path(parts, ref.shard.name, ref.number)
         stored = pq.read_table(part, columns=["sample_id", "embedding", "error"])
         stored = stored.slice(start, len(samples))
         is_usable = stored["embedding"].is_valid().to_numpy(zero_copy_only=False)
+        errors = stored["error"].to_pylist()
+        embeddings = stored["embedding"].combine_chunks().drop_null().flatten().to_numpy(zero_copy_only=False)
+        embeddings = embeddings.astype(np.float32, copy=False).reshape(-1, self.embedding_dim)
+        if radius < math.inf:
+            is_inside = lengths(embeddings) <= radius
+            for i in np.flatnonzero(is_usable)[~is_inside].tolist():
+                is_usable[i], errors[i] = False, "outside_ball"
+            embeddings = embeddings[is_inside]
         ids = [name for name, usable in zip(stored["sample_id"].to_pylist(), is_usable, strict=True) if usable]
         size = self.image_size
         images = [
@@ -453,14 +553,13 @@ class _DecoderRecipe(Recipe):
             for sample, usable in zip(samples, is_usable, strict=True)
             if usable
         ]
-        embeddings = stored["embedding"].combine_chunks().drop_null().flatten().to_numpy(zero_copy_only=False)
         columns = {
             "image": feed.stacked(images, size),
-            "embedding": embeddings.astype(np.float32, copy=False).reshape(-1, self.embedding_dim),
+            "embedding": embeddings,
             "key": sample_keys(ids, self.seed, epoch).numpy(),
             "sample_id": np.array([name.encode() for name in ids], "S"),
         }
-        return columns, stored["error"].to_pylist()
+        return columns, errors
 
     def export(self, folder: Path, objective: Any) -> dict[str, Any]:
         """Write the decoder, and check on held-out samples that it reads the embedding."""

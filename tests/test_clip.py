@@ -349,6 +349,31 @@ def test_a_compiled_model_computes_the_same_under_the_same_names(custom_text):
     assert compiled.state_dict().keys() == plain.state_dict().keys()
 
 
+# --- captions
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_a_caption_is_embedded_as_with_all_its_padding_in_any_company(custom_text):
+    about = described(text={**TEXT, "context_length": 40}, custom_text=custom_text)
+    model, tokenize = build(about=about).eval(), clip.tokenizer(about)
+    captions = ["", "a", *("dog " * count for count in (3, 6, 7, 20, 38, 39, 60)), "a", "dog " * 6]
+    with torch.inference_mode():
+        expected_NE = model.encode_text(tokenize(captions))
+    found_NE = clip.encode_captions(model, tokenize, captions, batch_size=2)
+    torch.testing.assert_close(found_NE, expected_NE, rtol=1e-5, atol=1e-5)
+    alone_NE = torch.cat([clip.encode_captions(model, tokenize, [caption]) for caption in captions])
+    torch.testing.assert_close(alone_NE, found_NE, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found_NE[1], found_NE[-2])
+
+
+def test_a_tower_that_looks_ahead_reads_all_padding():
+    about = described(text={**TEXT, "no_causal_mask": True})
+    model, tokenize = build(about=about).eval(), clip.tokenizer(about)
+    with torch.inference_mode():
+        expected_NE = model.encode_text(tokenize(["a", "dog"]))
+    torch.testing.assert_close(clip.encode_captions(model, tokenize, ["a", "dog"]), expected_NE)
+
+
 # --- tokens
 
 

@@ -572,7 +572,7 @@ def test_only_the_conformal_rule_certifies():
 def test_every_rule_has_words_of_its_own():
     words = [rule_text(rule.decide([0.5, 2.0], [0.0, 1.0], names(2)).report) for rule in RULES]
     assert len(set(words)) == len(RULES)
-    assert not [text for text, rule in zip(words, RULES, strict=True) if rule.kind in text.split()]
+    assert not any("_" in text for text in words), "a kind is no words"
     assert "oracle" in words[-1]
 
 

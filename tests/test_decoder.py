@@ -17,9 +17,12 @@ from dede_ray.decoder import (
     MaskedDecoder,
     Reconstruction,
     embedding_use,
+    fit_decoder,
     keyed_uniform,
     load_decoder,
+    noise_images,
     num_visible_patches,
+    ood_split,
     random_mask,
     reconstruction_error,
     sample_keys,
@@ -385,3 +388,78 @@ def test_a_decoder_with_a_reverse_head_is_stored_whole_and_one_without_still_loa
         assert again.has_reverse == decoder.has_reverse
         for name, tensor in decoder.state_dict().items():
             torch.testing.assert_close(again.state_dict()[name], tensor)
+
+
+# --- what long embeddings become
+
+
+def test_the_longest_embeddings_are_outside_of_the_ball_as_many_as_the_quantile_leaves():
+    direction_NE = np.random.default_rng(0).normal(size=(200, 6))
+    direction_NE /= np.linalg.norm(direction_NE, axis=1, keepdims=True)
+    length_N = np.random.default_rng(1).permutation(200) + 1.0
+    is_outside_N = ood_split((length_N[:, None] * direction_NE).astype(np.float32), 0.95)
+    np.testing.assert_array_equal(is_outside_N, length_N > 190)
+
+
+def test_embeddings_of_one_length_are_all_inside():
+    assert not ood_split(np.eye(6, dtype=np.float32), 0.99).any()
+
+
+def test_noise_images_have_their_own_pixels_whatever_their_number():
+    few, many = dict(noise_images(3, 8, seed=0)), dict(noise_images(1200, 8, seed=0))
+    assert all((many[name] == image_HWC).all() for name, image_HWC in few.items())
+    assert len({image_HWC.tobytes() for image_HWC in many.values()}) == len(many) == 1200
+    assert {name.split("/")[0] for name in many} == {"ood-noise-00000.tar", "ood-noise-00001.tar"}
+    assert stats.kstest(np.concatenate([*many.values()]).ravel() / 255.5 + 1e-3, "uniform").statistic < 0.01
+    others = dict(noise_images(3, 8, seed=1))
+    assert not [name for name, image_HWC in few.items() if (others[name] == image_HWC).all()]
+
+
+def seen_while_fitting(monkeypatch, **changes) -> list[np.ndarray]:
+    """Embeddings of every batch, in order, of a decoder fitted to 100 images of which the last five are long."""
+    seen: list[np.ndarray] = []
+    forward = Reconstruction.forward
+
+    def spy(self, batch):
+        seen.append(batch["embedding"].numpy().copy())
+        return forward(self, batch)
+
+    monkeypatch.setattr(Reconstruction, "forward", spy)
+    rng = np.random.default_rng(0)
+    image_NHWC = rng.integers(0, 256, (100, 8, 8, 3), np.uint8)
+    embedding_NE = rng.normal(size=(100, 6)).astype(np.float32)
+    embedding_NE[:95] *= 1 / np.linalg.norm(embedding_NE[:95], axis=1, keepdims=True)
+    embedding_NE[95:] *= 9 / np.linalg.norm(embedding_NE[95:], axis=1, keepdims=True)
+    preset = PRESETS["tiny"].model_copy(
+        update={"shape": SMALL, "batch_size": 10, "epochs": 2, "ood_quantile": 0.95, "null_rate": 0.0, **changes}
+    )
+    fit_decoder(image_NHWC, embedding_NE, [f"s.tar/{i}" for i in range(100)], preset, "victim", 0, lambda image_NHWC: (
+        np.full((len(image_NHWC), 6), 7, np.float32)
+    ))  # fmt: skip
+    return seen
+
+
+def test_splitting_trains_on_the_long_ones_in_a_pass_of_their_own(monkeypatch):
+    batches = seen_while_fitting(monkeypatch, ood_fill="split")
+    is_long = [np.linalg.norm(embedding_BE, axis=1) > 2 for embedding_BE in batches]
+    assert [bool(long_B.all()) for long_B in is_long] == 2 * (9 * [False] + [True])
+    assert [bool(long_B.any()) for long_B in is_long] == 2 * (9 * [False] + [True])
+    assert [len(long_B) for long_B in is_long] == 2 * (9 * [10] + [5])
+
+
+def test_filling_with_noise_replaces_the_long_ones_one_by_one(monkeypatch):
+    rows_NE = np.concatenate(seen_while_fitting(monkeypatch, ood_fill="noise"))
+    length_N = np.linalg.norm(rows_NE, axis=1)
+    assert len(rows_NE) == 200
+    assert not (np.abs(length_N - 9) < 0.1).any()
+    assert (rows_NE == 7).all(axis=1).sum() == 10  # five in each epoch
+
+
+def test_without_a_fill_everything_is_trained_on_in_batches_as_before(monkeypatch):
+    rows_NE = np.concatenate(seen_while_fitting(monkeypatch))
+    assert (np.linalg.norm(rows_NE, axis=1) > 2).sum() == 10
+    with pytest.raises(Mistake, match="give `embed`"):
+        fit_decoder(
+            np.zeros((20, 8, 8, 3), np.uint8), np.diag(np.arange(20, dtype=np.float32)), [str(i) for i in range(20)],
+            PRESETS["tiny"].model_copy(update={"shape": SMALL, "batch_size": 10, "ood_fill": "noise"}), "victim", 0,
+        )  # fmt: skip

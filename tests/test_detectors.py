@@ -148,7 +148,7 @@ def test_a_decoder_without_a_null_embedding_gives_no_null_scores(victim, decoder
     decoder.has_null = False
     save_decoder(tmp_path, decoder, {})
     scores = DeDe(decoder=str(tmp_path)).open(victim, {}).score(batch)
-    assert set(scores) == {"dede_sum", "dede_mean"}
+    assert set(scores) == {"dede_sum", "dede_mean", "dede_reverse"}
 
 
 def test_a_decoder_of_another_victim_is_a_mistake_that_names_the_widths(victim, decoder_folder, tmp_path):
@@ -201,3 +201,17 @@ def test_the_swap_rank_counts_embeddings_that_rebuild_better(victim, decoder_fol
     own = plain.score(batch)["dede_mean"]
     others = [plain.score(replace(batch, embedding_BE=swap_E.expand(12, -1)))["dede_mean"] for swap_E in state["swap"]]
     np.testing.assert_allclose(ranks, (np.stack(others) < own).mean(axis=0))
+
+
+def test_what_five_detectors_cost_is_told_beside_embedding_alone(clip_config):
+    from dede_ray.speed import DetectorSpeed, SpeedConfig, measure_speed
+
+    small = DecoderShape(patch_px=8, width=32, heads=2, encoder_depth=1, decoder_depth=1)
+    measured = DetectorSpeed(
+        model=str(clip_config), reference="mobilenetv3_small_050", decoder=small, num_samples=6, chunk_size=4, repeats=1
+    )
+    table = measure_speed(SpeedConfig(detectors=[measured]))
+    assert "with five detectors ratio" in table
+    shares = table.splitlines()[-1]
+    for name in ("dede", "density", "isolation_forest", "consistency", "clip_score", "reference encoder", "text tower"):
+        assert f"{name} " in shares

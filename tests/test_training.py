@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from dede_ray import clip, loop
 from dede_ray.config import Mistake
-from dede_ray.decoder import load_decoder
+from dede_ray.decoder import load_decoder, ood_split
 from dede_ray.shards import Sample, write_shards
 from dede_ray.training import TrainConfig, train
 from dede_ray.victims import OpenClipVictim, load_victim
@@ -204,6 +204,40 @@ def test_checkpoints_that_a_kill_left_half_uploaded_are_swept_up(tmp_path, caplo
     assert "starts afresh" in caplog.text
     loop._sweep(str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+
+
+# --- long embeddings
+
+
+def test_noise_takes_the_place_of_samples_with_long_embeddings(trained, tmp_path):
+    config, _ = trained
+    section = config.decoder.model_copy(
+        update={
+            "victim": OpenClipVictim(path=f"{config.output}/clip"),
+            "ood_fill": "noise",
+            "ood_quantile": 0.9,
+            "epochs": 4,
+        }
+    )
+    run = {"output": str(tmp_path), "clip": None, "decoder": section, "max_error_fraction": 0.0}
+    train(config.model_copy(update=run))
+    folder = tmp_path / "decoder"
+    account = json.loads((folder / "run.json").read_text())["result"]["samples"]
+    tables = {path.parent.name: pq.read_table(path) for path in (folder / "embeddings" / "train").glob("parts/*/0*")}
+    assert len(tables.pop("ood-noise-00000.tar")) == 6  # a tenth of 64
+    rows_NE = np.concatenate([np.stack(table["embedding"].to_numpy()) for table in tables.values()])
+    num_long = int(ood_split(rows_NE, 0.9).sum())
+    assert 6 <= num_long <= 7
+    for line in account["by_epoch"]:
+        assert line["unusable"] == {"outside_ball": num_long}
+        assert (line["seen"], line["unseen"]) == (64 + 6 - num_long, 0)
+
+
+def test_a_second_pass_over_the_long_ones_is_refused_here(trained):
+    config, _ = trained
+    split = config.decoder.model_copy(update={"ood_fill": "split"})
+    with pytest.raises(Mistake, match="ood_fill is split, which takes samples apart by their embeddings"):
+        train(config.model_copy(update={"clip": None, "decoder": split}))
 
 
 # --- stopping for a reason

@@ -113,29 +113,40 @@ class _DeDeScorer:
     @torch.inference_mode()
     def score(self, batch: Batch) -> dict[str, np.ndarray]:
         image_BCHW, decoder = batch.images, self.decoder
-        error_B = self._error(batch, batch.embedding_BE)
+        others = [swap_E.expand(len(batch), -1) for swap_E in self.swap_JE]
+        null = [decoder.null(len(batch))] if decoder.has_null else []
+        error_B, *others_JB = self._errors(batch, [batch.embedding_BE, *others, *null])
+        null_B = others_JB.pop() if decoder.has_null else None
         scores = {"dede_sum": error_B * self.num_hidden * 3 * decoder.patch_px**2, "dede_mean": error_B}
         if decoder.has_reverse:
             predicted_BE = torch.stack([decoder.predict(image_BCHW, mask_BL) for mask_BL in self._reverse_masks(batch)])
             true_BE = decoder.standardise(batch.embedding_BE)
             scores["dede_reverse"] = embedding_error(predicted_BE.mean(dim=0), true_BE)
-        if len(self.swap_JE):
-            others_JB = [self._error(batch, swap_E.expand(len(batch), -1)) for swap_E in self.swap_JE]
+        if others_JB:
             scores["dede_swap_rank"] = (torch.stack(others_JB) < error_B).float().mean(dim=0)
-        if decoder.has_null:
-            null_B = self._error(batch, decoder.null(len(batch)))
+        if null_B is not None:
             scores["dede_null_ratio"] = (error_B + 1e-8).log() - (null_B + 1e-8).log()
             scores["dede_null"] = null_B
         return as_scores(scores)
 
-    def _error(self, batch: Batch, embedding_BE: Tensor) -> Tensor:
-        """Reconstruction error with these embeddings, averaged over the masks."""
+    def _errors(self, batch: Batch, embeddings: list[Tensor]) -> list[Tensor]:
+        """Reconstruction error (B,) with each of these embeddings, averaged over the masks.
+
+        What is the same for several of them is computed once: what the decoder sees of the image, and, where it sees
+        nothing of it, what it draws from an embedding that all samples share.
+        """
         decoder, target_BLP = self.decoder, self.decoder.patchify(batch.images)
-        error_B = torch.zeros(len(batch), device=batch.device)
+        errors = [torch.zeros(len(batch), device=batch.device) for _ in embeddings]
+        is_blind = self.num_hidden == decoder.num_patches
         for repeat in range(self.num_masks):
             mask_BL = self._mask(batch, self.config.score_mask_ratio, repeat)
-            error_B += reconstruction_error(decoder(batch.images, embedding_BE, mask_BL), target_BLP, mask_BL)
-        return error_B / self.num_masks
+            seen_BLD = decoder.see(batch.images, mask_BL)
+            for error_B, embedding_BE in zip(errors, embeddings, strict=True):
+                is_shared = is_blind and embedding_BE.stride(0) == 0
+                rows = slice(0, 1) if is_shared else slice(None)
+                patches_BLP = decoder.decode(seen_BLD[rows], embedding_BE[rows])
+                error_B += reconstruction_error(patches_BLP, target_BLP, mask_BL)
+        return [error_B / self.num_masks for error_B in errors]
 
     def _reverse_masks(self, batch: Batch) -> Iterator[Tensor]:
         for repeat in range(self.config.num_masks):

@@ -76,15 +76,14 @@ class _DensityScorer:
     def __init__(self, config: Density, victim: Victim, state: State):
         self.fingerprint = state_fingerprint(config, state)
         reference_ME, key_M = state["reference"].to(victim.device), state["key"]
-        self.near = Neighbourhood(reference_ME, key_M, config.k)
-        self.far = self.near if config.lid_k == config.k else Neighbourhood(reference_ME, key_M, config.lid_k)
+        self.near, self.lid_k = Neighbourhood(reference_ME, key_M, config.k), config.lid_k
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> dict[str, np.ndarray]:
-        scores = self.near.score(batch.embedding_BE, batch.sample_ids)
-        if self.far is not self.near:
-            distance_Bk, _ = self.far.nearest(batch.embedding_BE, batch.sample_ids)
-            scores["lid"] = local_dimension(distance_Bk)
+        distance_BM = self.near.distances(batch.embedding_BE, batch.sample_ids)
+        scores = self.near.score_at(distance_BM)
+        if self.lid_k != self.near.k:
+            scores["lid"] = local_dimension(distance_BM.topk(self.lid_k, dim=1, largest=False).values)
         return as_scores(scores)
 
 
@@ -145,7 +144,11 @@ class Neighbourhood(References):
 
     def score(self, embedding_BE: Tensor, sample_ids: Sequence[str]) -> dict[str, Tensor]:
         """The four scores of each sample, float64 (B,); higher is lonelier."""
-        distance_Bk, index_Bk = self.nearest(embedding_BE, sample_ids)
+        return self.score_at(self.distances(embedding_BE, sample_ids))
+
+    def score_at(self, distance_BM: Tensor) -> dict[str, Tensor]:
+        """The same from distances to all references."""
+        distance_Bk, index_Bk = self._nearest(distance_BM)
         ratio_Bk = distance_Bk[:, -1:] / self.k_distance_M[index_Bk].clamp_min(TINY)
         return {
             "k_distance": distance_Bk[:, -1],
