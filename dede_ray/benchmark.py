@@ -33,7 +33,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dede_ray.activation import Examination
 from dede_ray.attacks.triggers import AnyTrigger, Patch, Trigger, square
-from dede_ray.clip import to_unit_range
+from dede_ray.clip import Normalise, to_unit_range
 from dede_ray.config import Config, Mistake, claim, finish, write_json
 from dede_ray.decoder import PRESETS, DecoderPreset, fit_decoder, save_decoder
 from dede_ray.detectors.asset import PublishedAsset, asset_published
@@ -45,6 +45,7 @@ from dede_ray.detectors.detector import Detector
 from dede_ray.downstream import Labelled, LinearProbe, TwoLayerClassifier, draw_labelled
 from dede_ray.embedding import Encoders, Encoding
 from dede_ray.ledger import Chunk, write_parquet
+from dede_ray.published import NORMALISERS
 from dede_ray.session import start_ray
 from dede_ray.shards import BadSample, Limits, decode_image, list_shards, to_square
 from dede_ray.sources import draw
@@ -358,7 +359,7 @@ class _Filling:
                 tables.append(
                     _table(f"shuffled_{name}", pictures.part(some), self._scored(pictures.part(some), shuffled))
                 )
-        tables.append(self._misstamped(np.sort(few)))
+        tables.append(self._misstamped(np.sort(few), self._plain_scorers()))
         if self.is_first:
             tables += self._slow(sets, suspected)
         about = {"victim": self.victim.fingerprint, "case": cell.case, "role": cell.role, "seed": cell.seed}
@@ -372,6 +373,11 @@ class _Filling:
         if isinstance(detector, DeDe):
             detector = detector.model_copy(update={"decoder": str(self.decoder_folder)})
         return open_scorer(detector, self.victim, detector.fit(suspected, self.known_batch) if detector.fits else {})
+
+    def _plain_scorers(self) -> list[Scorer]:
+        """Of the detectors that look at the picture and fit nothing."""
+        plain = [not one.fits and one.needs == {"image"} for one in self.config.detectors]
+        return [scorer for scorer, is_plain in zip(self.scorers, plain, strict=True) if is_plain]
 
     def _embedded(self, pictures: _Pictures) -> Batch:
         """Embeddings without pictures."""
@@ -416,34 +422,33 @@ class _Filling:
             margin_px=0 if is_central else int(max(0, height - 1 - rows.max())), seed=1000 + self.cell.seed,
         )  # fmt: skip
 
-    def _misstamped(self, rows: np.ndarray) -> pa.Table:
+    def _misstamped(self, rows: np.ndarray, scorers: Sequence[Scorer]) -> pa.Table:
         """Published code's path: image, mask and patch are normalised, then the patch is laid over.
 
-        The mask is 1 on the patch and 0 elsewhere, so normalised it multiplies the whole picture by about -2.4.
+        The mask is 1 on the patch and 0 elsewhere, so normalised it multiplies the whole picture by about -2.4. The
+        normaliser is that code's, whatever the victim's own. Scored by the detectors that look at the picture and fit
+        nothing.
         """
-        pictures = self.test.part(rows)
-        image_BCHW = to_unit_range(torch.from_numpy(pictures.image_NHWC))
-        size = self.encoders.image_size
+        pictures, size = self.test.part(rows), self.encoders.image_size
         native = np.zeros_like(decode_image(pictures.content[0], self.config.limits))
         on_black, on_white = (
             to_square(self.case.trigger.stamp(native + level, "0"), size) for level in (np.uint8(0), np.uint8(255))
         )
         mask_HWC = (on_black == on_white).all(axis=2, keepdims=True).repeat(3, axis=2)
+        normalise = Normalise(*map(list, NORMALISERS["cifar"]))
         mask, patch = (
-            self.victim.normalise(to_unit_range(torch.from_numpy(one[None])))
+            normalise(to_unit_range(torch.from_numpy(one[None])))
             for one in (np.where(mask_HWC, np.uint8(255), np.uint8(0)), np.where(mask_HWC, on_black, np.uint8(0)))
         )
-        normalised_BCHW = self.victim.normalise(image_BCHW) * mask + patch
-        mean, std = self.victim.normalise.mean, self.victim.normalise.std
-        pixels_BCHW = normalised_BCHW * std + mean  # what normalises to that
-        found = [self.encoders.embed(pictures.sample_ids, some) for some in pixels_BCHW.split(BATCH_SIZE)]
-        references = [one.reference_BR for one in found if one.reference_BR is not None]
-        batch = Batch(
-            pictures.sample_ids,
-            torch.cat([one.embedding_BE for one in found]),
-            reference_BR=torch.cat(references) if references else None,
-        )
-        return _table("misstamped", pictures, self._scored(pictures, batch, pixels_BCHW))
+        normalised_BCHW = normalise(to_unit_range(torch.from_numpy(pictures.image_NHWC))) * mask + patch
+        # The pixels that the victim's own normaliser would turn into what that code gives the victim.
+        pixels_BCHW = normalised_BCHW * self.victim.normalise.std + self.victim.normalise.mean
+        found: list[dict[str, np.ndarray]] = []
+        for start in range(0, len(pixels_BCHW), BATCH_SIZE):
+            some_BCHW = pixels_BCHW[start : start + BATCH_SIZE]
+            batch = Batch(pictures.sample_ids[start : start + BATCH_SIZE], self.victim(some_BCHW), some_BCHW)
+            found.append({name: score_B for scorer in scorers for name, score_B in scorer.score(batch).items()})
+        return _table("misstamped", pictures, {name: np.concatenate([one[name] for one in found]) for name in found[0]})
 
     def _slow(self, sets: dict[str, _Pictures], suspected: Batch) -> list[pa.Table]:
         """What is scored on few images, under the first seed only."""

@@ -49,7 +49,7 @@ SHOWN = (PAPER, DEFAULT, "xc_misplaced", "dao", "combined")
 NO_SCORES = {"set", "sample_id", "label", "is_judged", "probe", "compat_head"}
 
 
-FITTED_PARTS = ("clean", "triggered", "patch", "shuffled_clean", "shuffled_triggered", "misstamped")
+FITTED_PARTS = ("clean", "triggered", "patch", "shuffled_clean", "shuffled_triggered")
 """Sets that have all streaming columns, so that others can be made of them."""
 
 
@@ -104,6 +104,11 @@ class _Cell:
 
     def _set(self, name: str) -> pa.Table:
         return self.table.filter(pc.equal(self.table["set"], name))
+
+    def has(self, part: str, name: str) -> bool:
+        """Whether a set has a column."""
+        table = self._set(part)
+        return bool(len(table)) and name in table.column_names and not table[name].null_count
 
     def _plain(self, part: str, name: str) -> Scores:
         return self._set(part)[name].to_numpy(zero_copy_only=False).astype(np.float64)
@@ -187,8 +192,9 @@ def _numbers(cell: _Cell) -> Iterator[Row]:
         yield {"mixture": "patch", "column": name, "metric": "auroc", "value": _auroc(clean, patch)}
         shuffled = [cell.scores(f"shuffled_{kind}", name) for kind in ("clean", "triggered")]
         yield {"mixture": "shuffled", "column": name, "metric": "auroc", "value": _auroc(*shuffled)}
-        missed = cell.scores("misstamped", name)
-        yield {"mixture": "misstamped", "column": name, "metric": "auroc", "value": _auroc(clean, missed)}
+        if cell.has("misstamped", name):
+            missed = cell.scores("misstamped", name)
+            yield {"mixture": "misstamped", "column": name, "metric": "auroc", "value": _auroc(clean, missed)}
         if name in cell._states and name != "combined":
             for metric, value in zip(("r2_before", "r2_after"), cell.explained(name), strict=True):
                 yield {"mixture": "clean", "column": name, "metric": metric, "value": value}

@@ -161,8 +161,11 @@ def test_sets_are_of_the_size_and_the_images_that_they_promise(done):
     for name in ("triggered", "patch"):
         assert {row["sample_id"].removesuffix("+patch") for row in part(table, name)} <= judged
     scores = ["dede_mean", "dede_reverse", "k_distance", "xc", "stat_contrast"]
-    for name in ("clean", "triggered", "patch", "misstamped", "shuffled_clean", "shuffled_triggered"):
+    for name in ("clean", "triggered", "patch", "shuffled_clean", "shuffled_triggered"):
         assert all(np.isfinite([row[score] for score in scores]).all() for row in part(table, name)), name
+    looks = ["dede_mean", "dede_reverse", "stat_contrast"]
+    assert all(np.isfinite([row[score] for score in looks]).all() for row in part(table, "misstamped"))
+    assert all(row["k_distance"] is None for row in part(table, "misstamped"))
     labels = {row["sample_id"]: row["label"] for row in part(table, "clean")}
     assert all(label == int(name[-4:]) % 4 for name, label in labels.items())
 
@@ -289,19 +292,23 @@ def test_a_trigger_is_stamped_on_the_image_at_its_own_size(
     assert not difference[:, :44].any()
 
 
-def test_the_misstamped_patch_keeps_its_colours(filling, monkeypatch):
-    """Where the mask is 1 the normalised patch is laid over, whatever its colours are."""
+def test_the_misstamped_patch_keeps_its_colours(filling):
+    """Where the mask is 1 the normalised patch is laid over, whatever its colours are; the normaliser is CIFAR-10's."""
     one, seen = filling(trigger=Patch(size_px=6, pattern="random", seed=3)), []
-    one.scorers = [ImageStatistics().open(one.victim, {})]
-    monkeypatch.setattr(one, "_scored", lambda pictures, batch, pixels: seen.append(pixels) or {})
-    one._misstamped(np.arange(3))
-    normalise, patch_HWC = one.victim.normalise, one.case.trigger.stamp(np.zeros((32, 32, 3), np.uint8), "0")
-    plain_BCHW = normalise(to_unit_range(torch.from_numpy(one.test.image_NHWC[:3])))
-    laid_BCHW = normalise(to_unit_range(torch.from_numpy(patch_HWC[None])))
-    ones, zeros = (normalise(torch.full((1, 3, 1, 1), float(level))) for level in (1, 0))
-    expected_BCHW = plain_BCHW * zeros + zeros
-    expected_BCHW[:, :, 26:, 26:] = (plain_BCHW * ones + laid_BCHW)[:, :, 26:, 26:]
-    torch.testing.assert_close(normalise(seen[0]), expected_BCHW, rtol=1e-3, atol=1e-4)
+
+    class Looks:
+        def score(self, batch):
+            seen.append(batch.image_BCHW)
+            return {"nothing": np.zeros(len(batch))}
+
+    one._misstamped(np.arange(3), [Looks()])
+    patch_HWC = one.case.trigger.stamp(np.zeros((32, 32, 3), np.uint8), "0")
+    mean, std = (torch.tensor(three).view(1, 3, 1, 1) for three in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201)))
+    plain_BCHW = (to_unit_range(torch.from_numpy(one.test.image_NHWC[:3])) - mean) / std
+    laid_BCHW = (to_unit_range(torch.from_numpy(patch_HWC[None])) - mean) / std
+    expected_BCHW = plain_BCHW * (0 - mean) / std + (0 - mean) / std
+    expected_BCHW[:, :, 26:, 26:] = (plain_BCHW * (1 - mean) / std + laid_BCHW)[:, :, 26:, 26:]
+    torch.testing.assert_close(one.victim.normalise(seen[0]), expected_BCHW, rtol=1e-3, atol=1e-3)
 
 
 # --- mistakes
