@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict
 
 import numpy as np
@@ -80,6 +80,12 @@ class Verdict:
     `num_distinct` counts M, and `num_calibration_unused` the calibration samples left out as copies or as borders of
     bins; `alarm` is the p-value of there being no poison at all, `null_share` Storey's estimate of the share of clean
     samples, `bins` the strata and calibration samples of each bin, `poisoned_at_least` the bound for the flagged."""
+
+    def refused(self, message: str) -> Verdict:
+        """The same without a list, because what it rests on does not hold; `message` says why."""
+        report = {**self.report, "num_flagged": 0, "threshold": None, "certified": False, "how": "none: refused"}
+        flagged = np.zeros_like(self.flagged)
+        return replace(self, flagged=flagged, threshold=None, report={**report, "message": message})
 
 
 class Rule(Config):

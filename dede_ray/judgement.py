@@ -194,10 +194,7 @@ def _shifted(
     }
     if not shift.is_refused:
         return verdict, told
-    report = {**verdict.report, "num_flagged": 0, "threshold": None, "certified": False, "how": "none: refused"}
-    report["message"] = f"cannot certify: {shift}; choose clean samples from where the corpus comes from"
-    nothing = np.zeros_like(verdict.flagged)
-    return replace(verdict, flagged=nothing, threshold=None, report=report), told
+    return verdict.refused(f"cannot certify: {shift}; choose clean samples from where the corpus comes from"), told
 
 
 def _number(value: float) -> float | None:

@@ -9,6 +9,7 @@ Equal runs give equal bytes. This is the interface to everybody else.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -63,6 +64,16 @@ class Manifest:
         except (OSError, ValueError, LookupError, pa.ArrowException) as error:
             raise Mistake(f"the manifest at {self.folder} is damaged: {error}; run the scoring job again") from None
         return table
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the description and all rows."""
+        digest = hashlib.sha256((self.folder / "manifest.json").read_bytes())
+        try:
+            for name in self.info["shards"]:
+                digest.update((self.folder / "manifest" / f"{name}.parquet").read_bytes())
+        except FileNotFoundError as error:
+            raise Mistake(f"the manifest at {self.folder} is damaged: {error}; run the scoring job again") from None
+        return digest.hexdigest()
 
     def summary(self) -> str:
         """The one line that a person came for."""

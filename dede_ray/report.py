@@ -16,16 +16,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from dede_ray.activation import Examination, Verdict, VictimRecord, read_record
 from dede_ray.attacks.poison import PoisonConfig, read_attack
-from dede_ray.config import Mistake, explain, write_atomically, write_json
+from dede_ray.config import Mistake, write_atomically, write_json
 from dede_ray.findings import join, measure, table
 from dede_ray.manifest import Manifest, read_manifest
 from dede_ray.page import draw_page, make_gallery
-from dede_ray.scoring import ScoreConfig
-from dede_ray.victims import Victim, load_victim
+from dede_ray.scoring import settings_of, victim_of
+from dede_ray.victims import Victim
 
 
 class EvaluateConfig(Examination):
@@ -60,7 +60,7 @@ def evaluate(config: EvaluateConfig) -> str:
     scan = join(manifest, honest, _read_truth(config.truth), config.truth)
     attack = read_attack(config.attack)
     victim = _load_victim(manifest)
-    record = read_record(victim, _settings(manifest).victim)
+    record = read_record(victim, settings_of(manifest).victim)
     verdict, target_name = _gate(config, attack, victim, _load_victim(honest) if honest else None, record)
     metrics = {
         **measure(scan, manifest.info, verdict),
@@ -75,7 +75,7 @@ def evaluate(config: EvaluateConfig) -> str:
             },
         },
     }
-    settings, judged = _settings(manifest), manifest.info["decision"]["score"]
+    settings, judged = settings_of(manifest), manifest.info["decision"]["score"]
     gallery = make_gallery(scan, settings, victim, judged, config.num_gallery, config.seed)
     page, figures = draw_page(scan, metrics, gallery)
     output = Path(config.output)
@@ -100,24 +100,8 @@ def _read_truth(path: str) -> pa.Table:
         raise Mistake(f"{path} is no truth.parquet with the columns {', '.join(columns)}: {error}") from None
 
 
-def _settings(manifest: Manifest) -> ScoreConfig:
-    try:
-        return ScoreConfig.model_validate(manifest.settings)
-    except ValidationError as error:
-        where = manifest.folder / "manifest.json"
-        raise Mistake(f"{where} was written with other settings than these:\n{explain(error, ScoreConfig)}") from None
-
-
 def _load_victim(manifest: Manifest) -> Victim:
-    """Load the victim that made a manifest, and no other."""
-    victim = load_victim(_settings(manifest).victim)
-    scored = manifest.info["victim"]["fingerprint"]
-    if victim.fingerprint != scored:
-        raise Mistake(
-            f"victim {victim.name} has changed since it scored: its fingerprint is {victim.fingerprint[:12]}, the "
-            f"manifest has {scored[:12]}; score again, or put the old weights back"
-        )
-    return victim.to("cuda" if torch.cuda.is_available() else "cpu")
+    return victim_of(manifest).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _gate(

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, ValidationError
 from safetensors.torch import save_file
 
-from dede_ray.config import Config, Mistake, read_json, write_json
+from dede_ray.config import Config, Mistake, explain, read_json, write_json
 from dede_ray.decisions import Conformal, Decision
 from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, State, open_scorer
 from dede_ray.detectors.detector import Detector
@@ -282,7 +282,7 @@ class _Run:
         return {
             **self.encoding.made_with(self.victim),
             "detectors": {one.label: scorer.fingerprint for one, scorer in zip(detectors, scorers, strict=True)},
-            "versions": _versions(),
+            "versions": versions(),
         }
 
     def _candidates(self, num: int) -> list[str]:
@@ -299,6 +299,35 @@ class _Run:
     def decide(self, summary: PassSummary) -> Manifest:
         """Turn scores into a list, and write the manifest."""
         return _decide(self, summary)
+
+
+def settings_of(manifest: Manifest) -> ScoreConfig:
+    """The settings that a manifest was scored with.
+
+    Raises:
+        Mistake: another version wrote it, with settings that this one does not know.
+    """
+    try:
+        return ScoreConfig.model_validate(manifest.settings)
+    except ValidationError as error:
+        where = manifest.folder / "manifest.json"
+        raise Mistake(f"{where} was written with other settings than these:\n{explain(error, ScoreConfig)}") from None
+
+
+def victim_of(manifest: Manifest) -> Victim:
+    """Load the victim that made a manifest, and no other.
+
+    Raises:
+        Mistake: it is gone, or has changed since.
+    """
+    victim = load_victim(settings_of(manifest).victim)
+    scored = manifest.info["victim"]["fingerprint"]
+    if victim.fingerprint != scored:
+        raise Mistake(
+            f"victim {victim.name} has changed since it scored: its fingerprint is {victim.fingerprint[:12]}, the "
+            f"manifest has {scored[:12]}; score again, or put the old weights back"
+        )
+    return victim
 
 
 def fit_state(detector: DetectorSettings, suspected: Batch, clean: Batch | None, inputs: str, path: Path) -> None:
@@ -502,5 +531,6 @@ def _second_scores(run: _Run) -> dict[tuple[str, str], float]:
     return found
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the libraries that scores depend on."""
     return {name: importlib.metadata.version(name) for name in VERSIONS_OF}

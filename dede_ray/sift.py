@@ -196,14 +196,8 @@ def _check_names(shards: list[Shard], manifest: Manifest) -> None:
 
 def _made_of(shards: list[Shard], manifest: Manifest, output: Path) -> dict[str, Any]:
     """Say what the output is made of, and stop if what stands there was made of something else."""
-    digest = hashlib.sha256((manifest.folder / "manifest.json").read_bytes())
-    try:
-        for name in manifest.info["shards"]:
-            digest.update(_rows_path(manifest, name).read_bytes())
-    except FileNotFoundError as error:
-        raise Mistake(f"the manifest at {manifest.folder} is damaged: {error}; run the scoring job again") from None
     made_of = {
-        "manifest": {"path": str(manifest.folder), "fingerprint": digest.hexdigest()},
+        "manifest": {"path": str(manifest.folder), "fingerprint": manifest.fingerprint()},
         "shards": {shard.name: f"{shard.url}, {shard.num_bytes:,} bytes" for shard in shards},
     }
     path = output / "sift.json"

@@ -33,7 +33,7 @@ from dede_ray.victims import OpenClipVictim, load_victim
 SEEDS = [0, 1]
 ROLES = ["victim", "honest", "other"]
 TRIGGER = Patch(size_px=6, pattern="white", margin_px=2)
-NUM_TEST, NUM_TRIGGERED, NUM_CONTROLS, NUM_SECOND = 80, 36, 12, 5
+NUM_TEST, NUM_TRIGGERED, NUM_CONTROLS, NUM_SECOND = 120, 36, 12, 5
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def shards(write_pictures, write_tar_in, tmp_path_factory) -> Path:
     """Labelled pictures to train on, to test and to fit heads on; one of the first two kinds cannot be read."""
     folder = tmp_path_factory.mktemp("benchmark") / "shards"
     write_pictures(folder, range(160), "train", per_shard=80)
-    write_pictures(folder, range(1000, 1000 + NUM_TEST), "test", per_shard=80)
+    write_pictures(folder, range(1000, 1000 + NUM_TEST), "test", per_shard=120)
     write_pictures(folder, range(2000, 2040), "probe", per_shard=40)
     for split in ("train", "test"):
         write_tar_in(folder / f"{split}-odd.tar", [("bad.png", b"rubbish"), ("bad.cls", b"1")])
