@@ -3,6 +3,7 @@
 python jobs/speed.py configs/speed_clip.yaml
 python jobs/speed.py configs/speed.yaml
 python jobs/speed.py configs/speed_ingest.yaml
+python jobs/speed.py configs/speed_detectors.yaml
 """
 
 from dede_ray.config import main

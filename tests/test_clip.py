@@ -362,7 +362,7 @@ def test_a_caption_is_embedded_as_with_all_its_padding_in_any_company(custom_tex
     found_NE = clip.encode_captions(model, tokenize, captions, batch_size=2)
     torch.testing.assert_close(found_NE, expected_NE, rtol=1e-5, atol=1e-5)
     alone_NE = torch.cat([clip.encode_captions(model, tokenize, [caption]) for caption in captions])
-    torch.testing.assert_close(alone_NE, found_NE, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(alone_NE, found_NE, rtol=1e-5, atol=2e-6)
     assert torch.equal(found_NE[1], found_NE[-2])
 
 

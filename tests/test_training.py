@@ -216,7 +216,7 @@ def test_noise_takes_the_place_of_samples_with_long_embeddings(trained, tmp_path
             "victim": OpenClipVictim(path=f"{config.output}/clip"),
             "ood_fill": "noise",
             "ood_quantile": 0.9,
-            "epochs": 4,
+            "epochs": 16,  # of 70 samples: 35 whole batches
         }
     )
     run = {"output": str(tmp_path), "clip": None, "decoder": section, "max_error_fraction": 0.0}
