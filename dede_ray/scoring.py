@@ -88,8 +88,9 @@ class ScoreConfig(Config):
     shards: str | list[str] = Field([])
     """What to score: paths, folders, patterns or URLs."""
     embeddings: str | None = None
-    """Instead of shards: the output of an earlier run with `store_embeddings`. No image is read again, so only
-    detectors that need none can score; scores differ by the rounding to float16."""
+    """The output of an earlier run with `store_embeddings`, whose shards and calibration are then scored in the place
+    of `shards` and `calibration`. No image is read again, so only detectors that need none can score; scores differ by
+    the rounding to float16."""
     output: str
     victim: VictimConfig
     reference: OptionalVictimConfig = None
@@ -140,8 +141,8 @@ class _Run:
         self.victim = load_victim(config.victim)
         self.encoding.check(self.victim)
         self.source = Path(config.embeddings).absolute() if config.embeddings else None
-        if (self.source is None) == (not config.shards):
-            raise Mistake("name either `shards` to read or `embeddings` of an earlier run, not both or none")
+        if self.source is None and not config.shards:
+            raise Mistake("nothing to score: name `shards` to read, or `embeddings` of an earlier run")
         self.shards = list_shards(config.shards) if self.source is None else standing_shards(self.source / "scores")
         self.calibration = self._calibration_shards()
         if self.source is not None and "image" in needs:

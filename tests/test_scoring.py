@@ -529,8 +529,7 @@ def test_rescoring_refuses_what_embeddings_cannot_tell(attached, scored, everyth
     refused("image_statistics look at images, and stored embeddings have none", detectors=[ImageStatistics()])
     trajectory = SecondStage(detectors=[MaskingTrajectory()])
     refused("masking_trajectory look at images", second_stage=trajectory)
-    refused("name either `shards` to read or `embeddings`", shards="somewhere")
-    refused("name either `shards` to read or `embeddings`", embeddings=None)
+    refused("nothing to score: name `shards` to read, or `embeddings`", embeddings=None)
     refused("no record of a pass|record of a pass", embeddings=str(tmp_path / "absent"))
     refused("scores holds no embedding", embeddings=str(scored.folder), detectors=FITTED[:1])
     path = everything(tmp_path / "other").victim.path
