@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cosine_similarity, relu, softplus
@@ -43,6 +43,8 @@ Images = NDArray[np.uint8]
 Localise = Callable[[Images], NDArray[np.float32]]
 """Images to maps (N, H, W), higher where the trigger may be."""
 
+COLUMN = "amplified"
+"""Of the classifier's scores."""
 LEAST_SEEDS, TOP_SHARE = 20, 0.0005
 LARGE_PX = 64
 """Above it, the networks begin as ImageNet's do: a stride and a pool."""
@@ -51,7 +53,7 @@ WEIGHTS_FILE, DESCRIPTION_FILE = "amplified.safetensors", "amplified.json"
 
 
 class Amplify(Config):
-    """How a few seeds become a classifier, and the classifier a list."""
+    """How a few seeds become a classifier."""
 
     look_at: Literal["windows_or_whole", "windows", "whole"] = "windows_or_whole"
     """Windows of the seeds, whole seeds, or windows and, where they fail the control, whole seeds."""
@@ -79,12 +81,6 @@ class Amplify(Config):
     """Share of the seeds and of the clean images that the control keeps for itself."""
     least_auroc: float = Field(0.9, ge=0.5, le=1)
     """Of true seeds in the control; with less, the classifier learnt nothing that they share."""
-    max_rounds: int = Field(3, ge=1)
-    """Rounds of fitting, scoring and deciding."""
-    least_change: float = Field(0.01, ge=0)
-    """Changed samples / flagged samples below which another round is not worth it."""
-    decision: Conformal = Conformal(score="amplified")
-    """Flags samples by their calibrated scores."""
     seed: int = Field(0, ge=0)
     """Draws weights, windows and places."""
 
@@ -341,16 +337,21 @@ class Amplified:
         """Whether what was learnt holds on seeds that were held out; its scores mean nothing otherwise."""
         return self.control_auroc >= self.settings.bar
 
+    def to(self, device: torch.device) -> Amplified:
+        """Move the networks."""
+        for network in self.networks:
+            network.to(device)
+        return self
+
     @torch.inference_mode()
     def score(self, images: Images) -> NDArray[np.float32]:
         """Mean logit of the networks, float32 (N,); higher looks more like the seeds."""
         assert images.shape[1:] == (self.image_size, self.image_size, 3), images.shape
+        device = self.networks[0].head.weight.device
         parts = [
-            torch.stack([network(image_BCHW) for network in self.networks]).mean(dim=0).numpy()
+            torch.stack([network(image_BCHW) for network in self.networks]).mean(dim=0).cpu().numpy()
             for start in range(0, len(images), SCORE_BATCH)
-            for image_BCHW in [
-                to_unit_range(torch.from_numpy(np.ascontiguousarray(images[start : start + SCORE_BATCH])))
-            ]
+            for image_BCHW in [to_unit_range(torch.tensor(images[start : start + SCORE_BATCH]).to(device))]
         ]
         return np.concatenate([np.empty(0, np.float32), *parts])
 
@@ -416,18 +417,33 @@ def load_amplified(folder: str | Path) -> Amplified:
 # ------------------------------------------------------------------------------------------------ the rounds
 
 
+def _of_amplified(content: Any) -> Any:
+    return {"score": COLUMN, **content} if isinstance(content, dict) else content
+
+
+class Rounds(Config):
+    """How a classifier becomes a list, and the list the next round's seeds."""
+
+    decision: Annotated[Conformal, BeforeValidator(_of_amplified)] = Conformal(score=COLUMN)
+    """Flags samples by their calibrated scores; its `score` is `amplified`."""
+    iterations: int = Field(3, ge=1, le=3)
+    """Rounds of fitting, scoring and deciding, at most."""
+    least_change: float = Field(0.01, ge=0)
+    """Changed samples / flagged samples below which another round is not worth it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Amplification:
     """What came of the seeds."""
 
     amplified: Amplified
-    """The classifier of the last round."""
-    scores: NDArray[np.float32]
+    """The classifier of the last round that passed its control, or of the first one."""
+    scores: NDArray[np.floating]
     """(N,), of the corpus, by that classifier."""
     verdict: Verdict
     """The decision on these scores; where the control fails it flags nothing, and its report says so."""
     rounds: list[dict[str, Any]]
-    """Of each round: num_seeds, way, control_auroc, passes, num_flagged, change."""
+    """Of each round: num_seeds, way, control_auroc, bar, passes, num_flagged, change."""
 
 
 def choose_seeds(scores: NDArray[Any], flagged: NDArray[np.bool_], sample_ids: Sequence[str]) -> NDArray[np.intp]:
@@ -443,8 +459,59 @@ def choose_seeds(scores: NDArray[Any], flagged: NDArray[np.bool_], sample_ids: S
     return np.sort(np.array(sorted(scored, key=lambda i: (-scores[i], sample_ids[i]))[:count], dtype=np.intp))
 
 
+def in_rounds(
+    rounds: Rounds,
+    seeds: NDArray[np.intp],
+    fit: Callable[[int, NDArray[np.intp]], Amplified],
+    rescore: Callable[[int, Amplified], tuple[NDArray[np.floating], Verdict]],
+    choose: Callable[[NDArray[np.bool_]], NDArray[np.intp]] = np.flatnonzero,
+) -> Amplification:
+    """Fit on the seeds, rescore the corpus, decide; what is flagged are the next round's seeds.
+
+    It ends after `iterations`, when the list hardly changes, or when the control fails: a first round that fails
+    flags nothing, a later one leaves the list of the round before and scores nothing.
+
+    Args:
+        rounds: the settings.
+        seeds: places in the corpus, such as `choose_seeds` gives.
+        fit: the number of the round, from 1, and the seeds to a classifier.
+        rescore: the number of the round and its classifier to the scores of the corpus and a decision on them.
+        choose: the flagged to the next seeds.
+    """
+    best: tuple[Amplified, NDArray[np.floating], Verdict] | None = None
+    told: list[dict[str, Any]] = []
+    for number in range(1, rounds.iterations + 1):
+        amplified = fit(number, seeds)
+        change = 0.0
+        if amplified.passes or best is None:
+            scores, verdict = rescore(number, amplified)
+            if not amplified.passes:
+                verdict = verdict.refused(_failure(amplified))
+            before = best[2].flagged if best else np.zeros_like(verdict.flagged)
+            change = int((verdict.flagged != before).sum()) / max(1, int(verdict.flagged.sum()))
+            best = amplified, scores, verdict
+        flagged = best[2].flagged
+        told.append(
+            {
+                "num_seeds": len(seeds),
+                "way": amplified.way,
+                "control_auroc": amplified.control_auroc,
+                "bar": amplified.settings.bar,
+                "passes": amplified.passes,
+                "num_flagged": int(flagged.sum()),
+                "change": change,
+            }
+        )
+        seeds = choose(flagged)
+        if not amplified.passes or change < rounds.least_change or len(seeds) < LEAST_SEEDS:
+            break
+    assert best is not None
+    return Amplification(*best, told)
+
+
 def amplify(
     config: Amplify,
+    rounds: Rounds,
     seeds: NDArray[np.intp],
     corpus: Images,
     sample_ids: Sequence[str],
@@ -452,14 +519,13 @@ def amplify(
     calibration: Images,
     localise: Localise | None,
 ) -> Amplification:
-    """Fit on the seeds, rescore the corpus, recalibrate, decide; what is flagged are the next round's seeds.
+    """`in_rounds` for a corpus in memory; amplification.py does it for shards.
 
-    Seeds are scored by networks that were trained on them, so a false seed can stay on the list. It ends after
-    `max_rounds`, when the list hardly changes, or when the control fails: a first round that fails flags
-    nothing, a later one leaves the list of the round before.
+    Seeds are scored by networks that were trained on them, so a false seed can stay on the list.
 
     Args:
-        config: the settings.
+        config: of the fits.
+        rounds: of the rounds.
         seeds: places in the corpus, such as `choose_seeds` gives.
         corpus: (N, H, W, 3) uint8; a memory map will do.
         sample_ids: N of them.
@@ -471,43 +537,21 @@ def amplify(
         Mistake: too few images, or of other sizes.
     """
     assert len(corpus) == len(sample_ids), (len(corpus), len(sample_ids))
-    best: Amplification | None = None
-    rounds: list[dict[str, Any]] = []
-    flagged = np.zeros(len(corpus), bool)
-    for _ in range(config.max_rounds):
-        images = corpus[seeds]
-        amplified = config.fit(images, None if localise is None else localise(images), clean)
-        scores, clean_scores = amplified.score(corpus), amplified.score(calibration)
-        verdict = config.decision.decide(scores, clean_scores, sample_ids)
-        if not amplified.passes:
-            verdict = _refused(verdict, amplified)
-        change = int((verdict.flagged != flagged).sum()) / max(1, int(verdict.flagged.sum()))
-        rounds.append(
-            {
-                "num_seeds": len(seeds),
-                "way": amplified.way,
-                "control_auroc": amplified.control_auroc,
-                "passes": amplified.passes,
-                "num_flagged": int(verdict.flagged.sum()),
-                "change": change,
-            }
-        )
-        if amplified.passes or best is None:
-            best = Amplification(amplified, scores, verdict, rounds)
-        if not amplified.passes or change < config.least_change or verdict.flagged.sum() < LEAST_SEEDS:
-            break
-        flagged, seeds = verdict.flagged, np.flatnonzero(verdict.flagged)
-    assert best is not None
-    return best
+
+    def fit(_: int, places: NDArray[np.intp]) -> Amplified:
+        images = corpus[places]
+        return config.fit(images, None if localise is None else localise(images), clean)
+
+    def rescore(_: int, amplified: Amplified) -> tuple[NDArray[np.floating], Verdict]:
+        scores = amplified.score(corpus)
+        return scores, rounds.decision.decide(scores, amplified.score(calibration), sample_ids)
+
+    return in_rounds(rounds, seeds, fit, rescore)
 
 
-def _refused(verdict: Verdict, amplified: Amplified) -> Verdict:
-    message = (
+def _failure(amplified: Amplified) -> str:
+    return (
         f"amplification failed its control: held-out seeds are told from clean images with an AUROC of "
         f"{amplified.control_auroc:.3f}, expected {amplified.settings.bar:.3g} or more; the seeds have nothing "
         "in common that the classifier could learn"
-    )
-    report = {**verdict.report, "num_flagged": 0, "threshold": None, "certified": False, "how": "none: refused"}
-    return replace(
-        verdict, flagged=np.zeros_like(verdict.flagged), threshold=None, report={**report, "message": message}
     )

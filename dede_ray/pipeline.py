@@ -18,6 +18,7 @@ from pydantic import Field
 
 from dede_ray import simclr
 from dede_ray.activation import MeasureConfig, measure_victim
+from dede_ray.amplification import AmplifyConfig, amplify_manifest
 from dede_ray.attacks.attack import AttackConfig, attack
 from dede_ray.attacks.poison import PoisonConfig, poison
 from dede_ray.check import CheckConfig, check
@@ -42,6 +43,7 @@ STEPS: dict[str, tuple[type[Config], Callable[[Any], str]]] = {
     "check": (CheckConfig, check),
     "decree": (decree.DecreeConfig, decree.run),
     "score": (ScoreConfig, lambda config: score(config).summary()),
+    "amplify": (AmplifyConfig, amplify_manifest),
     "sift": (SiftConfig, sift),
     "evaluate": (EvaluateConfig, evaluate),
 }

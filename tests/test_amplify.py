@@ -13,11 +13,13 @@ from planted import WHITE_PX, planted_victim
 from dede_ray.amplify import (
     Amplified,
     Amplify,
+    Rounds,
     Window,
     _Donors,
     amplify,
     best_windows,
     choose_seeds,
+    in_rounds,
     load_amplified,
     mixed_loss,
     occlusion_map,
@@ -25,7 +27,7 @@ from dede_ray.amplify import (
 from dede_ray.attacks.triggers import Patch, Sinusoid
 from dede_ray.clip import to_unit_range
 from dede_ray.config import Mistake
-from dede_ray.decisions import Conformal
+from dede_ray.decisions import Conformal, Verdict
 
 NUM_POISONED = 40
 SMALL = {"width": 4, "num_networks": 1, "steps": 60, "batch_size": 16, "window_sizes": (0.3,)}
@@ -71,13 +73,14 @@ def amplified(corpus, clean) -> Amplified:
 
 
 def run(corpus, pictures, where, maps=localise, **settings):
+    rounds = Rounds(**{name: settings.pop(name) for name in Rounds.model_fields if name in settings})
     config = Amplify(**{**SMALL, **settings})
     sample_ids = [f"train-00000.tar/{i:04d}" for i in range(len(corpus))]
-    return amplify(config, where, corpus, sample_ids, pictures[700:850], pictures[850:], maps)
+    return amplify(config, rounds, where, corpus, sample_ids, pictures[700:850], pictures[850:], maps)
 
 
 def test_a_planted_trigger_is_found_in_the_samples_that_were_no_seeds(corpus, pictures):
-    found = run(corpus, pictures, seeds(), max_rounds=2)
+    found = run(corpus, pictures, seeds(), iterations=2)
     unseen = np.setdiff1d(poisoned(), seeds())
     top = np.argsort(-found.scores, kind="stable")[:NUM_POISONED]
     assert np.isin(unseen, top).mean() >= 0.9
@@ -106,7 +109,7 @@ def test_a_trigger_all_over_the_image_is_found_by_whole_images(pictures):
     trigger, images = Sinusoid(amplitude=40), pictures[:700].copy()
     for i in poisoned():
         images[i] = trigger.stamp(images[i])
-    found = run(images, pictures, seeds(), maps=None, max_rounds=1, held_out=0.4)
+    found = run(images, pictures, seeds(), maps=None, iterations=1, held_out=0.4)
     assert found.amplified.way == "whole"
     assert found.amplified.passes
     unseen = np.setdiff1d(poisoned(), seeds())
@@ -126,9 +129,31 @@ def test_windows_that_fail_give_way_to_whole_images(pictures):
 
 
 def test_the_list_stands_when_it_no_longer_changes(corpus, pictures):
-    found = run(corpus, pictures, seeds(), max_rounds=3, least_change=10.0)
+    found = run(corpus, pictures, seeds(), iterations=3, least_change=10.0)
     assert len(found.rounds) == 1
     assert found.rounds[0]["change"] == 1.0
+
+
+def test_a_later_round_that_fails_leaves_the_earlier_list_and_scores_nothing():
+    def verdict_on(flagged: list[int]) -> Verdict:
+        p_value = np.where(np.isin(np.arange(400), flagged), 0.001, 0.9)
+        return Conformal(q=0.2, score="amplified").decide(-p_value, np.linspace(-2, -0.5, 99), [*map(str, range(400))])
+
+    classifiers = [Amplified(Amplify(), [], 32, "windows", auroc) for auroc in (0.99, 0.5)]
+    scored = []
+
+    def rescore(number: int, _: Amplified):
+        scored.append(number)
+        return np.zeros(400, np.float32), verdict_on([*range(60)])
+
+    found = in_rounds(Rounds(), np.arange(25), lambda number, _: classifiers[number - 1], rescore)
+    assert scored == [1]
+    assert found.amplified is classifiers[0]
+    assert found.verdict.flagged.sum() == 60
+    assert [(one["num_seeds"], one["passes"], one["num_flagged"], one["change"]) for one in found.rounds] == [
+        (25, True, 60, 1.0),
+        (60, False, 60, 0.0),
+    ]
 
 
 def test_a_score_is_an_images_own(amplified, corpus):
