@@ -110,8 +110,12 @@ def test_the_decoder_was_trained_on_the_victims_embeddings(trained, picture):
     image_BCHW = clip.to_unit_range(torch.from_numpy(np.stack([picture(i) for i in range(32)])))
     embedding_BE = load_victim(OpenClipVictim(path=str(run / "clip")))(image_BCHW).numpy()
     np.testing.assert_allclose(np.stack(stored["embedding"].to_numpy()), embedding_BE, rtol=1e-5, atol=1e-5)
-    scale = float(load_decoder(run / "decoder").embedding_scale)
-    assert scale == pytest.approx(1 / np.sqrt(np.mean(embedding_BE**2)), rel=1e-4)
+    parts = (run / "decoder" / "embeddings" / "train").glob("parts/*/0*.parquet")
+    everyone_NE = np.concatenate([np.stack(pq.read_table(path)["embedding"].to_numpy()) for path in parts])
+    decoder = load_decoder(run / "decoder")
+    assert float(decoder.embedding_scale) == pytest.approx(1 / np.sqrt(np.mean(everyone_NE**2)), rel=1e-4)
+    np.testing.assert_allclose(decoder.embedding_mean.numpy(), everyone_NE.mean(axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(decoder.embedding_std.numpy(), everyone_NE.std(axis=0), rtol=1e-4)
 
 
 def test_the_same_command_again_has_nothing_to_do(trained):
