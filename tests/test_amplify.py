@@ -36,8 +36,8 @@ TRIGGER = Patch(size_px=WHITE_PX, pattern="white")
 
 @pytest.fixture(scope="module")
 def pictures(picture) -> np.ndarray:
-    """700 for the corpus, 150 to train with, 250 to calibrate with."""
-    return np.stack([picture(i) for i in range(1100)])
+    """700 for the corpus, 150 to train with, 650 to calibrate with."""
+    return np.stack([picture(i) for i in range(1500)])
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_the_list_stands_when_it_no_longer_changes(corpus, pictures):
 def test_a_later_round_that_fails_leaves_the_earlier_list_and_scores_nothing():
     def verdict_on(flagged: list[int]) -> Verdict:
         p_value = np.where(np.isin(np.arange(400), flagged), 0.001, 0.9)
-        return Conformal(q=0.2, score="amplified").decide(-p_value, np.linspace(-2, -0.5, 99), [*map(str, range(400))])
+        return Conformal(q=0.2, score="amplified").decide(-p_value, np.linspace(-2, -0.5, 199), [*map(str, range(400))])
 
     classifiers = [Amplified(Amplify(), [], 32, "windows", auroc) for auroc in (0.99, 0.5)]
     scored = []
