@@ -92,6 +92,10 @@ class DecoderTraining(Config):
     epochs: float | None = Field(None, gt=0)
     """None is the preset's."""
     batch_size: int | None = Field(None, ge=2)
+    mask_ratio: float | None = Field(None, gt=0, lt=1)
+    null_rate: float | None = Field(None, ge=0, lt=1)
+    trim_rate: float | None = Field(None, ge=0, lt=1)
+    reverse_weight: float | None = Field(None, ge=0)
 
     def resolved(self) -> DecoderPreset:
         own = {name: value for name, value in self.model_dump(exclude={"preset"}).items() if value is not None}
@@ -129,7 +133,8 @@ class BenchmarkConfig(Examination):
     """Clean images, and as many triggered ones."""
     compat_asset: PublishedAsset | None = None
     """ASSET as published, on `num_controls` clean and triggered images of each victim, under the first seed."""
-    standing: Standing = Standing()
+    standing: Standing | None = None
+    """What is asked of the scores, at no cost; None takes its defaults."""
     limits: Limits = Limits()
 
     @field_validator("seeds")
@@ -152,7 +157,7 @@ def benchmark(config: BenchmarkConfig) -> str:
     _check(config)
     start_ray()
     output = Path(config.output).absolute()
-    done = claim(output, config.model_copy(update={"standing": Standing()}))
+    done = claim(output, config.model_copy(update={"standing": None}))
     cells = [
         Cell(name, role, seed) for seed in config.seeds for name, case in config.cases.items() for role in case.roles()
     ]
@@ -172,9 +177,9 @@ def benchmark(config: BenchmarkConfig) -> str:
         for said in ray.get(ready):
             logger.info("[%d/%d] %s", total - len(todo), total, said)
     about = {name: About(list(case.roles()), case.target_label) for name, case in config.cases.items()}
-    said = tell(config.standing, output, about, config.seeds)
+    said = tell(config.standing or Standing(), output, about, config.seeds)
     if done is None:
-        finish(output, config.model_copy(update={"standing": Standing()}), {"cells": len(cells)})
+        finish(output, config.model_copy(update={"standing": None}), {"cells": len(cells)})
     return said
 
 
