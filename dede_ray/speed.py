@@ -38,6 +38,7 @@ from dede_ray import clip, feed, training
 from dede_ray.baseline import TrainerSpeed, compare_trainers, photographs
 from dede_ray.config import Config, Mistake
 from dede_ray.decoder import PRESETS, DecoderShape, MaskedDecoder, Reconstruction, save_decoder
+from dede_ray.detectors.asset import Asset
 from dede_ray.detectors.caption import CaptionScore
 from dede_ray.detectors.consistency import Consistency
 from dede_ray.detectors.contract import Batch, DetectorSettings, Need
@@ -111,7 +112,7 @@ class SiftSpeed(Config):
 class DetectorSpeed(Config):
     """The score pass's work on one core with five detectors attached beside that of embedding alone.
 
-    The detectors are dede, density, isolation_forest, consistency (closed form) and clip_score. Of what they share with
+    The detectors are dede, density, isolation_forest, consistency (closed form) and a fifth. Of what they share with
     nobody, the reference encoder's forward and the text tower's are told apart. All weights are random and detectors
     are fitted to random embeddings, which changes nothing about their speed.
     """
@@ -122,6 +123,8 @@ class DetectorSpeed(Config):
     """The reference encoder, by timm's name."""
     decoder: DecoderShape = PRESETS["tiny"].shape
     """DeDe's network."""
+    fifth: Literal["clip_score", "asset"] = "clip_score"
+    """One that needs the text tower, or one that needs no other encoder."""
     dede_masks: int = Field(4, ge=1)
     """DeDe's `num_masks`."""
     shards: str | None = None
@@ -372,19 +375,20 @@ def _attach(config: DetectorSpeed, folder: Path, laps: Counter[str]) -> ScoreWor
         Density(),
         Forest(),
         Consistency(min_agreement=0),
-        CaptionScore(),
+        CaptionScore() if config.fifth == "clip_score" else Asset(epochs=1),
     ]
     widths = load_victim(victim).embedding_dim, int(encoder.embedding_dim)  # type: ignore[arg-type]
     suspected, states = _made_up(*widths), []
     for one in detectors:
         path = folder / f"{one.label}.safetensors"
-        fit_state(one, suspected, None, "", path)
+        fit_state(one, suspected, suspected.part(range(256)), "", path)
         states.append(str(path) if one.fits else None)
     needs: frozenset[Need] = frozenset().union(*(one.needs for one in detectors))
     work = ScoreWork(Encoding(victim, EncoderVictim(path=str(folder / "reference")), needs), detectors, states)
     encoders: Any = work.encoders
     encoders.reference.forward = _stopwatch(laps, ENCODERS[0], encoders.reference.forward)
-    encoders.victim.encode_text = _stopwatch(laps, ENCODERS[1], encoders.victim.encode_text)
+    if "caption" in needs:
+        encoders.victim.encode_text = _stopwatch(laps, ENCODERS[1], encoders.victim.encode_text)
     for one, scorer in zip(detectors, work.scorers, strict=True):
         scorer.score = _stopwatch(laps, one.label, scorer.score)  # type: ignore[method-assign]
     return work

@@ -428,9 +428,10 @@ def best_column(rows: Rows, case: str, honest: tuple[float, float] = (0.45, 0.6)
 
 
 def _lists(rows: Rows, cases: Sequence[str], standing: Standing) -> str:
+    num_drawn = max((len(rows.values(case, "victim", "list 0", PAPER, "is_empty")) for case in cases), default=0)
     lines = [
         f"Lists decided by conformal p-values and Benjamini-Hochberg at q = {standing.q:g}, false alarm "
-        f"{standing.false_alarm}, without labels; calibration set and corpus drawn anew {standing.num_lists} times. "
+        f"{standing.false_alarm}, without labels; calibration set and corpus drawn anew {num_drawn} times. "
         "FDP: realised share of clean samples among the flagged, 1 % poison, mean and standard error. Empty: share of "
         "the lists without an entry where nothing is poisoned.\n",
         "| victim | score | FDP | recall | empty without poison |",
