@@ -21,6 +21,7 @@ from dede_ray.activation import MeasureConfig, measure_victim
 from dede_ray.amplification import AmplifyConfig, amplify_manifest
 from dede_ray.attacks.attack import AttackConfig, attack
 from dede_ray.attacks.poison import PoisonConfig, poison
+from dede_ray.benchmark import BenchmarkConfig, benchmark
 from dede_ray.check import CheckConfig, check
 from dede_ray.config import Config, Mistake, load
 from dede_ray.detectors import decree
@@ -46,6 +47,7 @@ STEPS: dict[str, tuple[type[Config], Callable[[Any], str]]] = {
     "amplify": (AmplifyConfig, amplify_manifest),
     "sift": (SiftConfig, sift),
     "evaluate": (EvaluateConfig, evaluate),
+    "benchmark": (BenchmarkConfig, benchmark),
 }
 
 SMALLEST = Path(__file__).parent.parent / "configs" / "demo_smoke.yaml"

@@ -162,8 +162,14 @@ class _Run:
                     "the one that made them, or score the shards"
                 )
         needed = {"embedding", *(EMBEDDING_OF[need] for need in self.encoding.needs if need != "image")}
+        share = read_json(folder / "pass.json", "record of a pass").get("embeddings_kept", 0)
         for shard in self.shards[:1]:
             lacking = sorted(needed - set(read_parts(folder, shard.name).column_names))
+            if share != 1:
+                raise Mistake(
+                    f"{folder} keeps the embeddings of {share:.0%} of its samples only; score the shards with "
+                    "store_embeddings: true, or name shards instead of embeddings"
+                )
             if lacking:
                 raise Mistake(
                     f"{folder} holds no {', '.join(lacking)} of its samples; score the shards with store_embeddings: "

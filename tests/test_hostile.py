@@ -252,7 +252,7 @@ def test_good_samples_score_the_same_with_hostile_neighbours_as_alone(scored, lo
     assert len(rows) > len(scored.info["shards"])
     for row in rows:  # at this mask ratio the decoder sees no patch, so scores do not depend on the id
         expected = alone["a.tar/" + row["sample_id"].split("/", 1)[1]]
-        for name in scored.score_columns:
+        for name in {*scored.score_columns} - {"dede_reverse"}:  # which looks through masks drawn by the id
             assert row[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), row["sample_id"]
 
 

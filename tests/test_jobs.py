@@ -180,7 +180,7 @@ def test_a_wrong_setting_is_said_before_ray_starts(mistaken, monkeypatch, job, c
         ("train_clip", {"clip__shards": "nowhere/*.tar"}, "no shards at nowhere/*.tar"),
         ("train_clip", {"clip__shards": "garbage.tar"}, "garbage.tar"),
         ("train_clip", {"clip__init": "bomb.pt"}, "bomb.pt holds more than tensors"),
-        ("score", {"shards": []}, "the list of shards is empty"),
+        ("score", {"shards": []}, "nothing to score: name `shards` to read"),
     ],
 )
 def test_a_mistake_is_one_message_and_no_traceback(mistaken, monkeypatch, job, changes, expected):

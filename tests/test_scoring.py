@@ -423,7 +423,8 @@ def test_detectors_that_fit_score_beside_dede_what_they_score_by_hand(attached, 
         assert set(scorer.columns) <= set(attached.score_columns)
         for name, score_B in scorer.score(batch).items():
             there = [found[one][name] for one in batch.sample_ids]
-            np.testing.assert_allclose(there, score_B, rtol=1e-3, atol=1e-5, err_msg=name)
+            # The embeddings of a victim of random weights hardly differ, so that the rounding of a forward shows.
+            np.testing.assert_allclose(there, score_B, rtol=2e-2, atol=2e-3, err_msg=name)
             assert all((row[name] is None) == (row["error"] is not None) for row in found.values())
 
 
@@ -531,7 +532,12 @@ def test_rescoring_refuses_what_embeddings_cannot_tell(attached, scored, everyth
     refused("masking_trajectory look at images", second_stage=trajectory)
     refused("nothing to score: name `shards` to read, or `embeddings`", embeddings=None)
     refused("no record of a pass|record of a pass", embeddings=str(tmp_path / "absent"))
-    refused("scores holds no embedding", embeddings=str(scored.folder), detectors=FITTED[:1])
+    few = tmp_path / "few"
+    shutil.copytree(attached.folder, few)
+    record = json.loads((few / "scores" / "pass.json").read_text())
+    (few / "scores" / "pass.json").write_text(json.dumps({**record, "embeddings_kept": 0.25}))
+    refused("keeps the embeddings of 25% of its samples only", embeddings=str(few))
+    refused("embeddings of another reference encoder: None there", embeddings=str(scored.folder))
     path = everything(tmp_path / "other").victim.path
     refused("embeddings of another victim encoder", victim=OpenClipVictim(path=path, mean=[0.1, 0.1, 0.1]))
     other = OpenClipVictim(path=everything(tmp_path / "other").reference.path, mean=[0.1, 0.1, 0.1])
