@@ -158,6 +158,7 @@ def test_poison_that_was_not_among_the_seeds_is_found(found):
     assert {COPY, COPIED} <= flagged
 
 
+@pytest.mark.slow
 def test_every_round_is_told_and_so_is_the_end(found):
     folder, said = found
     told = json.loads((folder / "amplify.json").read_text())
@@ -218,6 +219,7 @@ def test_run_again_it_does_nothing(found, settings):
     assert written(found[0]) == before
 
 
+@pytest.mark.slow
 def test_what_a_kill_has_left_is_completed_to_the_same_bytes(found, settings, tmp_path):
     """It came to the scores of the second round, and some of their parts."""
     folder = tmp_path / "amplified"
@@ -245,6 +247,7 @@ def test_what_a_kill_has_left_is_completed_to_the_same_bytes(found, settings, tm
     assert now["manifest.json"].replace(bytes(folder), b"") == expected["manifest.json"].replace(bytes(found[0]), b"")
 
 
+@pytest.mark.slow
 def test_seeds_that_share_nothing_fail_the_control_and_flag_nothing(
     local_ray, shards, victim_folder, settings, tmp_path
 ):

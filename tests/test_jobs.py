@@ -293,6 +293,7 @@ def test_a_submitted_job_needs_no_config_and_names_what_it_exported(head, smoke,
     assert all(list(folder.glob("*.safetensors")) for folder in folders)
 
 
+@pytest.mark.slow
 def test_a_submitted_job_takes_a_demo_and_goes_on_where_the_same_upload_stopped(head, smoke, checkout):
     job = submit(head, checkout, "train_clip", SMOKE)
     assert job.returncode == 0, job.stdout

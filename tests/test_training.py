@@ -213,6 +213,7 @@ def test_checkpoints_that_a_kill_left_half_uploaded_are_swept_up(tmp_path, caplo
 # --- long embeddings
 
 
+@pytest.mark.slow
 def test_noise_takes_the_place_of_samples_with_long_embeddings(trained, tmp_path):
     config, _ = trained
     section = config.decoder.model_copy(

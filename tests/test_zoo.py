@@ -114,7 +114,8 @@ def wait_for(condition, seconds=60):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the children of a process")
-@pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_zoo_takes_its_jobs_along_and_a_killed_one_keeps_its_folder_until_they_end(work, how):
     config = zoo(honest={"steps": ["measure measure.yaml"], "victim": "encoder"})
     (work / "zoo.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
