@@ -32,6 +32,8 @@ class Judging(Config):
     fair: list[str] = Field([])
     """Columns that are also given as `<column>_fair`, without what the run's image statistics explain: what is left is
     less about how hard an image is."""
+    num_knots: int = Field(5, ge=2)
+    """Of the splines that take difficulty out of `fair` columns; fewer take fewer calibration samples."""
     combined: Fusion | None = None
     """Several columns in one, `combined`."""
     difficulty: str | None = None
@@ -139,7 +141,7 @@ def _made(
             raise Mistake(f"fair: no column {name}; there are {', '.join(corpus.columns)}")
         if not covariates:
             raise Mistake("fair: there is nothing to say how hard an image is; attach {kind: image_statistics}")
-        difficulty = Difficulty()
+        difficulty = Difficulty(num_knots=judging.num_knots)
         clean_NC = np.stack([calibration.columns[one] for one in covariates], axis=1)
         state: State = difficulty.fit(calibration.columns[name][fitted_on], clean_NC[fitted_on])
         corpus_NC = np.stack([corpus.columns[one] for one in covariates], axis=1)
