@@ -36,7 +36,7 @@ from dede_ray.downstream import (
 from dede_ray.encoders import WEIGHTS_FILE as ENCODER_WEIGHTS_FILE
 from dede_ray.shards import Limits, list_shards
 from dede_ray.sources import Classes, read_classes
-from dede_ray.victims import EncoderVictim, OptionalVictimConfig, Victim, VictimConfig, load_victim
+from dede_ray.victims import EncoderVictim, OptionalVictimConfig, Victim, VictimConfig, best_device, load_victim
 from dede_ray.weights import WEIGHTS_FILE as CLIP_WEIGHTS_FILE
 
 # ---------------------------------------------------------------------------------------------------- the gate
@@ -408,7 +408,7 @@ def measure_victim(config: MeasureConfig) -> str:
     Raises:
         Mistake: weights, shards or records that cannot be used.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     victim = load_victim(config.victim).to(device)
     planted, honest = Planted("honest", Nothing(), 0, {}), None
     if config.made_by is not None:

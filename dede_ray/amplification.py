@@ -51,10 +51,10 @@ from dede_ray.groups import copies
 from dede_ray.judgement import Judging, Scored, judge
 from dede_ray.ledger import Chosen, Chunk, KeyedShare, PassResources, PassSummary, Select, Work, read_parts, run_pass
 from dede_ray.manifest import DECISION_COLUMNS, Manifest, read_manifest, write_manifest
-from dede_ray.scoring import settings_of, versions, victim_of
+from dede_ray.scoring import hash_of_ids, settings_of, versions, victim_of
 from dede_ray.shards import Shard, list_shards
 from dede_ray.sources import keyed_generator
-from dede_ray.victims import VictimConfig, load_victim
+from dede_ray.victims import VictimConfig, best_device, load_victim
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ class _Run:
         wants_maps = self.config.amplify.look_at != "whole"
         seen, pictures, maps = self._pictures(
             folder / "seeds", [shard for shard in self.shards if shard.name in theirs], Chosen(frozenset(chosen)),
-            {"chosen": _digest(sorted(chosen))}, wants_maps, f"round {number}, seeds",
+            {"chosen": hash_of_ids(sorted(chosen))}, wants_maps, f"round {number}, seeds",
         )  # fmt: skip
         if seen != chosen:
             self._complain(seen, chosen)
@@ -383,10 +383,6 @@ def _caveat(amplified: Amplified) -> str | None:
     return WHOLE if amplified.way == "whole" and amplified.passes else None
 
 
-def _digest(names: list[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
-
-
 def _array(column: pa.ChunkedArray) -> NDArray[Any]:
     """A column of lists without nulls as one flat array."""
     chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
@@ -417,7 +413,7 @@ class LookWork:
 
     def __init__(self, victim: VictimConfig | None, image_size: int):
         self.image_size = image_size
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = best_device()
         self.victim = load_victim(victim).to(self.device) if victim else None
         self.columns: dict[str, pa.DataType] = {"picture": pa.list_(pa.uint8(), 3 * image_size**2)}
         if self.victim is not None:
@@ -436,7 +432,7 @@ class AmplifyWork:
     """Scores pictures with the networks of a round."""
 
     def __init__(self, folder: str):
-        self.amplified = load_amplified(folder).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self.amplified = load_amplified(folder).to(best_device())
         self.image_size = self.amplified.image_size
         self.columns: dict[str, pa.DataType] = {COLUMN: pa.float32()}
 

@@ -34,7 +34,7 @@ from dede_ray.decisions import Conformal, Verdict
 from dede_ray.encoders import ResNet, build_encoder
 from dede_ray.metrics import auroc
 from dede_ray.victims import Victim
-from dede_ray.weights import read_tensors, refuse_not_finite, unlike
+from dede_ray.weights import read_tensors, refuse_not_finite, refuse_unlike
 
 logger = logging.getLogger(__name__)
 
@@ -400,11 +400,7 @@ def load_amplified(folder: str | Path) -> Amplified:
     with torch.device("meta"):  # no memory yet: numbers in a JSON file may ask for any amount
         one = _Classifier(settings.width, described.image_size).state_dict()
     wanted = {f"{number}.{name}": tensor for number in range(settings.num_networks) for name, tensor in one.items()}
-    if wrong := unlike(state, wanted):
-        raise Mistake(
-            f"{folder / WEIGHTS_FILE} does not fit its amplified.json: {len(wrong)} tensors are missing, unexpected, "
-            f"or of another shape or kind, such as {wrong[:3]}"
-        )
+    refuse_unlike(state, wanted, folder / WEIGHTS_FILE, "amplified.json")
     networks = []
     for number in range(settings.num_networks):
         network = _Classifier(settings.width, described.image_size)

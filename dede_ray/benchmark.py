@@ -29,13 +29,13 @@ import pyarrow as pa
 import ray
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from dede_ray.activation import Examination
 from dede_ray.attacks.triggers import AnyTrigger, Patch, Trigger, square
 from dede_ray.clip import Normalise, to_unit_range
-from dede_ray.config import Config, Mistake, claim, finish, write_json
-from dede_ray.decoder import PRESETS, DecoderPreset, fit_decoder, save_decoder
+from dede_ray.config import Config, Mistake, Seeds, claim, finish, write_json
+from dede_ray.decoder import DecoderPreset, changed_preset, fit_decoder, save_decoder
 from dede_ray.detectors.asset import PublishedAsset, asset_published
 from dede_ray.detectors.contract import Batch, DetectorSettings, Scorer, open_scorer
 from dede_ray.detectors.decree import Decree, Inversion, invert, save_stamp
@@ -50,7 +50,7 @@ from dede_ray.session import start_ray
 from dede_ray.shards import BadSample, Limits, decode_image, list_shards, to_square
 from dede_ray.sources import draw
 from dede_ray.standing import About, Standing, tell
-from dede_ray.victims import OptionalVictimConfig, VictimConfig
+from dede_ray.victims import OptionalVictimConfig, VictimConfig, best_device, load_victim
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +98,7 @@ class DecoderTraining(Config):
     reverse_weight: float | None = Field(None, ge=0)
 
     def resolved(self) -> DecoderPreset:
-        own = {name: value for name, value in self.model_dump(exclude={"preset"}).items() if value is not None}
-        return PRESETS[self.preset].model_copy(update=own)
+        return changed_preset(self.preset, self.model_dump(exclude={"preset"}))
 
 
 class BenchmarkConfig(Examination):
@@ -119,7 +118,7 @@ class BenchmarkConfig(Examination):
     inversion: Inversion | None = None
     """DECREE, under the first seed: the stamp of each encoder, and what it says of samples."""
     decoder: DecoderTraining = DecoderTraining()
-    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    seeds: Seeds = Field([0, 1, 2])
     num_suspected: int = Field(10_000, ge=100)
     """Training images of each suspected corpus: decoders and statistics are fitted on it."""
     poison_rate: float = Field(0.01, ge=0, lt=0.5)
@@ -136,13 +135,6 @@ class BenchmarkConfig(Examination):
     standing: Standing | None = None
     """What is asked of the scores, at no cost; None takes its defaults."""
     limits: Limits = Limits()
-
-    @field_validator("seeds")
-    @classmethod
-    def _are_different(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-            raise ValueError("seeds must be different, and 0 or more")
-        return seeds
 
 
 def benchmark(config: BenchmarkConfig) -> str:
@@ -274,10 +266,8 @@ def _judge(here: tuple[BenchmarkConfig, _Images], name: str, output: Path) -> st
     """Does the case's victim pass its gate?"""
     torch.set_num_threads(1)
     config, case = here[0], here[0].cases[name]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    victim, honest = (
-        Encoders(Encoding(one, None, frozenset())).victim.to(device) for one in (case.victim, case.honest)
-    )
+    device = best_device()
+    victim, honest = (load_victim(one).to(device) for one in (case.victim, case.honest))
     verdict = config.examine(victim, honest, case.trigger, case.target_label, case.attack).verdict
     write_json(output / "gates" / f"{name}.json", verdict.as_json())
     return f"{name}: {'passes' if verdict.passes else 'VOID'}, {verdict.reason}"

@@ -16,11 +16,11 @@ import reprlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, TypeVar, get_origin
+from typing import IO, Annotated, Any, TypeVar, get_origin
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,16 @@ _short.maxstring = _short.maxlong = _short.maxother = 200
 
 class Mistake(ValueError):
     """A person's mistake. The message says what we got, what we expected and what to do."""
+
+
+def _are_seeds(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ValueError("seeds must be different, and 0 or more")
+    return seeds
+
+
+Seeds = Annotated[list[int], Field(min_length=1), AfterValidator(_are_seeds)]
+"""What is repeated with other draws."""
 
 
 class Config(BaseModel):

@@ -15,7 +15,7 @@ Masks are boolean, True = hidden. Pixels are in [0, 1], before and after.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from dede_ray.clip import to_unit_range
 from dede_ray.config import Config, Mistake, read_json, write_json
 from dede_ray.optimisation import Optimisation
 from dede_ray.vision_libraries import timm
-from dede_ray.weights import read_tensors, refuse_not_finite, unlike
+from dede_ray.weights import read_tensors, refuse_not_finite, refuse_unlike
 
 
 class DecoderShape(Config):
@@ -322,6 +322,11 @@ PRESETS: dict[str, DecoderPreset] = {
 }  # fmt: skip
 
 
+def changed_preset(name: str, own: Mapping[str, Any]) -> DecoderPreset:
+    """A preset with the settings that are not None in their place."""
+    return PRESETS[name].model_copy(update={key: value for key, value in own.items() if value is not None})
+
+
 # ------------------------------------------------------------------------------------------------ training
 
 REVERSE = 0x5DEECE66D  # mixed into the keys of the masks that `predict` looks through
@@ -600,11 +605,7 @@ def load_decoder(folder: str | Path) -> MaskedDecoder:
             wanted = MaskedDecoder(shape, *sizes, has_reverse=has_reverse).state_dict()
     except (KeyError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise Mistake(f"{folder / 'decoder.json'} does not describe a decoder: {error!r}") from None
-    if wrong := unlike(state, wanted):
-        raise Mistake(
-            f"{folder / 'decoder.safetensors'} does not fit its decoder.json: {len(wrong)} tensors are missing, "
-            f"unexpected, or of another shape or kind, such as {wrong[:3]}"
-        )
+    refuse_unlike(state, wanted, folder / "decoder.safetensors", "decoder.json")
     decoder = MaskedDecoder(shape, *sizes, has_reverse=has_reverse)
     decoder.victim, decoder.has_null = victim, has_null
     decoder.load_state_dict(state)

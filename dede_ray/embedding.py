@@ -26,7 +26,7 @@ from dede_ray.config import Mistake
 from dede_ray.detectors.contract import Batch, Need
 from dede_ray.ledger import Chunk, KeyedShare, PassResources, Select, read_parts, run_pass
 from dede_ray.shards import Limits, Shard, open_shard, open_tar, split_name
-from dede_ray.victims import ClipVictim, Victim, VictimConfig, load_victim
+from dede_ray.victims import ClipVictim, Victim, VictimConfig, best_device, load_victim
 
 Precision = Literal["float16", "float32"]
 
@@ -68,7 +68,7 @@ class Encoders:
     """The victim, and the reference encoder where one is needed, in one actor."""
 
     def __init__(self, encoding: Encoding):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = best_device()
         self.needs = encoding.needs
         self.victim = load_victim(encoding.victim).to(self.device)
         self.reference: Victim | None = None

@@ -44,6 +44,11 @@ class Judging(Config):
     grouping: Grouping | None = Grouping()
     """Report copies, near-copies and clumps of one caption as one finding each; None does not look."""
 
+    @property
+    def made(self) -> list[str]:
+        """Columns that are made of others."""
+        return [*(name + FAIR for name in self.fair), *([COMBINED] if self.combined else [])]
+
 
 @dataclass(frozen=True, eq=False)
 class Scored:
@@ -75,8 +80,11 @@ class Judged:
     group_id: list[str | None]
     """The content hash of copies of one picture."""
     findings: list[Finding]
-    report: dict[str, Any]
-    """The verdict's report, and what was found on the way."""
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The verdict's, with what was found on the way."""
+        return self.verdict.report
 
 
 def judge(
@@ -101,23 +109,22 @@ def judge(
     columns = {**corpus.columns, **made}
     if decision.score not in columns:
         raise Mistake(f"decision.score is {decision.score!r}; there are {', '.join(columns)}")
-    score_N, clean = columns[decision.score], None
+    score_N, clean, group_id = columns[decision.score], None, copies(corpus.content_hash)
     about: About = {}
     if calibration is not None:
         clean_columns, clean_groups = {**calibration.columns, **clean_made}, copies(calibration.content_hash)
         kept = ~fitted_on if decision.score in made else np.ones(len(calibration), bool)
         clean = clean_columns[decision.score][kept].astype(np.float32)
         about = {
-            "groups": copies(corpus.content_hash, corpus.captions if looks_at_captions else None),
+            "groups": copies(corpus.content_hash, corpus.captions) if looks_at_captions else group_id,
             "calibration_groups": [clean_groups[row] for row in np.flatnonzero(kept).tolist()],
         }
         if isinstance(decision, Conformal) and decision.mondrian_bins > 1:
             about = {**about, **_strata(judging, decision, columns, clean_columns, kept)}
     verdict = decision.decide(score_N.astype(np.float32), clean, corpus.sample_ids, **about)
     verdict, shift = _shifted(judging, decision, verdict, corpus, calibration)
-    found = _findings(judging, corpus, verdict)
-    report = {**verdict.report, "shift": shift, "made": facts}
-    return Judged(replace(verdict, report=report), score_N, made, copies(corpus.content_hash), found, report)
+    verdict = replace(verdict, report={**verdict.report, "shift": shift, "made": facts})
+    return Judged(verdict, score_N, made, group_id, _findings(judging, corpus, verdict))
 
 
 def _made(

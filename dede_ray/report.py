@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from pydantic import Field
 
 from dede_ray.activation import Examination, Verdict, VictimRecord, read_record
@@ -25,7 +24,7 @@ from dede_ray.findings import join, measure, table
 from dede_ray.manifest import Manifest, read_manifest
 from dede_ray.page import draw_page, make_gallery
 from dede_ray.scoring import settings_of, victim_of
-from dede_ray.victims import Victim
+from dede_ray.victims import Victim, best_device
 
 
 class EvaluateConfig(Examination):
@@ -101,7 +100,7 @@ def _read_truth(path: str) -> pa.Table:
 
 
 def _load_victim(manifest: Manifest) -> Victim:
-    return victim_of(manifest).to("cuda" if torch.cuda.is_available() else "cpu")
+    return victim_of(manifest).to(best_device())
 
 
 def _gate(

@@ -33,7 +33,7 @@ from dede_ray.decisions import Conformal, Decision
 from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, State, open_scorer
 from dede_ray.detectors.detector import Detector
 from dede_ray.embedding import Encoders, Encoding, count_samples, fitting_set, gathered, restored, stored
-from dede_ray.judgement import COMBINED, FAIR, Judging, Scored, judge
+from dede_ray.judgement import Judging, Scored, judge
 from dede_ray.ledger import (
     BASE_SCHEMA,
     Chosen,
@@ -131,29 +131,31 @@ class _Run:
     def __init__(self, config: ScoreConfig):
         self.config, self.output = config, Path(config.output).absolute()
         self.detectors: list[DetectorSettings] = [*config.detectors]
-        second = config.second_stage.detectors if config.second_stage else []
-        twice = [name for name, count in Counter(one.label for one in self._all_detectors()).items() if count > 1]
+        self.second: list[DetectorSettings] = [*(config.second_stage.detectors if config.second_stage else [])]
+        self.all_detectors = [*self.detectors, *self.second]
+        twice = [name for name, count in Counter(one.label for one in self.all_detectors).items() if count > 1]
         if twice:  # they would share a state file
             raise Mistake(f"two detectors of this run are called {twice[0]}; set `name` of one, which ends its columns")
-        needs: frozenset[Need] = frozenset().union(*(one.needs for one in [*self.detectors, *second]))
+        needs: frozenset[Need] = frozenset().union(*(one.needs for one in self.all_detectors))
         reference = config.reference and config.reference.located()
         self.encoding = Encoding(config.victim.located(), reference, needs)
         self.victim = load_victim(config.victim)
         self.encoding.check(self.victim)
+        self.encoded_with = self.encoding.made_with(self.victim)
         self.source = Path(config.embeddings).absolute() if config.embeddings else None
         if self.source is None and not config.shards:
             raise Mistake("nothing to score: name `shards` to read, or `embeddings` of an earlier run")
         self.shards = list_shards(config.shards) if self.source is None else standing_shards(self.source / "scores")
         self.calibration = self._calibration_shards()
         if self.source is not None and "image" in needs:
-            lacking = [one.label for one in [*self.detectors, *second] if "image" in one.needs]
+            lacking = [one.label for one in self.all_detectors if "image" in one.needs]
             raise Mistake(f"{', '.join(lacking)} look at images, and stored embeddings have none; name shards instead")
         if self.source is not None:
             self._check_source(self.source / "scores")
 
     def _check_source(self, folder: Path) -> None:
         """Embeddings are of the victim and the reference encoder that made them, and of no other."""
-        made_with, now = read_json(folder / "pass.json", "record of a pass"), self.encoding.made_with(self.victim)
+        made_with, now = read_json(folder / "pass.json", "record of a pass"), self.encoded_with
         for role in ("victim", "reference"):
             there = made_with.get(role)
             if there != now[role] and (role == "victim" or "reference" in self.encoding.needs):
@@ -162,19 +164,18 @@ class _Run:
                     "the one that made them, or score the shards"
                 )
         needed = {"embedding", *(EMBEDDING_OF[need] for need in self.encoding.needs if need != "image")}
-        share = read_json(folder / "pass.json", "record of a pass").get("embeddings_kept", 0)
-        for shard in self.shards[:1]:
-            lacking = sorted(needed - set(read_parts(folder, shard.name).column_names))
-            if share != 1:
-                raise Mistake(
-                    f"{folder} keeps the embeddings of {share:.0%} of its samples only; score the shards with "
-                    "store_embeddings: true, or name shards instead of embeddings"
-                )
-            if lacking:
-                raise Mistake(
-                    f"{folder} holds no {', '.join(lacking)} of its samples; score the shards with store_embeddings: "
-                    "true, and with a detector that needs the same, or name shards instead of embeddings"
-                )
+        share = made_with.get("embeddings_kept", 0)
+        lacking = sorted(needed - set(read_parts(folder, self.shards[0].name).column_names))
+        if share != 1:
+            raise Mistake(
+                f"{folder} keeps the embeddings of {share:.0%} of its samples only; score the shards with "
+                "store_embeddings: true, or name shards instead of embeddings"
+            )
+        if lacking:
+            raise Mistake(
+                f"{folder} holds no {', '.join(lacking)} of its samples; score the shards with store_embeddings: "
+                "true, and with a detector that needs the same, or name shards instead of embeddings"
+            )
 
     def _calibration_shards(self) -> list[Shard]:
         if self.source is not None:
@@ -187,7 +188,7 @@ class _Run:
     def fit(self) -> None:
         """Let every detector that fits something leave its state; then open them all, which checks them."""
         config = self.config
-        fits = [one for one in self._all_detectors() if one.fits]
+        fits = [one for one in self.all_detectors if one.fits]
         if fits:
             suspected, clean = self._suspected(), None
             if config.fitting.clean is not None:
@@ -196,23 +197,18 @@ class _Run:
             for detector in fits:
                 fit_state(detector, suspected, clean, inputs, self._state_path(detector))
         self.scorers = [open_scorer(one, self.victim, self._state(one)) for one in self.detectors]
-        second = self.config.second_stage.detectors if self.config.second_stage else []
-        self.second_scorers = [open_scorer(one, self.victim, self._state(one)) for one in second]
+        self.second_scorers = [open_scorer(one, self.victim, self._state(one)) for one in self.second]
         self.columns = [column for scorer in self.scorers for column in scorer.columns]
         self.controls = [column for scorer in self.scorers for column in scorer.controls]
         everything = [*self.columns, *(column for scorer in self.second_scorers for column in scorer.columns)]
         twice = [name for name, count in Counter(everything).items() if count > 1]
         if twice:
             raise Mistake(f"two detectors give the column {twice[0]}; set `name` of one")
-        made = [f"{name}{FAIR}" for name in config.judging.fair] + ([COMBINED] if config.judging.combined else [])
-        judged = [column for column in [*self.columns, *made] if column not in self.controls]
+        judged = [column for column in [*self.columns, *config.judging.made] if column not in self.controls]
         if config.decision.score not in judged:
             raise Mistake(
                 f"decision.score is {config.decision.score!r}; the detectors of this run give {', '.join(judged)}"
             )
-
-    def _all_detectors(self) -> list[DetectorSettings]:
-        return [*self.detectors, *(self.config.second_stage.detectors if self.config.second_stage else [])]
 
     def _suspected(self) -> Batch:
         fitting = self.config.fitting
@@ -245,13 +241,12 @@ class _Run:
         """Pass over calibration shards and shards; then the second stage over what looks worst."""
         passes = [("calibration", self.calibration), ("scores", self.shards)]
         summary = [self._pass(name, shards) for name, shards in passes if shards][-1]
-        second = self.config.second_stage
-        if second:
-            chosen = self._candidates(second.num_candidates)
+        if self.config.second_stage:
+            chosen = self._candidates(self.config.second_stage.num_candidates)
             run_pass(
-                self.shards, self.output / "second_stage", ScoreWork, self._work([*second.detectors]),
+                self.shards, self.output / "second_stage", ScoreWork, self._work(self.second),
                 image_size=self.victim.image_size, chunk_size=self.config.chunk_size, limits=self.config.limits,
-                made_with={**self.made_with(second.detectors, self.second_scorers), "candidates": _hash(chosen)},
+                made_with={**self.made_with(self.second, self.second_scorers), "candidates": hash_of_ids(chosen)},
                 resources=self.config.resources, max_error_fraction=self.config.max_error_fraction,
                 name="second stage", select=Chosen(frozenset(chosen)),
             )  # fmt: skip
@@ -287,7 +282,7 @@ class _Run:
     def made_with(self, detectors: Sequence[DetectorSettings], scorers: Sequence[Scorer]) -> dict[str, Any]:
         """What scores depend on."""
         return {
-            **self.encoding.made_with(self.victim),
+            **self.encoded_with,
             "detectors": {one.label: scorer.fingerprint for one, scorer in zip(detectors, scorers, strict=True)},
             "versions": versions(),
         }
@@ -360,8 +355,9 @@ def _digest(batch: Batch) -> str:
     return digest.hexdigest()
 
 
-def _hash(names: list[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+def hash_of_ids(sample_ids: Sequence[str]) -> str:
+    """SHA-256 of ids, in this order."""
+    return hashlib.sha256("\n".join(sample_ids).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class _Scoring:

@@ -32,13 +32,13 @@ from dede_ray.contrastive import Contrastive, LossKind, with_loss
 from dede_ray.decoder import (
     NOISE_PER_SHARD,
     NOISE_SPLIT,
-    PRESETS,
     DecoderPreset,
     MaskedDecoder,
     OodFill,
     Reconstruction,
     Spread,
     ball_radius,
+    changed_preset,
     embedding_use,
     lengths,
     noise_images,
@@ -142,8 +142,7 @@ class DecoderTrain(Config):
     """Share of the samples whose embeddings are not long; in the published code 1 - poison rate, which is 0.01."""
 
     def resolved(self) -> DecoderPreset:
-        own = self.model_dump(include=DecoderPreset.model_fields.keys() - {"shape"})
-        return PRESETS[self.preset].model_copy(update={k: v for k, v in own.items() if v is not None})
+        return changed_preset(self.preset, self.model_dump(include=DecoderPreset.model_fields.keys() - {"shape"}))
 
 
 class Training(Config):

@@ -223,6 +223,11 @@ def _load_clip(config: OpenClipVictim) -> Victim:
     return ClipVictim(model, described, _name(config.path), config.precision)
 
 
+def best_device() -> torch.device:
+    """Where this process computes: the GPU that it was given, if any."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _name(path: str) -> str:
     return "/".join(Path(path).parts[-2:]) if Path(path).is_dir() else Path(path).name
 

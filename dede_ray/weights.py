@@ -160,6 +160,15 @@ def unlike(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[st
     )
 
 
+def refuse_unlike(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path, description: str) -> None:
+    """Raise a Mistake where a file's tensors are not those that the JSON file beside it describes."""
+    if wrong := unlike(state, wanted):
+        raise Mistake(
+            f"{path} does not fit its {description}: {len(wrong)} tensors are missing, unexpected, or of another shape "
+            f"or kind, such as {wrong[:3]}"
+        )
+
+
 def refuse_not_finite(model: nn.Module, path: str | Path) -> None:
     """Raise a Mistake where a loaded model's weights are not all numbers: all it computes would be none."""
     for name, tensor in model.state_dict().items():

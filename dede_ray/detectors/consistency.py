@@ -28,7 +28,16 @@ from torch.nn import functional
 
 from dede_ray.config import Config, Mistake
 from dede_ray.decoder import sample_keys
-from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, State, as_scores, state_fingerprint
+from dede_ray.detectors.contract import (
+    Batch,
+    DetectorSettings,
+    DrawnFrom,
+    Need,
+    Scorer,
+    State,
+    as_scores,
+    state_fingerprint,
+)
 from dede_ray.detectors.density import References
 from dede_ray.victims import Victim
 
@@ -94,7 +103,7 @@ class Consistency(DetectorSettings):
     fits: ClassVar[bool] = True
     forms: list[Form] = Field(["closed"], min_length=1)
     """Which columns there are."""
-    drawn_from: Literal["suspected", "clean"] = "suspected"
+    drawn_from: DrawnFrom = "suspected"
     """What is fitted on: the corpus itself, or clean samples."""
     ridge: float = Field(1e-3, gt=0)
     """Of the map, in units of the mean variance of u's components."""
@@ -122,11 +131,7 @@ class Consistency(DetectorSettings):
 
     def fit(self, suspected: Batch, clean: Batch | None) -> State:
         """Fit the map, measure the agreement, draw the references; train the heads where they are asked for."""
-        source = suspected if self.drawn_from == "suspected" else clean
-        if source is None:
-            raise Mistake(
-                "consistency: drawn_from is clean, and the run has no clean samples; name some, or leave it out"
-            )
+        source = self.drawn(self.drawn_from, suspected, clean)
         victim_NE, reference_NR = (_unit(part.cpu()) for part in (source.embedding_BE, source.references))
         needed = max(self.k + 1, 2 * reference_NR.shape[1])
         if self.num_references <= self.k:

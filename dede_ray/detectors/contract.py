@@ -22,12 +22,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dede_ray.config import Config
+from dede_ray.config import Config, Mistake
 from dede_ray.victims import Victim
 
 Need = Literal["image", "reference", "caption"]
 """What a detector looks at beside the victim's embedding: the picture, the embedding of an independent encoder that
 the user trusts, the victim's embedding of the caption."""
+
+DrawnFrom = Literal["suspected", "clean"]
+"""What a detector is fitted on: the corpus itself, or clean samples."""
 
 State = dict[str, Tensor]
 """What fitting leaves behind; empty where there is nothing to fit."""
@@ -116,6 +119,19 @@ class DetectorSettings(Config):
             Mistake: too few samples, or no clean ones where it takes them.
         """
         return {}
+
+    def drawn(self, drawn_from: DrawnFrom, suspected: Batch, clean: Batch | None) -> Batch:
+        """The one of the two that a detector was told to fit on.
+
+        Raises:
+            Mistake: clean samples are wanted, and there are none.
+        """
+        source = suspected if drawn_from == "suspected" else clean
+        if source is None:
+            raise Mistake(
+                f"{self.kind}: drawn_from is clean, and the run has no clean samples; name some, or leave it out"  # type: ignore[attr-defined]
+            )
+        return source
 
     def open(self, victim: Victim, state: State) -> Scorer:
         """Make the scorer, on the victim's device.

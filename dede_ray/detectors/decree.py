@@ -38,11 +38,11 @@ from torch.nn.functional import normalize
 
 from dede_ray.attacks.triggers import square
 from dede_ray.clip import to_unit_range
-from dede_ray.config import Config, Mistake, claim, finish, read_json, write_atomically, write_json
+from dede_ray.config import Config, Mistake, Seeds, claim, finish, read_json, write_atomically, write_json
 from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, State, as_scores, state_fingerprint
 from dede_ray.shards import BadSample, Limits, Shard, encode_image, iter_chunks, list_shards, sample_id
 from dede_ray.sources import draw
-from dede_ray.victims import Victim, VictimConfig, load_victim
+from dede_ray.victims import Victim, VictimConfig, best_device, load_victim
 from dede_ray.weights import read_tensors
 
 logger = logging.getLogger(__name__)
@@ -452,7 +452,7 @@ class DecreeConfig(Config):
     output: str
     num_images: int = Field(1000, ge=2)
     """Shadow images to draw, at most. The publication takes 1,000 of CIFAR-10 or STL-10, or 10,000 of ImageNet."""
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: Seeds = Field([0])
     """One inversion each; an encoder is judged by the smallest stamp of all."""
     images_seed: int = Field(0, ge=0)
     """Draws the shadow images, the same for all."""
@@ -461,13 +461,6 @@ class DecreeConfig(Config):
     inversion: Inversion = Inversion()
     limits: Limits = Limits()
     resources: InversionResources = InversionResources()
-
-    @field_validator("seeds")
-    @classmethod
-    def _are_different(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-            raise ValueError("seeds must be different, and 0 or more")
-        return seeds
 
     @field_validator("bank")
     @classmethod
@@ -566,7 +559,7 @@ def _invert_one(
     config: VictimConfig, images: Sequence[_Image], inversion: Inversion, seed: int, folder: Path, limits: Limits
 ) -> str:
     """Make one inversion, unless it stands; returns a line about it."""
-    victim = load_victim(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    victim = load_victim(config).to(best_device())
     image_NHWC = _decode(images, victim.image_size, limits)
     if (folder / "stamp.json").is_file():
         stamp = load_stamp(folder)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dede_ray.config import Mistake
 from dede_ray.decoder import sample_keys
-from dede_ray.detectors.contract import Batch, DetectorSettings, Scorer, State, as_scores, state_fingerprint
+from dede_ray.detectors.contract import Batch, DetectorSettings, DrawnFrom, Scorer, State, as_scores, state_fingerprint
 from dede_ray.victims import Victim
 
 EPSILON = 1e-4
@@ -46,16 +46,14 @@ class Density(DetectorSettings):
     """Neighbours of k-distance, SLOF and DAO."""
     lid_k: int = Field(64, ge=1)
     """Neighbours of LID."""
-    drawn_from: Literal["suspected", "clean"] = "suspected"
+    drawn_from: DrawnFrom = "suspected"
     """The corpus itself, or clean samples."""
     seed: int = 0
     """Draws the reference set."""
 
     def fit(self, suspected: Batch, clean: Batch | None) -> State:
         """Draw the reference set; where fewer samples are given, it is all of them."""
-        source = suspected if self.drawn_from == "suspected" else clean
-        if source is None:
-            raise Mistake("density: drawn_from is clean, and the run has no clean samples; name some, or leave it out")
+        source = self.drawn(self.drawn_from, suspected, clean)
         order = sample_keys(source.sample_ids, self.seed).argsort()[: self.num_references].sort().values
         drawn = source.part(order.tolist())
         if len(drawn) <= max(self.k, self.lid_k):

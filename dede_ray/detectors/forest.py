@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dede_ray.config import Mistake
-from dede_ray.detectors.contract import Batch, DetectorSettings, Scorer, State, as_scores, state_fingerprint
+from dede_ray.detectors.contract import Batch, DetectorSettings, DrawnFrom, Scorer, State, as_scores, state_fingerprint
 from dede_ray.victims import Victim
 
 
@@ -37,18 +37,14 @@ class Forest(DetectorSettings):
     """psi, the samples that one tree is grown on; where the fitting set is smaller, it is all of them."""
     pca: int | None = Field(None, ge=1)
     """Cut along this many principal components of the fitting set, not along the embedding's own dimensions."""
-    drawn_from: Literal["suspected", "clean"] = "suspected"
+    drawn_from: DrawnFrom = "suspected"
     """What the forest is grown on: the corpus itself, or clean samples."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Draws samples, features and thresholds."""
 
     def fit(self, suspected: Batch, clean: Batch | None) -> State:
         """Grow the trees; equal samples and seeds grow equal trees."""
-        source = suspected if self.drawn_from == "suspected" else clean
-        if source is None:
-            raise Mistake(
-                "isolation_forest: drawn_from is clean, and the run has no clean samples; name some, or leave it out"
-            )
+        source = self.drawn(self.drawn_from, suspected, clean)
         if len(source) < 2:
             raise Mistake(f"isolation_forest: a forest grows on 2 samples or more, found {len(source)}")
         embedding_ME = source.embedding_BE.cpu()
