@@ -39,7 +39,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from PIL import Image
-from pyarrow import fs
 from pydantic import Field, field_validator
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
@@ -69,6 +68,7 @@ from dede_ray.shards import (
     with_one_exif,
 )
 from dede_ray.sources import read_classes
+from dede_ray.store import ObjectPath
 
 logger = logging.getLogger(__name__)
 
@@ -271,8 +271,7 @@ def _find_shards(patterns: str | list[str]) -> list[Shard]:
 def _version(shard: Shard) -> str:
     """What changes when somebody repairs a shard between two runs."""
     if "://" in shard.url:
-        filesystem, path = fs.FileSystem.from_uri(shard.url)
-        return f"{shard.url}, {shard.num_bytes} bytes, {filesystem.get_file_info(path).mtime_ns}"
+        return f"{shard.url}, {ObjectPath(shard.url).version()}"
     return f"{shard.url}, {shard.num_bytes} bytes, {os.stat(shard.url).st_mtime_ns}"
 
 

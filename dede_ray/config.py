@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import os
 import reprlib
 import sys
 from collections.abc import Callable
@@ -21,6 +20,8 @@ from typing import IO, Annotated, Any, TypeVar, get_origin
 import tyro
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from dede_ray.store import Named, StoreError, place, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -134,16 +135,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write a file so that it is either absent or whole, whatever is killed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
-
-
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
+def write_json(path: Named, content: Any) -> None:
     """Write JSON atomically, keys in the order given, the same bytes for equal content."""
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -171,13 +163,15 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number in JSON")
 
 
-def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+def read_json(path: Named, what: str) -> dict[str, Any]:
     """Read a JSON object that one of our jobs wrote; `what` names it in the error message."""
     try:
-        with open(path, "rb") as stream:
+        with place(path).open("rb") as stream:
             content = parse_json(stream)
     except FileNotFoundError:
         raise Mistake(f"no {what} at {path}; run the job that writes it, or correct the path") from None
+    except StoreError:
+        raise
     except (OSError, ValueError) as error:
         raise Mistake(f"{path} should be a {what} in JSON, but cannot be read: {error}") from None
     if not isinstance(content, dict):
@@ -185,7 +179,7 @@ def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
     return content
 
 
-def claim(folder: str | os.PathLike[str], config: Config) -> dict[str, Any] | None:
+def claim(folder: Named, config: Config) -> dict[str, Any] | None:
     """Take an output folder for a run, or find that this very run has already been there.
 
     The folder's `run.json` holds the settings that made it and, once the job is through, its result. A job
@@ -197,7 +191,7 @@ def claim(folder: str | os.PathLike[str], config: Config) -> dict[str, Any] | No
     Raises:
         Mistake: the folder belongs to a run with other settings, which has left something in it.
     """
-    path = Path(folder) / "run.json"
+    path = place(folder) / "run.json"
     settings = config.model_dump(mode="json")
     if not path.is_file():
         write_json(path, {"settings": settings})
@@ -220,13 +214,13 @@ def claim(folder: str | os.PathLike[str], config: Config) -> dict[str, Any] | No
     return result
 
 
-def _has_output(folder: str | os.PathLike[str]) -> bool:
-    return any(not path.name.startswith(".") and path.name != "run.json" for path in Path(folder).iterdir())
+def _has_output(folder: Named) -> bool:
+    return any(not path.name.startswith(".") and path.name != "run.json" for path in place(folder).iterdir())
 
 
-def finish(folder: str | os.PathLike[str], config: Config, result: dict[str, Any]) -> dict[str, Any]:
+def finish(folder: Named, config: Config, result: dict[str, Any]) -> dict[str, Any]:
     """Record the result of a finished run in its folder, and return it."""
-    write_json(Path(folder) / "run.json", {"settings": config.model_dump(mode="json"), "result": result})
+    write_json(place(folder) / "run.json", {"settings": config.model_dump(mode="json"), "result": result})
     return result
 
 
@@ -269,13 +263,13 @@ def main(kind: type[C], job: Callable[[C], Any], in_demo: Callable[[str | None],
             outcome = job(load(kind, argv))
         else:
             raise Mistake(f"no config given; run: python {sys.argv[0]} <config.yaml> (see configs/)")
-    except Mistake as mistake:
+    except (Mistake, StoreError) as mistake:
         sys.exit(_one_message(mistake))
     if outcome is not None:
         print(outcome)
 
 
-def _one_message(mistake: Mistake) -> int:
+def _one_message(mistake: Exception) -> int:
     # One that was made in a Ray task arrives wrapped in an error whose text is the task's traceback.
     print(f"error: {getattr(mistake, 'cause', mistake)}", file=sys.stderr)
     return 2

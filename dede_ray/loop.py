@@ -44,6 +44,7 @@ from dede_ray.contrastive import backward
 from dede_ray.curve import draw_curve
 from dede_ray.optimisation import Optimisation
 from dede_ray.shards import Limits, Sample
+from dede_ray.store import filesystem_of, place
 from dede_ray.tracking import Follower, Tracking
 
 logger = logging.getLogger(__name__)
@@ -184,7 +185,8 @@ def fit(run: Run) -> dict[str, Any]:
     run.folder.mkdir(parents=True, exist_ok=True)
     _told(run.folder).unlink(missing_ok=True)
     run = _with(run, workers=workers)
-    storage = f"{workers.storage_path.rstrip('/')}/{run.folder.name}" if workers.storage_path else str(run.folder)
+    stored_in = place(workers.storage_path) / run.folder.name if workers.storage_path else run.folder
+    filesystem, storage = filesystem_of(stored_in)
     num_workers: Any = (workers.min_workers, workers.num_workers) if workers.min_workers else workers.num_workers
     resources = {"CPU": workers.cpus_per_worker} | ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})
     elastic: Any = {"elastic_resize_monitor_interval_s": workers.resize_check_s} if workers.min_workers else {}
@@ -202,6 +204,7 @@ def fit(run: Run) -> dict[str, Any]:
             run_config=RunConfig(  # type: ignore[call-arg]  # typed as the former RunConfig
                 name="checkpoints",
                 storage_path=storage,
+                storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=workers.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=workers.keep_checkpoints),
                 worker_runtime_env={"env_vars": environment},
@@ -210,7 +213,7 @@ def fit(run: Run) -> dict[str, Any]:
         return trainer.fit().return_value  # type: ignore[attr-defined]
 
     logger.info("%s: %d steps", run.folder.name, run.plan.num_steps)
-    _sweep(f"{storage}/checkpoints")
+    _sweep(filesystem, f"{storage}/checkpoints")
     with Follower(run.folder, run.tracking, run.about, _Progress(run)):
         outcome = _persist(train, run)
     draw_curve(run.folder)
@@ -219,9 +222,8 @@ def fit(run: Run) -> dict[str, Any]:
     return {**outcome, "num_samples": run.plan.num_samples, "steps": run.plan.num_steps}
 
 
-def _sweep(checkpoints: str) -> None:
+def _sweep(filesystem: fs.FileSystem, folder: str) -> None:
     """Remove what a killed run left half uploaded: checkpoints that Ray's own record of them does not name."""
-    filesystem, folder = fs.FileSystem.from_uri(checkpoints)
     record, known = f"{folder}/checkpoint_manager_snapshot.json", set()
     try:
         with filesystem.open_input_stream(record) as stream:

@@ -34,10 +34,10 @@ from typing import Literal as L
 
 import numpy as np
 from PIL import Image
-from pyarrow import fs
 from pydantic import Field
 
 from dede_ray.config import Config, Mistake
+from dede_ray.store import ObjectPath
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # what Pillow may try, whatever the suffix says
@@ -192,19 +192,21 @@ def _expand_braces(pattern: str) -> list[str]:
 
 def _list_one(pattern: str) -> list[Shard]:
     if "://" in pattern:
-        filesystem, path = fs.FileSystem.from_uri(pattern)
-        infos = filesystem.get_file_info([path])
-        if infos[0].type == fs.FileType.Directory:
-            infos = filesystem.get_file_info(fs.FileSelector(path))
-        scheme = pattern.split("://")[0]
-        files = [(f"{scheme}://{info.path}", info.size) for info in infos if info.type == fs.FileType.File]
+        there = ObjectPath(pattern)
+        if glob.has_magic(there.name):
+            found = list(there.parent.glob(there.name))
+        else:
+            found = list(there.iterdir()) if there.is_dir() else [there]
+        files = [(str(path), path.num_bytes()) for path in found if path.is_file()]
     else:
         if os.path.isdir(pattern):
             pattern = os.path.join(glob.escape(pattern), "*")
         paths = [path for path in glob.glob(pattern) if os.path.isfile(path)]
         files = [(os.path.abspath(path), os.path.getsize(path)) for path in paths]
     return [
-        Shard(url.rsplit("/", 1)[-1], url, size) for url, size in files if url.endswith((".tar", ".tar.gz", ".tgz"))
+        Shard(name, url, size)
+        for url, size in files
+        if (name := url.partition("?")[0].rpartition("/")[2]).endswith((".tar", ".tar.gz", ".tgz"))
     ]
 
 
@@ -221,8 +223,7 @@ def open_shard(shard: Shard) -> IO[bytes]:
     """Open a shard for reading from its start, local or remote."""
     if "://" not in shard.url:
         return open(shard.url, "rb")
-    filesystem, path = fs.FileSystem.from_uri(shard.url)
-    return io.BufferedReader(filesystem.open_input_file(path), 1 << 20)  # headers alone would be one request each
+    return ObjectPath(shard.url).open()
 
 
 # ---------------------------------------------------------------------------------------------- reading

@@ -38,7 +38,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
-from pyarrow import fs
 from pydantic import Field
 
 from dede_ray.config import Config, Mistake, read_json, write_json
@@ -53,6 +52,7 @@ from dede_ray.shards import (
     split_name,
     write_shard,
 )
+from dede_ray.store import filesystem_of
 from dede_ray.web import Browser, Failure, Web
 
 logger = logging.getLogger(__name__)
@@ -259,10 +259,6 @@ def _list_files(patterns: str | list[str]) -> list[str]:
     return found
 
 
-def _open(path: str) -> tuple[fs.FileSystem, str]:
-    return fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), path)
-
-
 def _places(source: UrlList, names: list[str], path: str) -> list[int | None]:
     """Find the columns of link, caption and hash."""
     columns = [source.url_column, source.caption_column, source.hash_column]
@@ -276,7 +272,7 @@ def _places(source: UrlList, names: list[str], path: str) -> list[int | None]:
 
 
 def _text_rows(path: str, source: UrlList) -> Iterator[Row]:
-    filesystem, inner = _open(path)
+    filesystem, inner = filesystem_of(path)
     with filesystem.open_input_stream(inner, compression="detect") as stream:
         text = io.TextIOWrapper(io.BufferedReader(stream), "utf-8-sig", "surrogateescape", newline="\n")
         lines = iter(lambda: text.readline(2**20), "")  # a file without line ends does not fill the memory
@@ -311,7 +307,7 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _parquet_rows(path: str, source: UrlList) -> Iterator[Row]:
-    filesystem, inner = _open(path)
+    filesystem, inner = filesystem_of(path)
     with filesystem.open_input_file(inner) as stream:
         file = pq.ParquetFile(stream)
         places = _places(source, file.schema_arrow.names, path)

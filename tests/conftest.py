@@ -7,7 +7,10 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +37,39 @@ if TYPE_CHECKING:
     from dede_ray.findings import Scan
 
 Members = Iterable[tuple[str, bytes]]
+
+
+# A store of our own speaks S3; what reaches it has to be in the environment before Ray's processes start.
+S3_PORT = 20_000 + os.getpid() % 10_000
+os.environ.update(
+    AWS_ENDPOINT_URL=f"http://127.0.0.1:{S3_PORT}",
+    AWS_ACCESS_KEY_ID="test",
+    AWS_SECRET_ACCESS_KEY="test",
+    AWS_DEFAULT_REGION="us-east-1",
+)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The URL of an empty bucket on a local server that speaks S3."""
+    pytest.importorskip("moto.server", reason="moto and flask, of the dev extra, are not installed")
+    from pyarrow import fs
+
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(S3_PORT)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    store = fs.S3FileSystem(allow_bucket_creation=True, endpoint_override=f"127.0.0.1:{S3_PORT}", scheme="http")
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            store.create_dir("bucket")
+            break
+        except OSError:
+            assert server.poll() is None, "the S3 server ended"
+            assert time.monotonic() < deadline, "the S3 server does not answer"
+            time.sleep(0.1)
+    yield "s3://bucket"
+    server.terminate()
+    server.wait()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,212 @@
+"""Where our files are: on a file system, or on an object store (s3://, gs://) by the same words.
+
+`place` turns what a person writes into a `pathlib.Path` or, for a URL, an `ObjectPath`, which knows as much of a path's
+manners as our folders need. `write_atomically` is the one way in which anything is committed: on a file system a
+temporary name is renamed, on an object store one request puts the whole object. Neither needs the other's means, and
+in both a file is absent or whole, whatever is killed.
+
+Credentials and endpoint come from where each store's own tools look for them; for S3-compatible servers set
+AWS_ENDPOINT_URL.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from pyarrow import fs
+
+
+class StoreError(OSError):
+    """An object store refuses, or does not answer; the message names the object and what the store said."""
+
+
+@functools.lru_cache(maxsize=64)
+def _filesystem(scheme: str, host: str, query: str) -> fs.FileSystem:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if scheme == "s3" and not query:
+        # Delayed opening puts a small object in one request; without it an object that was begun and not finished
+        # would be committed as far as it got when its stream is let go of.
+        options: dict[str, Any] = {"allow_delayed_open": True, "retry_strategy": fs.AwsStandardS3RetryStrategy(8)}
+        if endpoint:
+            parts = urlsplit(endpoint)
+            options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+        elif "AWS_REGION" not in os.environ and "AWS_DEFAULT_REGION" not in os.environ:
+            options["region"] = fs.resolve_s3_region(host)
+        return fs.S3FileSystem(**options)
+    return fs.FileSystem.from_uri(f"{scheme}://{host}/{'?' + query if query else ''}")[0]
+
+
+def filesystem_of(where: Named) -> tuple[fs.FileSystem, str]:
+    """pyarrow's file system or store that a place is on, and the place's name there.
+
+    Raises:
+        StoreError: no store of that kind, or no such bucket.
+    """
+    if not is_url(where):
+        return fs.LocalFileSystem(), str(place(where))
+    parts = urlsplit(url := str(where))
+    try:
+        return _filesystem(parts.scheme, parts.netloc, parts.query), f"{parts.netloc}{parts.path}".rstrip("/")
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{url}: {error}") from None
+
+
+class ObjectPath:
+    """A place on an object store; folders exist as far as something is in them."""
+
+    def __init__(self, url: str, info: fs.FileInfo | None = None):
+        """`info` is what a listing said of it."""
+        base, _, query = url.partition("?")
+        self._base, self._query, self._listed = base.rstrip("/"), query, info
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ObjectPath, (str(self),)
+
+    def __str__(self) -> str:
+        return self._base + (f"?{self._query}" if self._query else "")
+
+    def __repr__(self) -> str:
+        return f"ObjectPath({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ObjectPath) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __truediv__(self, name: object) -> ObjectPath:
+        return self._like(f"{self._base}/{name}")
+
+    def _like(self, base: str, info: fs.FileInfo | None = None) -> ObjectPath:
+        return ObjectPath(base + (f"?{self._query}" if self._query else ""), info)
+
+    @property
+    def name(self) -> str:
+        return self._base.rpartition("/")[2]
+
+    @property
+    def stem(self) -> str:
+        return self.name.rpartition(".")[0] or self.name
+
+    @property
+    def parent(self) -> ObjectPath:
+        return self._like(self._base.rpartition("/")[0])
+
+    def with_name(self, name: str) -> ObjectPath:
+        return self.parent / name
+
+    def with_suffix(self, suffix: str) -> ObjectPath:
+        return self.with_name(self.stem + suffix)
+
+    def absolute(self) -> ObjectPath:
+        return self
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing to do: folders are no objects."""
+
+    def _info(self) -> fs.FileInfo:
+        return self._listed or self._ask(lambda store, name: store.get_file_info([name])[0])
+
+    def _ask(self, question: Any) -> Any:
+        try:
+            return question(*filesystem_of(str(self)))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"nothing at {self}") from None
+        except OSError as error:
+            raise StoreError(f"{self}: {error}") from None
+
+    def is_file(self) -> bool:
+        return self._info().type == fs.FileType.File
+
+    def is_dir(self) -> bool:
+        return self._info().type == fs.FileType.Directory
+
+    def exists(self) -> bool:
+        return self._info().type != fs.FileType.NotFound
+
+    def num_bytes(self) -> int:
+        """Of the object."""
+        return self._info().size
+
+    def version(self) -> str:
+        """What changes when somebody puts another object there."""
+        return f"{self._info().size} bytes, {self._info().mtime_ns}"
+
+    def iterdir(self) -> Iterator[ObjectPath]:
+        """What is directly in a folder; nothing where there is no folder."""
+        found = self._ask(lambda store, name: store.get_file_info(fs.FileSelector(name, allow_not_found=True)))
+        return (
+            self._like(f"{self._base}/{info.base_name}", info)
+            for info in sorted(found, key=lambda info: info.base_name)
+        )
+
+    def glob(self, pattern: str) -> Iterator[ObjectPath]:
+        """Those directly in the folder whose names match."""
+        assert "/" not in pattern, pattern
+        return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+
+    def read_bytes(self) -> bytes:
+        with self.open() as stream:
+            return stream.read()
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode()
+
+    def open(self, mode: str = "rb") -> IO[bytes]:
+        """A seekable stream for reading; small reads are gathered, as each would be a request."""
+        assert mode == "rb", mode
+        return io.BufferedReader(self._ask(lambda store, name: store.open_input_file(name)), 1 << 20)
+
+    def write_bytes(self, content: bytes) -> None:
+        """Put an object, whole: `write_atomically` says so in one word for all places."""
+
+        def put(store: fs.FileSystem, name: str) -> None:
+            stream = store.open_output_stream(name)
+            stream.write(content)
+            stream.close()
+
+        self._ask(put)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            self._ask(lambda store, name: store.delete_file(name))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+
+Place = Path | ObjectPath
+"""A file or folder of ours."""
+Named = str | os.PathLike[str] | ObjectPath
+"""How one is named."""
+
+
+def is_url(where: object) -> bool:
+    """Whether it names an object on a store, and no file here."""
+    return "://" in str(where) and not str(where).startswith("file://")
+
+
+def place(where: Named) -> Place:
+    """The place that somebody named, absolute."""
+    if isinstance(where, ObjectPath):
+        return where
+    return ObjectPath(str(where)) if is_url(where) else Path(str(where).removeprefix("file://")).absolute()
+
+
+def write_atomically(where: Named, content: bytes | str) -> None:
+    """Write a file so that it is either absent or whole, whatever is killed, by however many writers of equal bytes."""
+    path, content = place(where), content.encode() if isinstance(content, str) else content
+    if isinstance(path, ObjectPath):
+        path.write_bytes(content)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
