@@ -49,8 +49,9 @@ from dede_ray.decisions import Verdict
 from dede_ray.embedding import count_samples
 from dede_ray.groups import copies
 from dede_ray.judgement import Judging, Scored, judge
-from dede_ray.ledger import Chosen, Chunk, KeyedShare, PassResources, PassSummary, Select, Work, read_parts, run_pass
+from dede_ray.ledger import Chosen, KeyedShare, PassSummary, Select, read_parts
 from dede_ray.manifest import DECISION_COLUMNS, Manifest, read_manifest, write_manifest
+from dede_ray.passing import Chunk, PassResources, Work, run_pass
 from dede_ray.scoring import hash_of_ids, settings_of, versions, victim_of
 from dede_ray.shards import Shard, list_shards
 from dede_ray.sources import keyed_generator

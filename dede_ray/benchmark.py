@@ -44,7 +44,8 @@ from dede_ray.detectors.density import compat_scores
 from dede_ray.detectors.detector import Detector
 from dede_ray.downstream import Labelled, LinearProbe, TwoLayerClassifier, draw_labelled
 from dede_ray.embedding import Encoders, Encoding
-from dede_ray.ledger import Chunk, write_parquet
+from dede_ray.ledger import write_parquet
+from dede_ray.passing import Chunk
 from dede_ray.published import NORMALISERS
 from dede_ray.session import start_ray
 from dede_ray.shards import BadSample, Limits, decode_image, list_shards, to_square

@@ -24,7 +24,8 @@ from torch.nn import functional
 from dede_ray.clip import to_unit_range
 from dede_ray.config import Mistake
 from dede_ray.detectors.contract import Batch, Need
-from dede_ray.ledger import Chunk, KeyedShare, PassResources, Select, read_parts, run_pass
+from dede_ray.ledger import KeyedShare, Select, read_parts
+from dede_ray.passing import Chunk, PassResources, run_pass
 from dede_ray.shards import Limits, Shard, open_shard, open_tar, split_name
 from dede_ray.victims import ClipVictim, Victim, VictimConfig, best_device, load_victim
 

@@ -34,20 +34,10 @@ from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, S
 from dede_ray.detectors.detector import Detector
 from dede_ray.embedding import Encoders, Encoding, count_samples, fitting_set, gathered, restored, stored
 from dede_ray.judgement import Judging, Scored, judge
-from dede_ray.ledger import (
-    BASE_SCHEMA,
-    Chosen,
-    Chunk,
-    KeyedShare,
-    PassResources,
-    PassSummary,
-    read_parts,
-    run_over_parts,
-    run_pass,
-    standing_shards,
-)
+from dede_ray.ledger import BASE_SCHEMA, Chosen, KeyedShare, PassSummary, read_parts, standing_shards
 from dede_ray.lookalikes import perceptual_hash
 from dede_ray.manifest import DECISION_COLUMNS, Manifest, write_manifest
+from dede_ray.passing import Chunk, PassResources, run_over_parts, run_pass
 from dede_ray.shards import Limits, Shard, list_shards
 from dede_ray.victims import OptionalVictimConfig, Victim, VictimConfig, load_victim
 from dede_ray.weights import read_tensors

@@ -67,6 +67,7 @@ Reason = L[
     "label_unreadable",  # not an integer of at most 31 bits in plain digits
     "duplicate_key",  # the key already stood in this shard, or one of its members comes twice
     "shard_truncated",  # the shard ends inside this sample
+    "process_died",  # decoding it, or computing something of it, ended the process that did
     "not_finite",  # what was computed of it, a score or an embedding, is not a number
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)

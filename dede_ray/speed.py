@@ -48,8 +48,9 @@ from dede_ray.detectors.forest import Forest
 from dede_ray.embedding import EmbedWork, Encoding
 from dede_ray.encoders import Described, Timm, build_encoder, save_encoder
 from dede_ray.ingest import IngestConfig, ingest
-from dede_ray.ledger import BASE_SCHEMA, Chunk, PassResources, run_pass
+from dede_ray.ledger import BASE_SCHEMA
 from dede_ray.manifest import DECISION_COLUMNS, write_manifest
+from dede_ray.passing import Chunk, PassResources, run_pass
 from dede_ray.scoring import ScoreWork, fit_state
 from dede_ray.shards import (
     Limits,

@@ -47,9 +47,10 @@ from dede_ray.decoder import (
     save_decoder,
 )
 from dede_ray.embedding import EmbedWork, Encoding
-from dede_ray.ledger import PassResources, part_path, run_pass
+from dede_ray.ledger import part_path
 from dede_ray.loop import Precision, Recipe, Run, Workers, check_workers, fit
 from dede_ray.optimisation import Optimisation
+from dede_ray.passing import PassResources, run_pass
 from dede_ray.shards import (
     BadSample,
     Limits,

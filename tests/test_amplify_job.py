@@ -18,8 +18,9 @@ from dede_ray.clip import to_unit_range
 from dede_ray.config import Mistake, load
 from dede_ray.decisions import FixedThreshold
 from dede_ray.detectors.statistics import ImageStatistics
-from dede_ray.ledger import PassResources, read_parts
+from dede_ray.ledger import read_parts
 from dede_ray.manifest import DECISION_COLUMNS, read_manifest, write_manifest
+from dede_ray.passing import PassResources
 from dede_ray.scoring import ScoreConfig
 from dede_ray.shards import Limits, Sample, encode_image, iter_samples, write_shards
 from dede_ray.sift import SiftConfig, sift

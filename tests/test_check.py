@@ -22,8 +22,9 @@ from PIL import Image
 
 from dede_ray.check import DUPLICATE_SCHEMA, FINDING_SCHEMA, FINDINGS, SAMPLE_SCHEMA, CheckConfig, check
 from dede_ray.config import Mistake, load, read_json
-from dede_ray.ledger import PassResources, read_parts, run_pass
+from dede_ray.ledger import read_parts
 from dede_ray.lookalikes import first_near, hamming, perceptual_hash
+from dede_ray.passing import PassResources, run_pass
 from dede_ray.shards import (
     REASONS,
     BadSample,

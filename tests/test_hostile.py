@@ -23,8 +23,8 @@ from dede_ray import feed
 from dede_ray.clip import model_description
 from dede_ray.config import Config, Mistake, claim, finish, load, write_json
 from dede_ray.decoder import load_decoder
-from dede_ray.ledger import PassResources, run_pass
 from dede_ray.manifest import Manifest, read_manifest, write_manifest
+from dede_ray.passing import PassResources, run_pass
 from dede_ray.report import evaluate
 from dede_ray.scoring import ScoreConfig, score
 from dede_ray.shards import (

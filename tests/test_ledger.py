@@ -12,17 +12,8 @@ import pyarrow as pa
 import pytest
 
 from dede_ray.config import Mistake
-from dede_ray.ledger import (
-    Chosen,
-    KeyedShare,
-    PassResources,
-    PassSummary,
-    part_path,
-    read_parts,
-    run_over_parts,
-    run_pass,
-    standing_shards,
-)
+from dede_ray.ledger import Chosen, KeyedShare, PassSummary, part_path, read_parts, standing_shards
+from dede_ray.passing import PassResources, run_over_parts, run_pass
 from dede_ray.shards import Limits, decode_image, list_shards
 
 RESOURCES = PassResources(min_actors=1, cpus_per_actor=0.5, decode_cpus=0.5)

@@ -33,8 +33,9 @@ from dede_ray.detectors.forest import Forest
 from dede_ray.detectors.statistics import ImageStatistics
 from dede_ray.detectors.trajectory import MaskingTrajectory
 from dede_ray.embedding import Encoders, Encoding, restored
-from dede_ray.ledger import Chunk, KeyedShare, PassResources, read_parts
+from dede_ray.ledger import KeyedShare, read_parts
 from dede_ray.manifest import Manifest, read_manifest
+from dede_ray.passing import Chunk, PassResources
 from dede_ray.scoring import Fitting, ScoreConfig, SecondStage, score
 from dede_ray.shards import list_shards
 from dede_ray.victims import OpenClipVictim, load_victim

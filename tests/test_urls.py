@@ -218,7 +218,7 @@ def test_two_thousand_real_images_are_ingested_killed_resumed_and_scored(
 
     from dede_ray.decisions import FixedThreshold
     from dede_ray.detectors.dede import DeDe
-    from dede_ray.ledger import PassResources
+    from dede_ray.passing import PassResources
     from dede_ray.scoring import ScoreConfig, score
     from dede_ray.victims import OpenClipVictim
 
