@@ -128,8 +128,8 @@ class _Run:
 
     def __init__(self, config: AmplifyConfig):
         self.config, self.output = config, Path(config.output).absolute()
-        self.manifest = read_manifest(Path(config.manifest).absolute())
-        if self.output.resolve() == self.manifest.folder.resolve():
+        self.manifest = read_manifest(config.manifest)
+        if self.output == self.manifest.folder:
             raise Mistake(f"output {config.output} is the folder of the manifest itself; choose another one")
         self.scored = settings_of(self.manifest)
         self.victim = victim_of(self.manifest)

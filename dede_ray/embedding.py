@@ -11,7 +11,6 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,8 +24,9 @@ from dede_ray.clip import to_unit_range
 from dede_ray.config import Mistake
 from dede_ray.detectors.contract import Batch, Need
 from dede_ray.ledger import KeyedShare, Select, read_parts
-from dede_ray.passing import Chunk, PassResources, run_pass
+from dede_ray.passing import Chunk, Laps, PassResources, run_pass
 from dede_ray.shards import Limits, Shard, open_shard, open_tar, split_name
+from dede_ray.store import Place
 from dede_ray.victims import ClipVictim, Victim, VictimConfig, best_device, load_victim
 
 Precision = Literal["float16", "float32"]
@@ -79,7 +79,7 @@ class Encoders:
 
     def __call__(self, chunk: Chunk) -> Batch:
         """Embed a chunk."""
-        batch = self.embed(chunk.sample_ids, to_unit_range(torch.tensor(chunk.image_BHWC).to(self.device)))
+        batch = self.embed(chunk.sample_ids, to_unit_range(_on_device(chunk.image_BHWC, self.device)))
         if "caption" not in self.needs:
             return batch
         reference = self.reference
@@ -112,6 +112,13 @@ class Encoders:
         return {name: pa.list_(kind, width) for name, width in widths.items()}
 
 
+def _on_device(image_BHWC: np.ndarray, device: torch.device) -> Tensor:
+    """Pixels where they are computed with; to a GPU as bytes, from pinned memory, beside what it computes."""
+    if device.type == "cpu":
+        return torch.tensor(image_BHWC)
+    return torch.tensor(image_BHWC, pin_memory=True).to(device, non_blocking=True)
+
+
 def _resized(image_BCHW: Tensor, size: int) -> Tensor:
     if image_BCHW.shape[-1] == size:
         return image_BCHW
@@ -140,11 +147,17 @@ def stored(batch: Batch, precision: Precision) -> dict[str, list[np.ndarray | No
 
 def restored(table: pa.Table) -> Batch:
     """The batch that `stored` wrote, without its pictures; rows without an embedding are left out."""
-    table = table.filter(table["embedding"].is_valid())
+    table = with_embeddings(table)
     tensors = [_matrix(table[name]) if name in table.column_names else None for name in EMBEDDINGS]
     embedding_BE, *others = tensors
     assert embedding_BE is not None
     return Batch(table["sample_id"].to_pylist(), embedding_BE, None, *others)
+
+
+def with_embeddings(table: pa.Table) -> pa.Table:
+    """The rows of a pass that have embeddings; a row without one takes the same memory."""
+    names = [name for name in table.column_names if name == "sample_id" or name in EMBEDDINGS]
+    return table.select(names).filter(table["embedding"].is_valid())
 
 
 def _matrix(column: pa.ChunkedArray) -> Tensor:
@@ -166,9 +179,13 @@ class EmbedWork:
         self.encoders, self.precision = Encoders(encoding), precision
         self.image_size = self.encoders.image_size
         self.columns = self.encoders.columns(precision)
+        self.laps = Laps()
 
     def __call__(self, chunk: Chunk) -> dict[str, Any]:
-        return stored(self.encoders(chunk), self.precision)
+        batch = self.encoders(chunk)
+        columns = stored(batch, self.precision)
+        self.laps.mark("encode")
+        return columns
 
 
 # ------------------------------------------------------------------------------------------------ fitting sets
@@ -176,7 +193,7 @@ class EmbedWork:
 
 def fitting_set(
     shards: list[Shard],
-    folder: Path,
+    folder: Place,
     encoding: Encoding,
     num_samples: int,
     seed: int,
@@ -206,14 +223,19 @@ def fitting_set(
     return gathered(folder, shards)
 
 
-def gathered(folder: Path, shards: Iterable[Shard]) -> Batch:
-    """All embeddings of a finished pass, sorted by sample id.
+def gathered(folder: Place, shards: Iterable[Shard], select: Select | None = None) -> Batch:
+    """The embeddings of a finished pass, or of those samples that `select` says True of, sorted by sample id.
 
     Raises:
         Mistake: there are none.
     """
-    table = pa.concat_tables([read_parts(folder, shard.name) for shard in shards]).sort_by("sample_id")
-    batch = restored(table)
+    tables = []
+    for shard in shards:
+        table = with_embeddings(read_parts(folder, shard.name))
+        if select is not None:
+            table = table.filter(pa.array([select(name) for name in table["sample_id"].to_pylist()], pa.bool_()))
+        tables.append(table)
+    batch = restored(pa.concat_tables(tables).sort_by("sample_id"))
     if not len(batch):
         raise Mistake(f"not one sample of {folder} could be embedded; score them to see the reasons")
     return batch

@@ -14,7 +14,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -23,7 +22,8 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
 from dede_ray.config import Mistake, explain, read_json, write_atomically, write_json
-from dede_ray.ledger import write_parquet
+from dede_ray.ledger import at_once, write_parquet
+from dede_ray.store import Named, Place, place
 
 DECISION_COLUMNS = (
     ("combined_score", pa.float32()),
@@ -39,7 +39,7 @@ DECISION_COLUMNS = (
 class Manifest:
     """A written manifest; rows are read when they are first asked for."""
 
-    folder: Path
+    folder: Place
     info: dict[str, Any]
 
     @property
@@ -57,7 +57,7 @@ class Manifest:
         kinds = {name: pa.float32() for name in self.score_columns}
         kinds |= {"sample_id": pa.string(), "flagged": pa.bool_(), "error": pa.string()}
         try:
-            table = pa.concat_tables([pq.read_table(path) for path in paths])
+            table = pa.concat_tables(at_once(self.folder, _read_rows, paths))
             for name, kind in kinds.items():
                 if table.column(name).type != kind:
                     raise ValueError(f"column {name} is of type {table.column(name).type}, not {kind}")
@@ -86,7 +86,12 @@ class Manifest:
         )
 
 
-def write_manifest(folder: Path, shards: Iterable[tuple[str, pa.Table]], info: dict[str, Any]) -> Manifest:
+def _read_rows(path: Place) -> pa.Table:
+    with path.open("rb") as stream:
+        return pq.read_table(stream)
+
+
+def write_manifest(folder: Place, shards: Iterable[tuple[str, pa.Table]], info: dict[str, Any]) -> Manifest:
     """Write rows and description; `shards` gives each shard's rows, in the order of the shards' sample ids."""
     names, flagged = [], []
     for name, table in shards:
@@ -100,13 +105,13 @@ def write_manifest(folder: Path, shards: Iterable[tuple[str, pa.Table]], info: d
     return Manifest(folder, info)
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: Named) -> Manifest:
     """Open a manifest.
 
     Raises:
         Mistake: nothing there, or not a manifest of ours.
     """
-    folder = Path(folder)
+    folder = place(folder)
     info = read_json(folder / "manifest.json", "manifest (manifest.json)")
     if info.get("manifest") != 1:
         raise Mistake(f"{folder / 'manifest.json'} is no manifest that this version reads")

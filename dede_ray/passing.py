@@ -1,9 +1,9 @@
 """One resumable pass over shards: read, decode on a CPU pool, work on actors, one Parquet part per chunk.
 
 What stands is a matter of files (ledger.py); here is how the rest gets done. Ray Data streams chunks from readers,
-which also decode, to a pool of actors, which work and commit each part themselves; only receipts travel on. Whatever dies
-(a reader, an actor, a node, the driver), the chunks that stand stand, and the others are done by whoever is left, or
-by the next run of the same command. A sample that ends whatever process touches it is found by trying the samples of
+which also decode, to a pool of actors, which work and commit each part themselves; only receipts travel on. Whatever
+dies (a reader, an actor, a node, the driver), the chunks that stand stand, and the others are done by whoever is left,
+or by the next run of the same command. A sample that ends whatever process touches it is found by trying the samples of
 its chunk one by one, in a process of their own; it becomes a row with the reason `process_died`.
 
 What the work is (scoring with detectors, embedding for the decoder's training) is a class given by the caller.
@@ -824,7 +824,7 @@ class _Careful:
         return [self._chunk(number) for number in range(num_chunks) if number not in self.standing]
 
     def _chunk(self, number: int) -> Receipt:
-        told = self._ask("chunk", number, ())
+        told = self._ask("chunk", number, (), tries=1)
         if not told:
             lethal = self._lethal(number)
             logger.warning("chunk %d of %s: %d samples end the process that touches them", number, self.shard.name,
@@ -865,9 +865,9 @@ class _Careful:
         self.actor = self.actor or self.start()
         return self.actor
 
-    def _ask(self, method: str, *arguments: Any) -> list[Any] | None:
-        """What the process answers; None where it died of the question, twice."""
-        for _ in range(2):
+    def _ask(self, method: str, *arguments: Any, tries: int = 2) -> list[Any] | None:
+        """What the process answers; None where it died of the question."""
+        for _ in range(tries):
             try:
                 return ray.get(getattr(self._living(), method).remote(self.shard, *arguments))
             except _DEATHS:

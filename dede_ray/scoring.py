@@ -19,31 +19,45 @@ import importlib.metadata
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
+import torch
 from pydantic import Field, ValidationError
-from safetensors.torch import save_file
+from ray.exceptions import RayTaskError
+from safetensors.torch import save
 
 from dede_ray.config import Config, Mistake, explain, read_json, write_json
 from dede_ray.decisions import Conformal, Decision
 from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, State, open_scorer
 from dede_ray.detectors.detector import Detector
-from dede_ray.embedding import Encoders, Encoding, count_samples, fitting_set, gathered, restored, stored
-from dede_ray.judgement import Judging, Scored, judge
-from dede_ray.ledger import BASE_SCHEMA, Chosen, KeyedShare, PassSummary, read_parts, standing_shards
+from dede_ray.embedding import (
+    Encoders,
+    Encoding,
+    count_samples,
+    fitting_set,
+    gathered,
+    restored,
+    stored,
+    with_embeddings,
+)
+from dede_ray.judgement import Judged, Judging, Scored, judge
+from dede_ray.ledger import BASE_SCHEMA, Chosen, KeyedShare, PassSummary, read_end, read_parts, standing_shards
 from dede_ray.lookalikes import perceptual_hash
 from dede_ray.manifest import DECISION_COLUMNS, Manifest, write_manifest
-from dede_ray.passing import Chunk, PassResources, run_over_parts, run_pass
+from dede_ray.passing import Chunk, Laps, PassResources, run_over_parts, run_pass
 from dede_ray.shards import Limits, Shard, list_shards
+from dede_ray.store import Place, place, write_atomically
 from dede_ray.victims import OptionalVictimConfig, Victim, VictimConfig, load_victim
 from dede_ray.weights import read_tensors
 
 logger = logging.getLogger(__name__)
 
+BYTES_PER_DECIDED = 500
+"""Memory that deciding takes for each sample: its id, hashes, caption, scores."""
 NUM_KEPT = 10_000
 """About so many samples keep their embeddings in any case; two domains are compared on them."""
 
@@ -119,7 +133,7 @@ class _Run:
     """One run of the score job: its settings resolved, its folders, its three steps."""
 
     def __init__(self, config: ScoreConfig):
-        self.config, self.output = config, Path(config.output).absolute()
+        self.config, self.output = config, place(config.output)
         self.detectors: list[DetectorSettings] = [*config.detectors]
         self.second: list[DetectorSettings] = [*(config.second_stage.detectors if config.second_stage else [])]
         self.all_detectors = [*self.detectors, *self.second]
@@ -132,7 +146,7 @@ class _Run:
         self.victim = load_victim(config.victim)
         self.encoding.check(self.victim)
         self.encoded_with = self.encoding.made_with(self.victim)
-        self.source = Path(config.embeddings).absolute() if config.embeddings else None
+        self.source = place(config.embeddings) if config.embeddings else None
         if self.source is None and not config.shards:
             raise Mistake("nothing to score: name `shards` to read, or `embeddings` of an earlier run")
         self.shards = list_shards(config.shards) if self.source is None else standing_shards(self.source / "scores")
@@ -143,7 +157,7 @@ class _Run:
         if self.source is not None:
             self._check_source(self.source / "scores")
 
-    def _check_source(self, folder: Path) -> None:
+    def _check_source(self, folder: Place) -> None:
         """Embeddings are of the victim and the reference encoder that made them, and of no other."""
         made_with, now = read_json(folder / "pass.json", "record of a pass"), self.encoded_with
         for role in ("victim", "reference"):
@@ -206,10 +220,10 @@ class _Run:
             return self._fitting_set("suspected", list_shards(fitting.shards))
         if self.source is None:
             return self._fitting_set("suspected", self.shards)
-        everyone = gathered(self.source / "scores", self.shards)
-        num_samples = len(_strings(self.source / "scores", self.shards, "error"))  # as `fitting_set` counts them
-        share = KeyedShare(min(1.0, fitting.num_samples / num_samples), fitting.seed)
-        return everyone.part([row for row, name in enumerate(everyone.sample_ids) if share(name)])
+        folder = self.source / "scores"
+        num_samples = sum(read_end(folder, shard.name).num_samples for shard in self.shards)
+        share = KeyedShare(min(1.0, fitting.num_samples / num_samples), fitting.seed)  # as `fitting_set` draws them
+        return gathered(folder, self.shards, share)
 
     def _fitting_set(self, name: str, shards: list[Shard]) -> Batch:
         config = self.config
@@ -219,7 +233,7 @@ class _Run:
             max_error_fraction=config.max_error_fraction, name=f"fitting, {name}",
         )  # fmt: skip
 
-    def _state_path(self, detector: DetectorSettings) -> Path:
+    def _state_path(self, detector: DetectorSettings) -> Place:
         return self.output / "fitting" / f"{detector.label}.safetensors"
 
     def _state(self, detector: DetectorSettings) -> State:
@@ -278,19 +292,31 @@ class _Run:
         }
 
     def _candidates(self, num: int) -> list[str]:
-        """Ids of the samples with the highest scores, equal scores by id."""
-        scores = _column(self.output / "scores", self.shards, self.config.decision.score)
-        assert scores is not None
-        ids = np.array(_strings(self.output / "scores", self.shards, "sample_id"), dtype=object)
-        is_scored = ~np.isnan(scores)
-        scores, ids = scores[is_scored], ids[is_scored]
-        return sorted(ids[np.lexsort((ids, -scores))[:num]].tolist())
+        """Ids of the samples with the highest scores, equal scores by id; no more than those are kept in memory."""
+        name, best = self.config.decision.score, None
+        for shard in self.shards:
+            table = read_parts(self.output / "scores", shard.name, ["sample_id", name]).drop_null()
+            table = table if best is None else pa.concat_tables([best, table])
+            best = table.sort_by([(name, "descending"), ("sample_id", "ascending")]).slice(0, num).combine_chunks()
+        assert best is not None
+        return sorted(best["sample_id"].to_pylist())
 
     # ---------------------------------------------------------------------------------------------- deciding
 
     def decide(self, summary: PassSummary) -> Manifest:
-        """Turn scores into a list, and write the manifest."""
-        return _decide(self, summary)
+        """Turn scores into a list, and write the manifest: in a task, as it takes memory for every sample."""
+        work = _Deciding(
+            config=self.config, output=self.output, source=self.source, shards=self.shards,
+            calibration=self.calibration, columns=self.columns, controls=self.controls,
+            second_columns=[column for scorer in self.second_scorers for column in scorer.columns],
+            looks_at_captions="caption" in self.encoding.needs,
+            made_with=self.made_with(self.detectors, self.scorers), summary=summary,
+        )  # fmt: skip
+        decide = ray.remote(_Deciding.manifest).options(num_cpus=1, memory=summary.num_samples * BYTES_PER_DECIDED)
+        try:
+            return Manifest(self.output, ray.get(decide.remote(work)))
+        except RayTaskError as error:
+            raise error.cause from None
 
 
 def settings_of(manifest: Manifest) -> ScoreConfig:
@@ -322,7 +348,7 @@ def victim_of(manifest: Manifest) -> Victim:
     return victim
 
 
-def fit_state(detector: DetectorSettings, suspected: Batch, clean: Batch | None, inputs: str, path: Path) -> None:
+def fit_state(detector: DetectorSettings, suspected: Batch, clean: Batch | None, inputs: str, path: Place) -> None:
     """Fit one detector and write its state, unless the same one stands there."""
     fitted_with = hashlib.sha256(f"{detector.label}{detector.model_dump_json()}{inputs}".encode()).hexdigest()
     record = path.with_suffix(".json")
@@ -331,10 +357,7 @@ def fit_state(detector: DetectorSettings, suspected: Batch, clean: Batch | None,
     logger.info("fitting %s on %s samples", detector.label, f"{len(suspected):,}")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.fit(suspected, clean).items()}
     record.unlink(missing_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(state, temporary)
-    temporary.replace(path)
+    write_atomically(path, save(state))
     write_json(record, {"fitted_with": fitted_with, "num_samples": len(suspected)})
 
 
@@ -361,6 +384,13 @@ class _Scoring:
         self.columns: dict[str, pa.DataType] = {
             column: pa.float32() for scorer in self.scorers for column in scorer.columns
         }
+        self.laps = Laps()
+
+    def lap(self, stage: str) -> None:
+        """Book a stage; what a device still computes belongs to it."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.laps.mark(stage)
 
     def score(self, batch: Batch) -> dict[str, Any]:
         return {name: column for scorer in self.scorers for name, column in scorer.score(batch).items()}
@@ -385,7 +415,9 @@ class ScoreWork(_Scoring):
 
     def __call__(self, chunk: Chunk) -> dict[str, Any]:
         batch = self.encoders(chunk)
+        self.lap("encode")
         columns = self.score(batch)
+        self.lap("score")
         if self.keep is not None:
             is_kept = [self.keep(name) for name in chunk.sample_ids]
             for name, rows in stored(batch, "float16").items():
@@ -405,68 +437,97 @@ class RescoreWork(_Scoring):
     def __call__(self, table: pa.Table) -> dict[str, Any]:
         missing = [None] * len(table)
         looks = {name: table[name].to_pylist() if name in table.column_names else missing for name in LOOKS}
-        return {**self.score(restored(table)), **looks}
+        columns = self.score(restored(table))
+        self.lap("score")
+        return {**columns, **looks}
 
 
 LOOKS: dict[str, pa.DataType] = {"caption": pa.string(), "perceptual_hash": pa.uint64()}
 """What findings are made of."""
 
 
-def _column(folder: Path, shards: list[Shard], name: str) -> np.ndarray | None:
-    if not shards:
-        return None
-    parts = [read_parts(folder, shard.name, [name])[name] for shard in shards]
-    return pa.chunked_array([c for p in parts for c in p.chunks]).to_numpy(zero_copy_only=False)
+@dataclass(frozen=True)
+class _Deciding:
+    """What turns the parts of a finished pass into a manifest; runs wherever the cluster has the memory."""
 
+    config: ScoreConfig
+    output: Place
+    source: Place | None
+    shards: list[Shard]
+    calibration: list[Shard]
+    columns: list[str]
+    controls: list[str]
+    second_columns: list[str]
+    looks_at_captions: bool
+    made_with: dict[str, Any]
+    summary: PassSummary
 
-def _strings(folder: Path, shards: list[Shard], name: str) -> list[Any]:
-    return [value for shard in shards for value in read_parts(folder, shard.name, [name])[name].to_pylist()]
+    def manifest(self) -> dict[str, Any]:
+        """Judge, and write the findings and the manifest; the manifest's description."""
+        config = self.config
+        corpus = self._scored("scores", self.shards)
+        calibration = self._scored("calibration", self.calibration) if self.calibration else None
+        covariates = [name for name in self.controls if name.startswith("stat_")]
+        judged = judge(config.judging, config.decision, corpus, calibration, covariates, self.looks_at_captions)
+        made_with = self.made_with
+        info = {
+            "settings": config.model_dump(mode="json", exclude={"resources"}),
+            "victim": {"path": config.victim.path, "fingerprint": made_with["victim"]},
+            "reference": made_with["reference"],
+            "detectors": made_with["detectors"],
+            "versions": made_with["versions"],
+            "score_columns": [*self.columns, *judged.made],
+            "second_stage_columns": self.second_columns,
+            "controls": self.controls,
+            "decision": judged.report,
+            "counts": {
+                "samples": self.summary.num_samples,
+                "scored": self.summary.num_samples - sum(self.summary.errors.values()),
+                "unreadable": self.summary.errors,
+                "flagged": int(judged.verdict.flagged.sum()),
+                "truncated_shards": self.summary.truncated_shards,
+                "duplicated_images": sum(name is not None for name in judged.group_id),
+                "findings": len(judged.findings),
+                "flagged_findings": sum(one.share_flagged > 0 for one in judged.findings),
+            },
+        }
+        write_json(self.output / "findings.json", {"findings": [asdict(one) for one in judged.findings]})
+        return write_manifest(self.output, self._rows(judged), info).info
 
-
-def _read_scored(run: _Run, name: str, shards: list[Shard]) -> Scored | None:
-    """All that a pass wrote, but for the embeddings of those that were not drawn."""
-    if not shards:
-        return None
-    folder = run.output / name
-    table = pa.concat_tables([_scored_part(folder, shard.name, run.columns) for shard in shards])
-    batch = None
-    if run.source is not None:
-        batch = gathered(run.source / name, shards)
-    elif "embedding" in table.column_names and table["embedding"].null_count < len(table):
-        batch = restored(table)
-    seen = None if batch is None else batch.embedding_BE if batch.reference_BR is None else batch.reference_BR
-    looks = {one: table[one].to_pylist() if one in table.column_names else [None] * len(table) for one in LOOKS}
-    return Scored(
-        sample_ids=table["sample_id"].to_pylist(),
-        content_hash=table["content_hash"].to_pylist(),
-        captions=looks["caption"],
-        perceptual_hash=looks["perceptual_hash"],
-        columns={one: table[one].to_numpy(zero_copy_only=False).astype(np.float64) for one in run.columns},
-        embedding_ids=batch.sample_ids if batch else [],
-        embedding_ME=None if seen is None else seen.numpy(),
-    )  # fmt: skip
-
-
-def _scored_part(folder: Path, shard: str, columns: list[str]) -> pa.Table:
-    table = read_parts(folder, shard)
-    wanted = [*BASE_SCHEMA.names, *columns, *LOOKS, "embedding", "reference"]
-    return table.select([name for name in wanted if name in table.column_names])
-
-
-def _decide(run: _Run, summary: PassSummary) -> Manifest:
-    config, output, shards = run.config, run.output, run.shards
-    corpus, calibration = _read_scored(run, "scores", shards), _read_scored(run, "calibration", run.calibration)
-    assert corpus is not None
-    covariates = [name for name in run.controls if name.startswith("stat_")]
-    judged = judge(config.judging, config.decision, corpus, calibration, covariates, "caption" in run.encoding.needs)
-    verdict = judged.verdict
-    second = _second_scores(run)
-    second_columns = [column for scorer in run.second_scorers for column in scorer.columns]
-
-    def rows() -> Iterator[tuple[str, pa.Table]]:
-        start = 0
+    def _scored(self, name: str, shards: list[Shard]) -> Scored:
+        """All that a pass wrote, but for the embeddings of those that were not drawn."""
+        folder = self.output / name
+        texts: dict[str, list[Any]] = {column: [] for column in ("sample_id", "content_hash", *LOOKS)}
+        scores: dict[str, list[np.ndarray]] = {column: [] for column in self.columns}
+        kept: list[pa.Table] = []
         for shard in shards:
-            table = read_parts(output / "scores", shard.name).select([*BASE_SCHEMA.names, *run.columns])
+            table = read_parts(folder, shard.name)
+            for column, found in texts.items():
+                found += table[column].to_pylist() if column in table.column_names else [None] * len(table)
+            for column, values in scores.items():
+                values.append(table[column].to_numpy(zero_copy_only=False).astype(np.float64))
+            if self.source is None and "embedding" in table.column_names:
+                kept.append(with_embeddings(table))
+        batch = None
+        if self.source is not None:
+            batch = gathered(self.source / name, shards)
+        elif kept and sum(map(len, kept)):
+            batch = restored(pa.concat_tables(kept))
+        seen = None if batch is None else batch.embedding_BE if batch.reference_BR is None else batch.reference_BR
+        return Scored(
+            sample_ids=texts["sample_id"],
+            content_hash=texts["content_hash"],
+            captions=texts["caption"],
+            perceptual_hash=texts["perceptual_hash"],
+            columns={column: np.concatenate(values) for column, values in scores.items()},
+            embedding_ids=batch.sample_ids if batch else [],
+            embedding_ME=None if seen is None else seen.numpy(),
+        )
+
+    def _rows(self, judged: Judged) -> Iterator[tuple[str, pa.Table]]:
+        verdict, second, start = judged.verdict, self._second_scores(), 0
+        for shard in self.shards:
+            table = read_parts(self.output / "scores", shard.name).select([*BASE_SCHEMA.names, *self.columns])
             here = slice(start, start + len(table))
             start += len(table)
             error = table["error"]
@@ -479,49 +540,22 @@ def _decide(run: _Run, summary: PassSummary) -> Manifest:
                 table = table.append_column(
                     pa.field(column, pa.float32()), pa.array(made_N[here], pa.float32(), from_pandas=True)
                 )
-            for column in second_columns:
+            for column in self.second_columns:
                 found = [second.get((name, column)) for name in table["sample_id"].to_pylist()]
                 table = table.append_column(pa.field(column, pa.float32()), pa.array(found, pa.float32()))
             for (name, kind), value in zip(DECISION_COLUMNS, values, strict=True):
                 table = table.append_column(pa.field(name, kind), pa.array(value, kind, from_pandas=True))
             yield shard.name, table.append_column("error", error)
 
-    made_with = run.made_with(run.detectors, run.scorers)
-    num_copies = sum(name is not None for name in judged.group_id)
-    info = {
-        "settings": config.model_dump(mode="json", exclude={"resources"}),
-        "victim": {"path": config.victim.path, "fingerprint": made_with["victim"]},
-        "reference": made_with["reference"],
-        "detectors": made_with["detectors"],
-        "versions": made_with["versions"],
-        "score_columns": [*run.columns, *judged.made],
-        "second_stage_columns": second_columns,
-        "controls": run.controls,
-        "decision": verdict.report,
-        "counts": {
-            "samples": summary.num_samples,
-            "scored": summary.num_samples - sum(summary.errors.values()),
-            "unreadable": summary.errors,
-            "flagged": int(verdict.flagged.sum()),
-            "truncated_shards": summary.truncated_shards,
-            "duplicated_images": num_copies,
-            "findings": len(judged.findings),
-            "flagged_findings": sum(one.share_flagged > 0 for one in judged.findings),
-        },
-    }
-    write_json(output / "findings.json", {"findings": [asdict(one) for one in judged.findings]})
-    return write_manifest(output, rows(), info)
-
-
-def _second_scores(run: _Run) -> dict[tuple[str, str], float]:
-    """(sample id, column) -> score of the candidates."""
-    found: dict[tuple[str, str], float] = {}
-    for scorer in run.second_scorers:
-        for shard in run.shards:
-            table = read_parts(run.output / "second_stage", shard.name, ["sample_id", *scorer.columns])
-            for row in table.to_pylist():
-                found |= {(row["sample_id"], column): row[column] for column in scorer.columns}
-    return found
+    def _second_scores(self) -> dict[tuple[str, str], float]:
+        """(sample id, column) -> score of the candidates."""
+        found: dict[tuple[str, str], float] = {}
+        if self.second_columns:
+            for shard in self.shards:
+                table = read_parts(self.output / "second_stage", shard.name, ["sample_id", *self.second_columns])
+                for row in table.to_pylist():
+                    found |= {(row["sample_id"], column): row[column] for column in self.second_columns}
+        return found
 
 
 def versions() -> dict[str, str]:

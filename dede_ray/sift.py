@@ -61,6 +61,7 @@ from dede_ray.shards import (
     split_name,
     write_whole,
 )
+from dede_ray.store import Place
 from dede_ray.sources import read_classes
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def sift(config: SiftConfig) -> str:
     """
     output = Path(config.output).absolute()  # Ray's workers have another working folder
     shards = list_shards(config.shards)
-    manifest = read_manifest(Path(config.manifest).absolute())
+    manifest = read_manifest(config.manifest)
     if not config.lists_only and output.resolve() in {Path(shard.url).parent.resolve() for shard in shards}:
         raise Mistake(f"output {config.output} is the folder of the shards themselves; choose another one")
     _check_names(shards, manifest)
@@ -210,7 +211,7 @@ def _made_of(shards: list[Shard], manifest: Manifest, output: Path) -> dict[str,
     return made_of
 
 
-def _rows_path(manifest: Manifest, shard_name: str) -> Path:
+def _rows_path(manifest: Manifest, shard_name: str) -> Place:
     return manifest.folder / "manifest" / f"{shard_name}.parquet"
 
 
@@ -291,7 +292,7 @@ def _write_lists(folder: Path, dropped: pa.Table, receipts: dict[str, dict[str, 
 # ------------------------------------------------------------------------------------------------ one shard
 
 
-def sift_shard(shard: Shard, rows_path: Path, places: list[int], limits: Limits, config: SiftConfig) -> None:
+def sift_shard(shard: Shard, rows_path: Place, places: list[int], limits: Limits, config: SiftConfig) -> None:
     """Copy one shard without the samples at the given places, then write its receipt.
 
     Args:
@@ -302,7 +303,8 @@ def sift_shard(shard: Shard, rows_path: Path, places: list[int], limits: Limits,
         config: of the job.
     """
     output = Path(config.output).absolute()
-    rows = pq.read_table(rows_path, columns=["sample_id", "index", "content_hash"])
+    with rows_path.open("rb") as stream:
+        rows = pq.read_table(stream, columns=["sample_id", "index", "content_hash"])
     judge = _Judge(shard, rows.sort_by("index"), frozenset(places), limits, config.verify)
     is_empty = len(judge.dropped) == rows.num_rows
     path = None if config.lists_only or is_empty else output / shard.name

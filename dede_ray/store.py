@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import hashlib
 import io
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -210,3 +212,15 @@ def write_atomically(where: Named, content: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def local_copy(where: Named) -> Path:
+    """A file that libraries can open by its name: itself, or a copy on this machine of what is on a store now."""
+    path = place(where)
+    if isinstance(path, Path) or not path.is_file():
+        return Path(str(path))
+    key = hashlib.sha256(f"{path}, {path.version()}".encode()).hexdigest()[:24]
+    copy = Path(tempfile.gettempdir()) / f"dede_ray-{os.getuid()}" / f"{key}-{path.name}"
+    if not copy.is_file():
+        write_atomically(copy, path.read_bytes())
+    return copy

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dede_ray.config import Mistake
+from dede_ray.store import Named, local_copy
 from dede_ray.vision_libraries import open_clip
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
@@ -90,7 +91,7 @@ def download(address: str, filename: str) -> Path:
         raise Mistake(f"the Hugging Face hub did not give {filename} of {repository}: {error}") from None
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def read_tensors(path: Named) -> dict[str, Tensor]:
     """Read a checkpoint's tensors without executing anything in it.
 
     Accepts safetensors and tensor-only `.pt` files, the latter bare or under the key `state_dict`.
@@ -98,7 +99,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises:
         Mistake: no such file, damaged, or a file that only unpickling could open.
     """
-    path = Path(path)
+    path = local_copy(path)
     if not path.is_file():
         raise Mistake(f"no checkpoint at {path}")
     members = _members(path)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,13 @@ RESOURCES = PassResources(min_actors=1, cpus_per_actor=0.5, decode_cpus=0.5)
 class Brightness:
     """The work of these passes: the mean pixel of each image."""
 
-    def __init__(self, image_size: int = 32, die_once_at: str = ""):
+    def __init__(self, image_size: int = 32, die_once_at: str = "", die_of: tuple[str, ...] = ()):
         self.image_size, self.columns, self.die_once_at = image_size, {"brightness": pa.float32()}, die_once_at
+        self.die_of = die_of
 
     def __call__(self, chunk):
+        if any(name in self.die_of for name in chunk.sample_ids):
+            os.kill(os.getpid(), signal.SIGSEGV)
         if self.die_once_at and not Path(self.die_once_at).exists():
             Path(self.die_once_at).touch()
             os._exit(1)
@@ -158,6 +163,58 @@ def test_an_actor_that_dies_is_replaced_and_its_chunk_done(finished, shards, tmp
     assert (tmp_path / "died").exists()
     one, other = ({name: part[2] for name, part in snapshot(f).items()} for f in (tmp_path / "pass", finished))
     assert one == other
+
+
+def test_samples_that_kill_their_process_are_named_and_their_neighbours_scored(finished, shards, tmp_path):
+    lethal = ("train-00000.tar/0001", "train-00000.tar/0002")
+    summary = run(shards, tmp_path / "pass", {"die_of": lethal})
+    assert summary == PassSummary(22, {"process_died": 2}, [])
+    for shard in list_shards(str(shards)):
+        there, whole = (read_parts(folder, shard.name).to_pylist() for folder in (tmp_path / "pass", finished))
+        for row, usual in zip(there, whole, strict=True):
+            is_lethal = row["sample_id"] in lethal
+            assert row == (usual | {"error": "process_died", "brightness": None} if is_lethal else usual)
+    before = snapshot(tmp_path / "pass")
+    assert run(shards, tmp_path / "pass", {"die_of": lethal}) == summary
+    assert snapshot(tmp_path / "pass") == before
+
+
+def test_shards_whose_readers_keep_dying_by_chance_are_done_to_the_same_bytes(finished, shards, tmp_path):
+    run(shards, tmp_path / "pass", select=DiesOften(str(tmp_path / "deaths"), "train-00001.tar/0015", times=4))
+    assert len(list((tmp_path / "deaths").iterdir())) == 4
+    one, other = ({name: part[2] for name, part in snapshot(f).items()} for f in (tmp_path / "pass", finished))
+    assert one == other
+
+
+@dataclass(frozen=True)
+class DiesOften:
+    """Takes every sample, and ends its process at one of them, the first few times."""
+
+    folder: str
+    sample_id: str
+    times: int
+
+    def __call__(self, sample_id: str) -> bool:
+        deaths = Path(self.folder)
+        deaths.mkdir(exist_ok=True)
+        if sample_id == self.sample_id and len(list(deaths.iterdir())) < self.times:
+            (deaths / str(os.getpid())).touch()
+            os._exit(1)
+        return True
+
+
+def test_what_is_wrong_in_a_worker_is_told_as_it_is(local_ray, shards, tmp_path):
+    with pytest.raises(TypeError, match="colour"):
+        run(shards, tmp_path / "pass", {"colour": "red"})
+    (tmp_path / "shards").mkdir()
+    shutil.copy(shards / "train-00000.tar", tmp_path / "shards")
+    listed = list_shards(str(tmp_path / "shards"))
+    (tmp_path / "shards" / "train-00000.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train-00000\.tar"):
+        run_pass(
+            listed, tmp_path / "other", Brightness, {}, image_size=32, made_with={}, chunk_size=4, limits=Limits(),
+            resources=RESOURCES, max_error_fraction=0, name="test",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
