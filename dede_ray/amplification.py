@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from dede_ray.actors import Chunk, Work
 from dede_ray.amplify import (
     COLUMN,
     DESCRIPTION_FILE,
@@ -51,7 +52,7 @@ from dede_ray.groups import copies
 from dede_ray.judgement import Judging, Scored, judge
 from dede_ray.ledger import Chosen, KeyedShare, PassSummary, Select, read_parts
 from dede_ray.manifest import DECISION_COLUMNS, Manifest, read_manifest, write_manifest
-from dede_ray.passing import Chunk, PassResources, Work, run_pass
+from dede_ray.passing import PassResources, run_pass
 from dede_ray.scoring import hash_of_ids, settings_of, versions, victim_of
 from dede_ray.shards import Shard, list_shards
 from dede_ray.sources import keyed_generator

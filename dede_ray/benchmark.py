@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from dede_ray.activation import Examination
+from dede_ray.actors import Chunk
 from dede_ray.attacks.triggers import AnyTrigger, Patch, Trigger, square
 from dede_ray.clip import Normalise, to_unit_range
 from dede_ray.config import Config, Mistake, Seeds, claim, finish, write_json
@@ -45,7 +46,6 @@ from dede_ray.detectors.detector import Detector
 from dede_ray.downstream import Labelled, LinearProbe, TwoLayerClassifier, draw_labelled
 from dede_ray.embedding import Encoders, Encoding
 from dede_ray.ledger import write_parquet
-from dede_ray.passing import Chunk
 from dede_ray.published import NORMALISERS
 from dede_ray.session import start_ray
 from dede_ray.shards import BadSample, Limits, decode_image, list_shards, to_square

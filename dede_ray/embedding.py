@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dede_ray.actors import Chunk
 from dede_ray.clip import to_unit_range
 from dede_ray.config import Mistake
 from dede_ray.detectors.contract import Batch, Need
 from dede_ray.ledger import KeyedShare, Select, read_parts
-from dede_ray.passing import Chunk, Laps, PassResources, run_pass
+from dede_ray.passing import PassResources, run_pass
+from dede_ray.readers import Laps
 from dede_ray.shards import Limits, Shard, open_shard, open_tar, split_name
 from dede_ray.store import Place
 from dede_ray.victims import ClipVictim, Victim, VictimConfig, best_device, load_victim

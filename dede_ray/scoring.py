@@ -30,6 +30,7 @@ from pydantic import Field, ValidationError
 from ray.exceptions import RayTaskError
 from safetensors.torch import save
 
+from dede_ray.actors import Chunk
 from dede_ray.config import Config, Mistake, explain, read_json, write_json
 from dede_ray.decisions import Conformal, Decision
 from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, State, open_scorer
@@ -48,7 +49,8 @@ from dede_ray.judgement import Judged, Judging, Scored, judge
 from dede_ray.ledger import BASE_SCHEMA, Chosen, KeyedShare, PassSummary, read_end, read_parts, standing_shards
 from dede_ray.lookalikes import perceptual_hash
 from dede_ray.manifest import DECISION_COLUMNS, Manifest, write_manifest
-from dede_ray.passing import Chunk, Laps, PassResources, run_over_parts, run_pass
+from dede_ray.passing import PassResources, run_over_parts, run_pass
+from dede_ray.readers import Laps
 from dede_ray.shards import Limits, Shard, list_shards
 from dede_ray.store import Place, place, write_atomically
 from dede_ray.victims import OptionalVictimConfig, Victim, VictimConfig, load_victim

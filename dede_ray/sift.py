@@ -61,8 +61,8 @@ from dede_ray.shards import (
     split_name,
     write_whole,
 )
-from dede_ray.store import Place
 from dede_ray.sources import read_classes
+from dede_ray.store import Place
 
 logger = logging.getLogger(__name__)
 

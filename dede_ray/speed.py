@@ -35,6 +35,7 @@ import torch
 from pydantic import Field
 
 from dede_ray import clip, feed, training
+from dede_ray.actors import Chunk
 from dede_ray.baseline import TrainerSpeed, compare_trainers, photographs
 from dede_ray.config import Config, Mistake
 from dede_ray.decoder import PRESETS, DecoderShape, MaskedDecoder, Reconstruction, save_decoder
@@ -50,7 +51,7 @@ from dede_ray.encoders import Described, Timm, build_encoder, save_encoder
 from dede_ray.ingest import IngestConfig, ingest
 from dede_ray.ledger import BASE_SCHEMA
 from dede_ray.manifest import DECISION_COLUMNS, write_manifest
-from dede_ray.passing import Chunk, PassResources, run_pass
+from dede_ray.passing import PassResources, run_pass
 from dede_ray.scoring import ScoreWork, fit_state
 from dede_ray.shards import (
     Limits,

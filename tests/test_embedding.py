@@ -11,11 +11,12 @@ import pyarrow as pa
 import pytest
 import torch
 
+from dede_ray.actors import Chunk
 from dede_ray.config import Mistake
 from dede_ray.detectors.contract import Batch
 from dede_ray.embedding import Encoders, Encoding, count_samples, fitting_set, restored, stored
 from dede_ray.ledger import KeyedShare
-from dede_ray.passing import Chunk, PassResources
+from dede_ray.passing import PassResources
 from dede_ray.shards import Limits, iter_samples, list_shards, open_shard
 from dede_ray.victims import OpenClipVictim, load_victim
 

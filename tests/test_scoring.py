@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+from dede_ray.actors import Chunk
 from dede_ray.clip import to_unit_range
 from dede_ray.config import Mistake
 from dede_ray.decisions import AssumedPoisonRate, Conformal
@@ -35,7 +36,7 @@ from dede_ray.detectors.trajectory import MaskingTrajectory
 from dede_ray.embedding import Encoders, Encoding, restored
 from dede_ray.ledger import KeyedShare, read_parts
 from dede_ray.manifest import Manifest, read_manifest
-from dede_ray.passing import Chunk, PassResources
+from dede_ray.passing import PassResources
 from dede_ray.scoring import Fitting, ScoreConfig, SecondStage, score
 from dede_ray.shards import list_shards
 from dede_ray.victims import OpenClipVictim, load_victim

@@ -1,0 +1,268 @@
+"""Actors of a pass: the caller's work on each chunk, its part committed, a receipt for the driver."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.util import metrics
+
+from dede_ray.ledger import BASE_SCHEMA, part_path, read_part, write_parquet
+from dede_ray.readers import Laps, packed
+from dede_ray.shards import sample_id
+from dede_ray.store import Place
+
+logger = logging.getLogger(__name__)
+
+JOURNAL = "DEDE_RAY_JOURNAL"
+"""Environment variable: a file on each machine to which actors add a line for each chunk that they begin."""
+
+
+@dataclass
+class Chunk:
+    """What the work gets: the readable samples of one chunk, decoded."""
+
+    sample_ids: list[str]
+    image_BHWC: np.ndarray
+    captions: list[str | None]
+
+
+class Work(Protocol):
+    """Made once per actor; `columns` names and types what it returns, one value per sample.
+
+    A work that has an attribute `laps` gets the actor's, and may mark its own stages there; what it does not mark is
+    booked under `work`.
+    """
+
+    image_size: int
+    columns: dict[str, pa.DataType]
+
+    def __call__(self, chunk: Chunk) -> dict[str, Any]: ...
+
+
+class PartWork(Protocol):
+    """The same for a pass over parts: gets the rows of one part that have no error."""
+
+    columns: dict[str, pa.DataType]
+
+    def __call__(self, table: pa.Table) -> dict[str, Any]: ...
+
+
+@dataclass
+class Receipt:
+    """What an actor tells of a chunk that stands."""
+
+    shard: str
+    number: int
+    num_samples: int = 0
+    errors: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By stage: of the reader that decoded it (read, decode) and of the actor (the others)."""
+    failure: str | None = None
+    """An exception, packed."""
+
+    def as_table(self) -> pa.Table:
+        return pa.table({"receipt": [json.dumps(asdict(self))]})
+
+
+class _Actor:
+    """What actors have in common: where their time goes, counters, and receipts in the place of exceptions."""
+
+    def __init__(self, threads: int, name: str, make: Callable[[], Any]):
+        """`make` makes the work."""
+        import torch
+
+        torch.set_num_threads(threads)
+        self.laps, self.counters, self.broken = Laps(), _Counters(name), ""
+        try:
+            self.work = make()
+            if hasattr(self.work, "laps"):
+                self.work.laps = self.laps
+        except Exception as error:
+            logger.exception("an actor cannot start")
+            self.broken = packed(error)
+        self.laps.mark("start")
+
+    def _told(self, receipts: Iterable[Receipt]) -> pa.Table:
+        """What goes back to the driver, with the seconds since it was told last."""
+        receipts = list(receipts)
+        for receipt in receipts:
+            self.counters.count(receipt.num_samples, receipt.errors)
+        if receipts:
+            receipts[-1].seconds = {**receipts[-1].seconds, **self.laps.take()}
+            for receipt in receipts:
+                self.counters.spend(receipt.seconds)
+        return pa.table({"receipt": pa.array([json.dumps(asdict(one)) for one in receipts], pa.string())})
+
+
+class Worker(_Actor):
+    """The actor: does the caller's work on each chunk and commits the part itself; only a receipt travels on."""
+
+    def __init__(self, folder: Place, work: type[Work], work_arguments: dict[str, Any], threads: int, name: str):
+        super().__init__(threads, name, lambda: work(**work_arguments))
+        self.folder = folder
+        self.journal = os.environ.get(JOURNAL)
+        # Where an actor died Ray has its whole block done again, also the chunks that stand. Asking a store costs.
+        self.looks = isinstance(folder, Path) or ray.get_runtime_context().was_current_actor_reconstructed
+        self.committing = ThreadPoolExecutor(2)  # commits overlap with the next chunk's arithmetic
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        self.laps.mark("wait")
+        begun = [self.begin(rows.slice(place, 1).to_pylist()[0]) for place in range(len(rows))]
+        receipts = [commit.result() for commit in begun]
+        self.laps.mark("write")
+        return self._told(receipts)
+
+    def begin(self, row: dict[str, Any]) -> Future[Receipt]:
+        """Work on a chunk, and start to commit it."""
+        receipt = Receipt(row["shard"], row["number"], seconds=json.loads(row["seconds"]))
+        receipt.failure = row["failure"] or self.broken
+        try:
+            path = part_path(self.folder, row["shard"], row["number"])
+            if not receipt.failure and not (self.looks and path.is_file()):
+                if self.journal:
+                    with open(self.journal, "a") as journal:
+                        journal.write(f"{time.time()} {os.getpid()} {row['shard']} {row['number']}\n")
+                return self.committing.submit(_commit, self.compute(row), path, receipt)
+        except Exception as error:
+            logger.exception("chunk %d of %s", row["number"], row["shard"])
+            receipt.failure = packed(error)
+        done: Future[Receipt] = Future()
+        done.set_result(receipt)
+        return done
+
+    def compute(self, row: dict[str, Any]) -> pa.Table:
+        errors = row["error"]
+        good = [i for i, error in enumerate(errors) if error is None]
+        ids = [sample_id(row["shard"], key) for key in row["key"]]
+        size = self.work.image_size
+        columns: dict[str, Any] = {}
+        if good:
+            image_BHWC = np.frombuffer(row["pixels"], np.uint8).reshape(len(good), size, size, 3)
+            chunk = Chunk([ids[i] for i in good], image_BHWC, [row["caption"][i] for i in good])
+            self.laps.mark("transfer")
+            columns = self.work(chunk)
+            self.laps.mark("work")
+        base = pa.table(
+            {
+                "sample_id": ids,
+                "content_hash": row["content_hash"],
+                "shard": [row["shard"]] * len(ids),
+                "index": row["index"],
+                "error": errors,
+            },
+            schema=BASE_SCHEMA,
+        )
+        return _completed(base, columns, self.work.columns)
+
+
+class PartWorker(_Actor):
+    """The same over parts that stand."""
+
+    def __init__(
+        self,
+        source: Place,
+        folder: Place,
+        work: type[PartWork],
+        work_arguments: dict[str, Any],
+        threads: int,
+        name: str,
+    ):
+        super().__init__(threads, name, lambda: work(**work_arguments))
+        self.source, self.folder = source, folder
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        self.laps.mark("wait")
+        return self._told([self._one(row["shard"], row["number"]) for row in rows.to_pylist()])
+
+    def _one(self, shard: str, number: int) -> Receipt:
+        receipt = Receipt(shard, number, failure=self.broken)
+        if self.broken:
+            return receipt
+        try:
+            stored = read_part(self.source, shard, number)
+            self.laps.mark("read")
+            good = stored.filter(stored["error"].is_null())
+            columns = self.work(good) if len(good) else {}
+            table = _completed(stored.select(BASE_SCHEMA.names), columns, self.work.columns)
+            self.laps.mark("work")
+            receipt = _commit(table, part_path(self.folder, shard, number), receipt)
+            self.laps.mark("write")
+        except Exception as error:
+            logger.exception("part %d of %s", number, shard)
+            receipt.failure = packed(error)
+        return receipt
+
+
+def _commit(table: pa.Table, path: Place, receipt: Receipt) -> Receipt:
+    try:
+        write_parquet(table, path)
+        receipt.num_samples, receipt.errors = len(table), table["error"].drop_null().to_pylist()
+    except Exception as error:
+        logger.exception("writing %s", path)
+        receipt.failure = packed(error)
+    return receipt
+
+
+def _completed(base: pa.Table, columns: dict[str, Any], kinds: dict[str, pa.DataType]) -> pa.Table:
+    """Put what the work gave for the rows without an error beside all rows; what is no number becomes an error."""
+    errors = base["error"].to_pylist()
+    good = [i for i, error in enumerate(errors) if error is None]
+    if good:
+        numbers = [column for name, column in columns.items() if not pa.types.is_string(kinds[name])]
+        is_finite = _are_finite(numbers, len(good))
+        for i in np.flatnonzero(~is_finite).tolist():
+            errors[good[i]] = "not_finite"
+        columns = {name: [*itertools.compress(column, is_finite)] for name, column in columns.items()}
+        good = [*itertools.compress(good, is_finite)]
+        base = base.set_column(base.schema.get_field_index("error"), "error", pa.array(errors, pa.string()))
+    for name, kind in kinds.items():
+        values: list[Any] = [None] * len(base)
+        for i, value in zip(good, columns.get(name, ()), strict=True):
+            values[i] = value
+        base = base.append_column(pa.field(name, kind), pa.array(values, kind))
+    return base
+
+
+def _are_finite(columns: list[Any], num: int) -> np.ndarray:
+    """Which of the samples got numbers only, or nothing; a score that is none would never be flagged."""
+    is_finite = np.ones(num, bool)
+    for column in columns:
+        if any(value is None for value in column):
+            is_finite &= [value is None or bool(np.isfinite(value).all()) for value in column]
+        else:
+            is_finite &= np.isfinite(np.asarray(column)).reshape(num, -1).all(axis=1)
+    return is_finite
+
+
+class _Counters:
+    """What Ray's Prometheus endpoint on each node shows of a pass."""
+
+    def __init__(self, name: str):
+        self.tags = {"pass": name}
+        self.samples = metrics.Counter("dede_ray_samples", "Samples that stand, by pass.", ("pass",))
+        self.unusable = metrics.Counter("dede_ray_unusable_samples", "Of them, by reason.", ("pass", "reason"))
+        self.seconds = metrics.Counter("dede_ray_stage_seconds", "Where time went, by stage.", ("pass", "stage"))
+
+    def count(self, num_samples: int, errors: list[str]) -> None:
+        if num_samples:
+            self.samples.inc(num_samples, self.tags)
+        for reason, num in Counter(errors).items():
+            self.unusable.inc(num, {**self.tags, "reason": reason})
+
+    def spend(self, seconds: Mapping[str, float]) -> None:
+        for stage, duration in seconds.items():
+            if duration > 0:
+                self.seconds.inc(duration, {**self.tags, "stage": stage})
