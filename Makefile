@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench chaos clean
 
 demo: .venv/installed
 	$(BIN)/python jobs/demo.py configs/demo_digits.yaml
@@ -21,6 +21,9 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python jobs/speed.py configs/speed.yaml
+
+chaos: .venv/installed
+	$(BIN)/python jobs/chaos.py configs/chaos.yaml
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 found; install one, or: make PYTHON=/path/to/python"; exit 2; }

@@ -85,7 +85,7 @@ class _Actor:
         import torch
 
         torch.set_num_threads(threads)
-        self.laps, self.counters, self.broken = Laps(), _Counters(name), ""
+        self.name, self.laps, self.counters, self.broken = name, Laps(), _Counters(name), ""
         try:
             self.work = make()
             if hasattr(self.work, "laps"):
@@ -134,7 +134,7 @@ class Worker(_Actor):
             if not receipt.failure and not (self.looks and path.is_file()):
                 if self.journal:
                     with open(self.journal, "a") as journal:
-                        journal.write(f"{time.time()} {os.getpid()} {row['shard']} {row['number']}\n")
+                        journal.write(f"{time.time()}\t{os.getpid()}\t{self.name}\t{row['shard']}\t{row['number']}\n")
                 return self.committing.submit(_commit, self.compute(row), path, receipt)
         except Exception as error:
             logger.exception("chunk %d of %s", row["number"], row["shard"])

@@ -1,12 +1,11 @@
 """How fast our passes are beside others that do the same work, in one run on one machine.
 
 `trainers` compares our CLIP trainer with open_clip's own (baseline.py), `ingest` the writing of shards with
-webdataset's ShardWriter, `loops` training and scoring with the plainest loops: the trainer is compared with a bare
-PyTorch loop over the same batches held in memory; the score pass with a bare loop that decodes and scores one chunk
-after the other, its arithmetic using all cores. `detectors` says what attached detectors cost of the rate at which
-images are embedded. Ours and theirs take turns, because machines drift; the figures that count are the ratios. The
-images are the bundled digits, repeated under distinct keys; the weights are random, which changes nothing about the
-speed.
+webdataset's ShardWriter, `loops` the decoder's training with a bare PyTorch loop over the same batches held in memory,
+`scoring` the score pass with its limit (speed_scoring.py). `detectors` says what attached detectors cost of the rate at
+which images are embedded. Ours and theirs take turns, because machines drift; the figures that count are the ratios.
+The images are the bundled digits, repeated under distinct keys; the weights are random, which changes nothing about
+the speed.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ import ray
 import torch
 from pydantic import Field
 
-from dede_ray import clip, feed, training
+from dede_ray import feed, training
 from dede_ray.actors import Chunk
 from dede_ray.baseline import TrainerSpeed, compare_trainers, photographs
 from dede_ray.config import Config, Mistake
-from dede_ray.decoder import PRESETS, DecoderShape, MaskedDecoder, Reconstruction, save_decoder
+from dede_ray.decoder import PRESETS, DecoderShape, Reconstruction
 from dede_ray.detectors.asset import Asset
 from dede_ray.detectors.caption import CaptionScore
 from dede_ray.detectors.consistency import Consistency
@@ -51,7 +50,6 @@ from dede_ray.encoders import Described, Timm, build_encoder, save_encoder
 from dede_ray.ingest import IngestConfig, ingest
 from dede_ray.ledger import BASE_SCHEMA
 from dede_ray.manifest import DECISION_COLUMNS, write_manifest
-from dede_ray.passing import PassResources, run_pass
 from dede_ray.scoring import ScoreWork, fit_state
 from dede_ray.shards import (
     Limits,
@@ -67,11 +65,12 @@ from dede_ray.shards import (
 )
 from dede_ray.sift import SiftConfig, sift, sift_shard
 from dede_ray.sources import Digits
+from dede_ray.speed_scoring import ScoringSpeed, compare_scoring, digits, repeated, write_decoder, write_victim
 from dede_ray.victims import EncoderVictim, OpenClipVictim, load_victim
 
 
 class LoopSpeed(Config):
-    """Decoder training and scoring beside bare loops."""
+    """Decoder training beside a bare loop."""
 
     model: str = "configs/models/clip_digits.json"
     """The victim's architecture."""
@@ -82,7 +81,6 @@ class LoopSpeed(Config):
     """Training steps of one turn."""
     repeats: int = Field(3, ge=1)
     """Turns each; the median counts."""
-    chunk_size: int = 256
 
 
 class IngestSpeed(Config):
@@ -146,6 +144,7 @@ class SpeedConfig(Config):
     """Folder for shards, settings and logs of `trainers`; the commands that are printed can be run again there."""
     trainers: list[TrainerSpeed] = Field([])
     loops: LoopSpeed | None = None
+    scoring: list[ScoringSpeed] = Field([])
     ingest: IngestSpeed | None = None
     sift: SiftSpeed | None = None
     detectors: list[DetectorSpeed] = Field([])
@@ -157,11 +156,14 @@ def measure_speed(config: SpeedConfig) -> str:
     Returns:
         A few lines per comparison: ours, the other's, and their ratio.
     """
-    if not any((config.trainers, config.loops, config.ingest, config.sift, config.detectors)):
-        raise Mistake("nothing to measure: the config needs `trainers:`, `loops:`, `ingest:`, `sift:` or `detectors:`")
+    if not any((config.trainers, config.loops, config.scoring, config.ingest, config.sift, config.detectors)):
+        raise Mistake(
+            "nothing to measure: the config needs `trainers:`, `loops:`, `scoring:`, `ingest:`, `sift:` or `detectors:`"
+        )
     tables = [compare_trainers(trainers, Path(config.output)) for trainers in config.trainers]
     if config.loops is not None:
         tables.append(_compare_loops(config.loops))
+    tables += [compare_scoring(scoring) for scoring in config.scoring]
     if config.ingest is not None:
         tables.append(_compare_ingest(config.ingest))
     if config.sift is not None:
@@ -174,34 +176,15 @@ def _compare_loops(config: LoopSpeed) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = _write_shards(folder / "shards", config.num_samples)
-        victim = _write_victim(folder / "victim", config.model)
-        _write_decoder(folder / "decoder", victim, PRESETS[config.preset].shape)
-        lines = [_compare_training(config, folder, shards, victim), _compare_scoring(config, folder, shards, victim)]
+        victim = write_victim(folder / "victim", config.model)
+        line = _compare_training(config, folder, shards, victim)
     about = f"{os.cpu_count()} CPUs, {config.num_samples:,} images, preset {config.preset}"
-    return "\n".join([f"{about}, median of {config.repeats} turns", *lines])
+    return f"{about}, median of {config.repeats} turns\n{line}"
 
 
 def _write_shards(folder: Path, num_samples: int) -> list[Shard]:
-    images = list(Digits(calibration=0, test=0).read(0, Limits())["train"])
-    samples = (
-        Sample(f"{i:08d}", i, image=images[i % len(images)].image, image_suffix="png", caption="a digit")
-        for i in range(num_samples)
-    )
-    write_shards(folder, "train", samples, max(1000, num_samples // 8))
+    write_shards(folder, "train", repeated(digits(), num_samples), max(1000, num_samples // 8))
     return list_shards(str(folder))
-
-
-def _write_victim(folder: Path, model: str) -> OpenClipVictim:
-    described = clip.model_description(model)
-    clip.save_clip(folder, clip.build_clip(described), described)
-    return OpenClipVictim(path=str(folder))
-
-
-def _write_decoder(folder: Path, victim_config: OpenClipVictim, shape: DecoderShape) -> None:
-    victim = load_victim(victim_config)
-    decoder = MaskedDecoder(shape, victim.image_size, victim.embedding_dim, has_reverse=True)
-    decoder.victim, decoder.has_null = victim.fingerprint, True
-    save_decoder(folder, decoder, {})
 
 
 def _line(what: str, ours: list[float], bare: list[float]) -> str:
@@ -278,46 +261,6 @@ def _bare_training(
     return (config.steps - warm_up) * preset.batch_size / (time.monotonic() - started)
 
 
-# ------------------------------------------------------------------------------------------------ scoring
-
-
-def _compare_scoring(config: LoopSpeed, folder: Path, shards: list[Shard], victim_config: OpenClipVictim) -> str:
-    encoding = Encoding(victim_config, None, frozenset({"image"}))
-    arguments = {"encoding": encoding, "detectors": [DeDe(decoder=str(folder / "decoder"))], "states": [None]}
-    size = load_victim(victim_config).image_size
-    ours, bare, whole = [], [], []
-    for turn in range(config.repeats):
-        output = folder / f"pass-{turn}"
-        started = time.time()
-        run_pass(
-            shards, output, ScoreWork, arguments, image_size=size, made_with={}, chunk_size=config.chunk_size,
-            limits=Limits(), resources=PassResources(), max_error_fraction=0.0, name="score",
-        )  # fmt: skip
-        # From the first part on disk to the last: the pass without the start of its processes.
-        times = np.sort([path.stat().st_mtime for path in output.glob("parts/*/*.parquet")])
-        skip = min(int(ray.cluster_resources()["CPU"]), len(times) - 2)
-        ours.append((len(times) - 1 - skip) * config.chunk_size / (times[-1] - times[skip]))
-        whole.append(config.num_samples / (time.time() - started))
-        bare.append(_bare_scoring(config, shards, arguments))
-    return "\n".join([_line("scoring", ours, bare), _line("scoring, start of Ray's actors included", whole, bare)])
-
-
-def _bare_scoring(config: LoopSpeed, shards: list[Shard], arguments: dict) -> float:
-    """Read, decode, forward, score: one chunk after the other, in one process, arithmetic on all cores."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    work = ScoreWork(**arguments)
-    done, started = 0, 0.0
-    for number, (shard, chunk) in enumerate(
-        (s, c) for s in shards for c in iter_chunks(s, config.chunk_size, Limits())
-    ):
-        if number == 2:
-            started = time.monotonic()
-        images = [decode_image(sample.image or b"", Limits(), work.image_size) for sample in chunk]
-        work(Chunk([sample_id(shard.name, s.key) for s in chunk], np.stack(images), [s.caption for s in chunk]))
-        done += len(chunk) if number >= 2 else 0
-    return done / (time.monotonic() - started)
-
-
 # ------------------------------------------------------------------------------------------------ detectors
 
 
@@ -328,7 +271,7 @@ def _compare_attached(config: DetectorSpeed) -> str:
     try:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            alone = EmbedWork(Encoding(_write_victim(folder / "victim", config.model), None, frozenset()))
+            alone = EmbedWork(Encoding(write_victim(folder / "victim", config.model), None, frozenset()))
             attached = _attach(config, folder, laps)
             samples = _captioned(config, alone.image_size)
             turns: list[tuple[float, float, Counter[str]]] = []
@@ -371,7 +314,7 @@ def _attach(config: DetectorSpeed, folder: Path, laps: Counter[str]) -> ScoreWor
     architecture = Timm(name=config.reference)
     encoder, size = build_encoder(architecture), load_victim(victim).image_size
     save_encoder(folder / "reference", encoder, Described(architecture, size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
-    _write_decoder(folder / "decoder", victim, config.decoder)
+    write_decoder(folder / "decoder", victim, config.decoder)
     detectors: list[DetectorSettings] = [
         DeDe(decoder=str(folder / "decoder"), num_masks=config.dede_masks),
         Density(),
