@@ -147,7 +147,10 @@ class _Fire:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_health_check_period_ms", "1000")  # a node that is gone is missed within seconds
         os.environ.setdefault("RAY_health_check_failure_threshold", "3")
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 150 * 2**20})
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "object_store_memory": 150 * 2**20, "include_dashboard": False},
+        )
         self.nodes = [self._node() for _ in range(self.config.num_nodes)]
         return self
 

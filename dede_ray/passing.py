@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -252,22 +253,23 @@ def _stream(
     context.target_max_block_size = max(chunk_bytes, min(BYTES_PER_BLOCK, 8 * chunk_bytes))
     context.max_errored_blocks = -1
     try:
-        data = ray.data.read_datasource(
-            source,
-            override_num_blocks=len(source),
-            num_cpus=pool.decode_cpus,
-            ray_remote_args={"max_retries": TRIES - 1},
-        )
-        data = data.map_batches(
-            actor.func,
-            fn_constructor_args=actor.args,
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
-            max_restarts=-1,
-            max_task_retries=TRIES - 1,
-            **pool.of_actor(),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray has no other words yet for how often what died is tried again
+            data = ray.data.read_datasource(
+                source,
+                override_num_blocks=len(source),
+                num_cpus=pool.decode_cpus,
+                ray_remote_args={"max_retries": TRIES - 1},
+            ).map_batches(
+                actor.func,
+                fn_constructor_args=actor.args,
+                batch_size=None,
+                batch_format="pyarrow",
+                compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+                max_restarts=-1,
+                max_task_retries=TRIES - 1,
+                **pool.of_actor(),
+            )
         yield from _receipts(data)
     finally:
         context.target_max_block_size, context.max_errored_blocks = kept
