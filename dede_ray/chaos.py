@@ -56,7 +56,7 @@ class ChaosConfig(Config):
     readers: int = Field(8, ge=0)
     nodes: int = Field(1, ge=0)
     pause_s: float = Field(3, gt=0)
-    """Mean time between two kills, counted from when there is something to kill."""
+    """Mean time between two kills, counted from when something has been begun after the last one."""
     seed: int = 0
     model: str = "configs/models/clip_digits.json"
     """The victim's architecture; its weights, and the decoder's, are random."""
@@ -193,11 +193,19 @@ class _Fire:
         return code is None
 
     def _pause(self) -> None:
-        """Until something is being scored, and then for a random time."""
-        self._wait_for("actor")
+        """Until something is being scored after the last kill, and then for a random time."""
+        begun = self._begun()
+        while self._begun() == begun:
+            self._still_running()
+            time.sleep(0.05)
         end = time.monotonic() + self.random.uniform(0, 2 * self.config.pause_s)
         while time.monotonic() < end and self._is_running():
             time.sleep(0.02)
+
+    def _begun(self) -> int:
+        """How much the journal says."""
+        journal = self.output / "journal.txt"
+        return journal.stat().st_size if journal.is_file() else 0
 
     def _kill(self, victim: Victim) -> float:
         if victim == "driver":

@@ -2,54 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from passes import RESOURCES, Brightness, run, snapshot
 
 from dede_ray.config import Mistake
 from dede_ray.ledger import Chosen, KeyedShare, PassSummary, part_path, read_parts, standing_shards
 from dede_ray.passing import PassResources, run_over_parts, run_pass
 from dede_ray.shards import Limits, decode_image, list_shards
-
-RESOURCES = PassResources(min_actors=1, cpus_per_actor=0.5, decode_cpus=0.5)
-
-
-class Brightness:
-    """The work of these passes: the mean pixel of each image."""
-
-    def __init__(self, image_size: int = 32, die_once_at: str = "", die_of: tuple[str, ...] = ()):
-        self.image_size, self.columns, self.die_once_at = image_size, {"brightness": pa.float32()}, die_once_at
-        self.die_of = die_of
-
-    def __call__(self, chunk):
-        if any(name in self.die_of for name in chunk.sample_ids):
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if self.die_once_at and not Path(self.die_once_at).exists():
-            Path(self.die_once_at).touch()
-            os._exit(1)
-        assert chunk.image_BHWC.shape == (len(chunk.sample_ids), self.image_size, self.image_size, 3)
-        return {"brightness": chunk.image_BHWC.mean(axis=(1, 2, 3))}
-
-
-def run(shards: Path, folder: Path, work_arguments=None, **changed) -> PassSummary:
-    settings = {
-        "image_size": 32, "made_with": {"victim": "one"}, "chunk_size": 4, "limits": Limits(), "resources": RESOURCES,
-        "max_error_fraction": 0.5, "name": "test",
-    }  # fmt: skip
-    return run_pass(list_shards(str(shards)), folder, Brightness, work_arguments or {}, **{**settings, **changed})
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Identity, time and content of every part and end marker."""
-    paths = sorted(path for path in folder.glob("parts/*/*") if not path.name.startswith("."))
-    return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns, p.read_bytes()) for p in paths}
 
 
 @pytest.fixture(scope="module")
@@ -163,44 +128,6 @@ def test_an_actor_that_dies_is_replaced_and_its_chunk_done(finished, shards, tmp
     assert (tmp_path / "died").exists()
     one, other = ({name: part[2] for name, part in snapshot(f).items()} for f in (tmp_path / "pass", finished))
     assert one == other
-
-
-def test_samples_that_kill_their_process_are_named_and_their_neighbours_scored(finished, shards, tmp_path):
-    lethal = ("train-00000.tar/0001", "train-00000.tar/0002")
-    summary = run(shards, tmp_path / "pass", {"die_of": lethal})
-    assert summary == PassSummary(22, {"process_died": 2}, [])
-    for shard in list_shards(str(shards)):
-        there, whole = (read_parts(folder, shard.name).to_pylist() for folder in (tmp_path / "pass", finished))
-        for row, usual in zip(there, whole, strict=True):
-            is_lethal = row["sample_id"] in lethal
-            assert row == (usual | {"error": "process_died", "brightness": None} if is_lethal else usual)
-    before = snapshot(tmp_path / "pass")
-    assert run(shards, tmp_path / "pass", {"die_of": lethal}) == summary
-    assert snapshot(tmp_path / "pass") == before
-
-
-def test_shards_whose_readers_keep_dying_by_chance_are_done_to_the_same_bytes(finished, shards, tmp_path):
-    run(shards, tmp_path / "pass", select=DiesOften(str(tmp_path / "deaths"), "train-00001.tar/0015", times=4))
-    assert len(list((tmp_path / "deaths").iterdir())) == 4
-    one, other = ({name: part[2] for name, part in snapshot(f).items()} for f in (tmp_path / "pass", finished))
-    assert one == other
-
-
-@dataclass(frozen=True)
-class DiesOften:
-    """Takes every sample, and ends its process at one of them, the first few times."""
-
-    folder: str
-    sample_id: str
-    times: int
-
-    def __call__(self, sample_id: str) -> bool:
-        deaths = Path(self.folder)
-        deaths.mkdir(exist_ok=True)
-        if sample_id == self.sample_id and len(list(deaths.iterdir())) < self.times:
-            (deaths / str(os.getpid())).touch()
-            os._exit(1)
-        return True
 
 
 def test_what_is_wrong_in_a_worker_is_told_as_it_is(local_ray, shards, tmp_path):
