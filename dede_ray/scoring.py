@@ -314,7 +314,11 @@ class _Run:
             looks_at_captions="caption" in self.encoding.needs,
             made_with=self.made_with(self.detectors, self.scorers), summary=summary,
         )  # fmt: skip
-        decide = ray.remote(_Deciding.manifest).options(num_cpus=1, memory=summary.num_samples * BYTES_PER_DECIDED)
+        memory = summary.num_samples * BYTES_PER_DECIDED
+        largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        if memory > largest:
+            logger.warning("deciding takes about %.1f GB, no node has more than %.1f", memory / 1e9, largest / 1e9)
+        decide = ray.remote(_Deciding.manifest).options(num_cpus=1, memory=min(memory, int(largest)))
         try:
             return Manifest(self.output, ray.get(decide.remote(work)))
         except RayTaskError as error:

@@ -99,9 +99,9 @@ def read_tensors(path: Named) -> dict[str, Tensor]:
     Raises:
         Mistake: no such file, damaged, or a file that only unpickling could open.
     """
-    path = local_copy(path)
+    named, path = path, local_copy(path)
     if not path.is_file():
-        raise Mistake(f"no checkpoint at {path}")
+        raise Mistake(f"no checkpoint at {named}")
     members = _members(path)
     names = [member.filename.split("/", 1)[-1] for member in members]
     if "constants.pkl" in names or any(name.startswith("code/") for name in names):
