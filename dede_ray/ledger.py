@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -100,21 +101,29 @@ class PassResources(Config):
     """CPUs each read-and-decode task reserves."""
 
     def on(self, cluster: dict[str, float]) -> PassResources:
-        """Fill in what depends on the cluster: the size of the pool, and shares that fit on a single CPU."""
-        cpus, gpus = cluster.get("CPU", 1), cluster.get("GPU", 0)
-        if cpus < self.cpus_per_actor + self.decode_cpus:
-            if cpus > 1:
+        """Fill in what depends on the cluster: the size of the pool, and shares that fit on a single CPU.
+
+        A cluster that grows on demand (`max_actors` is set, or it has no CPU at all so far) is asked for what it lacks.
+        """
+        cpus, gpus = cluster.get("CPU", 0), cluster.get("GPU", 0)
+        if self.max_actors is None and cpus > 0:
+            if cpus < self.cpus_per_actor + self.decode_cpus:
+                if cpus > 1:
+                    raise Mistake(
+                        f"resources: an actor's {self.cpus_per_actor:g} CPUs and a decode task's {self.decode_cpus:g} "
+                        f"do not fit into the cluster's {cpus:g}; lower them, or set max_actors if the cluster grows"
+                    )
+                changes = {"cpus_per_actor": 0.5, "decode_cpus": 0.5, "min_actors": 1, "max_actors": 1}
+                return self.model_copy(update=changes)
+            if self.gpus_per_actor > gpus:
                 raise Mistake(
-                    f"resources: an actor's {self.cpus_per_actor:g} CPUs and a decode task's {self.decode_cpus:g} do "
-                    f"not fit into the cluster's {cpus:g}; lower them"
+                    f"resources: an actor needs {self.gpus_per_actor:g} GPUs, the cluster has {gpus:g}; "
+                    "set max_actors if the cluster grows"
                 )
-            return self.model_copy(update={"cpus_per_actor": 0.5, "decode_cpus": 0.5, "min_actors": 1, "max_actors": 1})
-        if self.gpus_per_actor > gpus:
-            raise Mistake(f"resources: an actor needs {self.gpus_per_actor:g} GPUs, the cluster has {gpus:g}")
         room = (cpus - self.decode_cpus) / self.cpus_per_actor
         if self.gpus_per_actor > 0:
             room = min(room, gpus / self.gpus_per_actor)
-        smallest = self.min_actors or max(1, int(room))
+        smallest = self.min_actors or min(max(1, int(room)), self.max_actors or sys.maxsize)
         return self.model_copy(update={"min_actors": smallest, "max_actors": max(smallest, self.max_actors or 0)})
 
 
