@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 def test_the_score_pass_adds_nodes_to_a_head_without_cpus_and_gives_them_back(write_pictures, tmp_path):
     """A CPU pool that decodes, a GPU pool that scores; Ray's fake provider makes each node a raylet on this machine."""
     shards = tmp_path / "shards"
-    write_pictures(shards, range(240), per_shard=60)
+    write_pictures(shards, range(480), per_shard=60)
     [port] = throwaway.free_ports(1)
     node = {"node_config": {}, "min_workers": 0}
     small = {"object_store_memory": 100 * 2**20}
@@ -58,9 +58,9 @@ def test_the_score_pass_adds_nodes_to_a_head_without_cpus_and_gives_them_back(wr
     assert told["begun"] == 1, "the head alone"
     assert told["most"] == 4, "the head, one node that decodes, two that score"
     assert told["left"] == 1, "idle nodes are given back"
-    assert told["num_samples"] == 240
-    rows = [row for n in range(4) for row in read_parts(tmp_path / "pass", f"train-{n:05d}.tar").to_pylist()]
-    assert [row["sample_id"] for row in rows] == [f"train-{n // 60:05d}.tar/{n:04d}" for n in range(240)]
+    assert told["num_samples"] == 480
+    rows = [row for n in range(8) for row in read_parts(tmp_path / "pass", f"train-{n:05d}.tar").to_pylist()]
+    assert [row["sample_id"] for row in rows] == [f"train-{n // 60:05d}.tar/{n:04d}" for n in range(480)]
     assert len({row["node"] for row in rows}) == 2, "both of the nodes that score did"
 
 

@@ -1,0 +1,186 @@
+"""Jobs that are submitted to a cluster: they run, tell what became of them, and can be stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import throwaway
+import yaml
+from ray.job_submission import JobSubmissionClient
+
+from dede_ray.config import Config
+from dede_ray.pipeline import PipelineConfig, parse_steps
+from dede_ray.session import check_output
+
+ROOT = Path(__file__).parents[1]
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
+
+
+class Submitter:
+    """`ray job ...`, from a copy of the checkout, as a person would call it from their laptop."""
+
+    def __init__(self, checkout: Path, head: throwaway.Head):
+        self.checkout, self.head = checkout, head
+
+    def ray_job(self, *argv: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
+        environment["RAY_API_SERVER_ADDRESS"] = self.head.dashboard
+        return subprocess.run(
+            [throwaway.RAY, "job", *argv], cwd=self.checkout, env=environment,
+            capture_output=True, text=True, timeout=timeout_s,
+        )  # fmt: skip
+
+    def submit(self, name: str, *command: str, wait: bool = True) -> str:
+        """What the job and the command line say, until it ends."""
+        options = ["--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml", "--submission-id", name]
+        said = self.ray_job("submit", *options, *([] if wait else ["--no-wait"]), "--", "python", *command)
+        return said.stdout + said.stderr
+
+    def status(self, name: str) -> str:
+        """PENDING, RUNNING, SUCCEEDED, STOPPED or FAILED."""
+        return JobSubmissionClient(self.head.dashboard).get_job_status(name).value
+
+    def logs(self, name: str) -> str:
+        return self.ray_job("logs", name).stdout
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Submitter]:
+    checkout = tmp_path_factory.mktemp("laptop") / "checkout"
+    for name in ("configs", "jobs", "dede_ray", "cluster"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".gitignore", "constraints.txt"):
+        shutil.copy(ROOT / name, checkout)
+    # The head knows the project through what is uploaded only.
+    with throwaway.head("--num-cpus=2", PYTHONPATH="") as head:
+        yield Submitter(checkout, head)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """The folder that all machines see."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def configs(cluster, shared) -> list[str]:
+    """The steps of the smallest demo, one config each, with absolute paths; the names of the jobs."""
+    names = []
+    os.chdir(ROOT)
+    for step in parse_steps(PipelineConfig(**yaml.safe_load((ROOT / "configs/demo_smoke.yaml").read_text()))):
+        text = json.dumps(step.settings.model_dump(mode="json")).replace('"runs/', f'"{shared}/')
+        (cluster.checkout / f"{step.name}.yaml").write_text(text)
+        names.append(step.name)
+    return names
+
+
+LAST_LINE = {
+    "ingest": r"\d+ samples",
+    "poison": r"poisoned",
+    "train_clip": r"decoder: .* steps .*/smoke/victim/decoder",
+    "score": r"flagged|cannot certify",
+    "evaluate": r"page: \S+/smoke/report/report\.html",
+}
+
+
+@pytest.mark.slow
+def test_training_scoring_and_evaluation_succeed_as_submitted_jobs_and_say_what_they_did(cluster, configs, shared):
+    assert configs == [*LAST_LINE]
+    for name in configs:
+        said = cluster.submit(f"smoke-{name}", f"jobs/{name}.py", f"{name}.yaml")
+        assert cluster.status(f"smoke-{name}") == "SUCCEEDED", said
+        logs = cluster.logs(f"smoke-{name}")
+        assert re.search(LAST_LINE[name], logs), logs
+        assert "is relative" not in logs
+        print(name, "|", logs.strip().splitlines()[-1])
+    assert (shared / "smoke/scores/manifest.json").is_file()
+    assert (shared / "smoke/report/report.html").is_file()
+    assert not (cluster.checkout / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_can_be_submitted(cluster, job):
+    said = cluster.submit(f"help-{job}", f"jobs/{job}.py", "--help")
+    assert f"usage: jobs/{job}.py" in said
+    assert cluster.status(f"help-{job}") == "SUCCEEDED", said
+
+
+@pytest.mark.slow
+def test_a_running_job_can_be_stopped_and_what_it_wrote_stands(cluster, configs, shared):
+    """More epochs than anybody would wait for; resubmitted with the same output it would go on."""
+    epochs = ["--clip.epochs", "100000", "--decoder", "None", "--output", str(shared / "endless")]
+    cluster.submit("endless", "jobs/train_clip.py", "train_clip.yaml", *epochs, wait=False)
+    metrics = shared / "endless/clip/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.is_file():
+        assert time.monotonic() < deadline, cluster.logs("endless")
+        time.sleep(1)
+    assert cluster.status("endless") == "RUNNING"
+    cluster.ray_job("stop", "endless")
+    assert cluster.status("endless") == "STOPPED"
+    assert json.loads(metrics.read_text().splitlines()[0])["step"] >= 0
+
+
+@pytest.mark.slow
+def test_a_submitted_mistake_fails_with_one_message(cluster):
+    said = cluster.submit("mistaken", "jobs/score.py", "configs/score_digits.yaml", "--chunk-sise", "3")
+    assert cluster.status("mistaken") == "FAILED", said
+    assert "--chunk-sise" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_relative_output_is_warned_about_where_one_machine_does_it_all(cluster):
+    said = cluster.submit("relative", "jobs/ingest.py", "configs/ingest_digits.yaml")
+    assert cluster.status("relative") == "SUCCEEDED", said
+    assert "output 'runs/digits/clean' is relative" in said
+    assert "--output /shared/runs/digits/clean" in said
+
+
+@pytest.mark.slow
+def test_a_relative_output_is_a_mistake_where_other_machines_do_the_work(cluster, tmp_path):
+    """A head without CPUs: whatever works will be another machine."""
+    with throwaway.head("--num-cpus=0", PYTHONPATH="") as head:
+        elsewhere = Submitter(cluster.checkout, head)
+        said = elsewhere.submit("relative", "jobs/score.py", "configs/score_digits.yaml")
+        assert elsewhere.status("relative") == "FAILED", said
+    assert "error: output 'runs/digits/scores' is relative" in said
+    assert "Traceback" not in said
+
+
+class Writes(Config):
+    """Settings of a job that writes."""
+
+    output: str
+
+
+@pytest.mark.parametrize("output", ["/shared/run", "s3://my-bucket/run"])
+def test_outputs_that_all_machines_see_are_fine_in_rays_copy_of_the_working_folder(
+    tmp_path, monkeypatch, caplog, output
+):
+    (tmp_path / "_ray_pkg_0123abcd").mkdir()
+    monkeypatch.chdir(tmp_path / "_ray_pkg_0123abcd")
+    check_output(Writes(output=output))
+    assert not caplog.records
+
+
+def test_relative_outputs_are_fine_in_folders_of_ones_own(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    check_output(Writes(output="runs/here"))
+    assert not caplog.records
+
+
+def test_a_relative_output_in_rays_copy_is_told_of(tmp_path, monkeypatch, caplog):
+    (tmp_path / "_ray_pkg_0123abcd").mkdir()
+    monkeypatch.chdir(tmp_path / "_ray_pkg_0123abcd")
+    check_output(Writes(output="runs/here"))
+    assert "'runs/here' is relative" in caplog.text
