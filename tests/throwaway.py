@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -59,14 +61,20 @@ def head(*options: str, gcs_port: int | None = None, **variables: str) -> Iterat
     with log.open("w") as stream:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, env=environment | variables, start_new_session=True
-        )
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environment | variables, start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )  # fmt: skip
     try:
         _wait_for("Ray runtime started", log, process)
         yield Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", folder)
     finally:
         end(process)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_with_parent() -> None:
+    """A test run that is killed cannot tidy up: then the kernel sends SIGTERM, on which `ray start --block` ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _wait_for(words: str, log: Path, process: subprocess.Popen[bytes], limit_s: float = 90) -> None:
