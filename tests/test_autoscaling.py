@@ -92,7 +92,7 @@ def test_training_waits_for_the_nodes_that_a_head_without_cpus_adds(write_pictur
         done = subprocess.run(command, env=head.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Ray with 0 CPUs and 0 GPUs" in done.stderr
-    assert "clip: 8 steps on 128 samples" in done.stdout
+    assert "clip: 8 steps on 64 samples" in done.stdout
     assert (tmp_path / "victim/clip/metrics.jsonl").is_file()
 
 
