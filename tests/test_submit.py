@@ -30,7 +30,7 @@ class Submitter:
     def __init__(self, checkout: Path, head: throwaway.Head):
         self.checkout, self.head = checkout, head
 
-    def ray_job(self, *argv: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    def ray_job(self, *argv: str, timeout_s: float = 500) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
         environment["RAY_API_SERVER_ADDRESS"] = self.head.dashboard
         return subprocess.run(

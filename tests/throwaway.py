@@ -60,6 +60,9 @@ def head(*options: str, gcs_port: int | None = None, **variables: str) -> Iterat
     ]  # fmt: skip
     with log.open("w") as stream:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "1"
+        # Ray would kill our jobs for the memory that others on this machine take.
+        environment["RAY_memory_monitor_refresh_ms"] = "0"
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, env=environment | variables, start_new_session=True,
             preexec_fn=_end_with_parent,
