@@ -148,7 +148,7 @@ def benchmark(config: BenchmarkConfig) -> str:
         Mistake: settings or files that do not fit.
     """
     _check(config)
-    start_ray()
+    start_ray(config)
     output = Path(config.output).absolute()
     done = claim(output, config.model_copy(update={"standing": None}))
     cells = [

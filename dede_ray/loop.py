@@ -263,10 +263,12 @@ def _last_step(folder: Path) -> int:
 
 
 def _fitted(workers: Workers) -> Workers:
-    """The workers as this cluster can have them."""
+    """The workers as this cluster can have them; one without any CPU so far grows, and is asked for what it lacks."""
     threads = workers.threads_per_worker or max(1, (os.cpu_count() or 1) // workers.num_workers)
     workers = workers.model_copy(update={"threads_per_worker": threads})
-    cpus, least = ray.cluster_resources().get("CPU", 1), workers.min_workers or workers.num_workers
+    cpus, least = ray.cluster_resources().get("CPU", 0), workers.min_workers or workers.num_workers
+    if _grows():
+        return workers
     if cpus < 2 and workers.num_workers == 1:  # a single CPU is shared by the worker and its reader
         return workers.model_copy(update={"cpus_per_worker": 0.5, "read_cpus": 0.5})
     if cpus < least * workers.cpus_per_worker + workers.read_cpus:
@@ -275,6 +277,14 @@ def _fitted(workers: Workers) -> Workers:
             f"{workers.read_cpus:g} do not fit into the cluster's {cpus:g} CPUs"
         )
     return workers
+
+
+def _grows() -> bool:
+    """A head that has no CPUs hands all work to machines that come when they are asked for."""
+    return any(
+        node["Alive"] and "node:__internal_head__" in node["Resources"] and not node["Resources"].get("CPU")
+        for node in ray.nodes()
+    )
 
 
 def _with(run: Run, **changes: Any) -> Run:

@@ -15,6 +15,7 @@ import base64
 import json
 import logging
 import math
+import sys
 import time
 import warnings
 from collections import Counter
@@ -74,30 +75,33 @@ class PassResources(Config):
     def on(self, cluster: dict[str, float]) -> PassResources:
         """Fill in what depends on the cluster: shares of a CPU, and the size of the pool.
 
+        A cluster that grows on demand (`max_actors` is set, or it has no CPU at all so far) is asked for what it lacks.
+
         Raises:
-            Mistake: the cluster has no room for an actor and a reader, and is not said to grow (`max_actors`).
+            Mistake: another one has no room for an actor and a reader.
         """
         cpus, gpus = cluster.get("CPU", 0), cluster.get("GPU", 0)
         per_actor = self.cpus_per_actor or (1 if self.gpus_per_actor else 0.75)
         decode = self.decode_cpus or (1 if self.gpus_per_actor else 0.25)
-        if cpus < per_actor + decode and self.max_actors is None:
-            if cpus > 1:
+        if self.max_actors is None and cpus > 0:
+            if cpus < per_actor + decode:
+                if cpus > 1:
+                    raise Mistake(
+                        f"resources: an actor's {per_actor:g} CPUs and a decode task's {decode:g} do not fit into the "
+                        f"cluster's {cpus:g}; lower them, or set max_actors if the cluster grows"
+                    )
+                per_actor, decode = 0.5, 0.5
+            if self.gpus_per_actor > gpus:
                 raise Mistake(
-                    f"resources: an actor's {per_actor:g} CPUs and a decode task's {decode:g} do not fit into the "
-                    f"cluster's {cpus:g}; lower them, or give max_actors where the cluster grows"
+                    f"resources: an actor needs {self.gpus_per_actor:g} GPUs, the cluster has {gpus:g}; "
+                    "set max_actors if the cluster grows"
                 )
-            per_actor, decode = 0.5, 0.5
-        if self.gpus_per_actor > gpus and self.max_actors is None:
-            raise Mistake(
-                f"resources: an actor needs {self.gpus_per_actor:g} GPUs, the cluster has {gpus:g}; give max_actors "
-                "where the cluster grows"
-            )
         room = (cpus - decode) / per_actor
         if self.cpus_per_actor is None and self.decode_cpus is None and not self.gpus_per_actor:
             room = cpus  # actors and readers share the cores
         if self.gpus_per_actor > 0:
             room = min(room, gpus / self.gpus_per_actor)
-        smallest = self.min_actors or max(1, int(room + 1e-9))
+        smallest = self.min_actors or min(max(1, int(room + 1e-9)), self.max_actors or sys.maxsize)
         return self.model_copy(
             update={
                 "cpus_per_actor": per_actor,

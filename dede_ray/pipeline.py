@@ -97,7 +97,7 @@ def run_steps(config: PipelineConfig, until: str | None = None) -> str:
     steps = parse_steps(config)
     if until is not None:
         steps = steps[: [step.name for step in steps].index(until) + 1]
-    start_ray()
+    start_ray(*(step.settings for step in steps))
     said = ""
     for number, step in enumerate(steps, 1):
         logger.info("[%d/%d] %s", number, len(steps), step.line)

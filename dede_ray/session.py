@@ -1,18 +1,20 @@
 """Reaching Ray: the cluster that a job was submitted to, or a small Ray of its own on this machine.
 
 `start_ray` is called once by each job before it works. Under `ray job submit`, or with RAY_ADDRESS set, it joins that
-cluster; otherwise it starts Ray in this process with what the machine has.
+cluster; otherwise it starts Ray in this process with what the machine has. A submitted job runs in a copy of the
+working folder, where outputs would be lost: `check_output` looks.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import ray
 
-from dede_ray.config import Mistake
+from dede_ray.config import Config, Mistake
 
 # Read by Ray Train's controller, which otherwise looks after its workers every two seconds only.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -27,11 +29,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 logger = logging.getLogger(__name__)
 
 
-def start_ray() -> None:
+def start_ray(*settings: Config) -> None:
     """Join or start Ray, once; later calls do nothing.
 
+    Args:
+        settings: the jobs', for `check_output`.
+
     Raises:
-        Mistake: RAY_ADDRESS names a cluster that does not answer.
+        Mistake: RAY_ADDRESS names a cluster that does not answer, or an output would be lost.
     """
     if ray.is_initialized():
         return
@@ -51,7 +56,41 @@ def start_ray() -> None:
         ray.init(address="local", include_dashboard=False, **quiet)
     _quiet_ray_data()
     resources = ray.cluster_resources()
-    logger.info("Ray with %d CPUs and %d GPUs", resources.get("CPU", 1), resources.get("GPU", 0))
+    logger.info("Ray with %d CPUs and %d GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
+    check_output(*settings)
+
+
+def check_output(*settings: Config) -> None:
+    """Look where a job under `ray job submit --working-dir` writes; elsewhere there is nothing to look at.
+
+    It runs in a folder that Ray unpacked: each machine has its own, it goes with the cluster, and a submission in which
+    any file has changed gets another one and would start afresh. On one machine that is worth a warning, with several
+    the job cannot work.
+
+    Raises:
+        Mistake: an output is a relative path, and other machines work for the job, or may come to.
+    """
+    if not any(part.startswith("_ray_pkg_") for part in Path.cwd().parts):
+        return
+    outputs = [output for one in settings if isinstance(output := getattr(one, "output", None), str)]
+    relative = [output for output in outputs if not Path(output).is_absolute() and "://" not in output]
+    if not relative:
+        return
+    advice = (
+        f"output {relative[0]!r} is relative, and a submitted job runs in Ray's copy of the working folder: each "
+        f"machine has its own, and it goes with the cluster (here {Path.cwd()}). Name a path that all machines see, "
+        f"such as --output /shared/{relative[0]}, or a URL where the job takes one"
+    )
+    if ray.is_initialized() and _works_elsewhere():
+        raise Mistake(advice)
+    logger.warning("%s", advice)
+
+
+def _works_elsewhere() -> bool:
+    """Are there machines beside this one, or has this one no CPUs, so that they will be asked for?"""
+    own = ray.util.get_node_ip_address()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return any(node["NodeManagerAddress"] != own for node in nodes) or not ray.cluster_resources().get("CPU")
 
 
 def _quiet_ray_data() -> None:

@@ -9,7 +9,7 @@ from dede_ray.session import start_ray
 
 
 def job(config: AmplifyConfig) -> str:
-    start_ray()
+    start_ray(config)
     return amplify_manifest(config)
 
 

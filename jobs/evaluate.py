@@ -8,6 +8,13 @@ and the path of the page.
 
 from dede_ray.config import main
 from dede_ray.report import EvaluateConfig, evaluate
+from dede_ray.session import check_output
+
+
+def job(config: EvaluateConfig) -> str:
+    check_output(config)
+    return evaluate(config)
+
 
 if __name__ == "__main__":
-    main(EvaluateConfig, evaluate)
+    main(EvaluateConfig, job)

@@ -14,7 +14,7 @@ from dede_ray.session import start_ray
 
 
 def job(config: ScoreConfig) -> str:
-    start_ray()
+    start_ray(config)
     return score(config).summary()
 
 

@@ -9,7 +9,7 @@ from dede_ray.sift import SiftConfig, sift
 
 
 def job(config: SiftConfig) -> str:
-    start_ray()
+    start_ray(config)
     return sift(config)
 
 

@@ -12,7 +12,7 @@ from dede_ray.speed import SpeedConfig, measure_speed
 
 
 def job(config: SpeedConfig) -> str:
-    start_ray()
+    start_ray(config)
     return measure_speed(config)
 
 

@@ -15,7 +15,7 @@ from dede_ray.training import TrainConfig, train
 
 
 def job(config: TrainConfig) -> str:
-    start_ray()
+    start_ray(config)
     return train(config)
 
 

@@ -9,7 +9,7 @@ from dede_ray.simclr import SimclrConfig, train
 
 
 def job(config: SimclrConfig) -> str:
-    start_ray()
+    start_ray(config)
     return train(config)
 
 
