@@ -15,7 +15,7 @@ import reprlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Annotated, Any, TypeVar, get_origin
+from typing import IO, Annotated, Any, ClassVar, TypeVar, get_origin
 
 import tyro
 import yaml
@@ -52,6 +52,9 @@ class Config(BaseModel):
     """Frozen settings; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    writes_to_stores: ClassVar[bool] = False
+    """Of a job's settings: `output` may be a URL."""
 
 
 def load(kind: type[C], argv: list[str]) -> C:

@@ -20,7 +20,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -91,6 +91,7 @@ class SecondStage(Config):
 class ScoreConfig(Config):
     """Settings of jobs/score.py."""
 
+    writes_to_stores: ClassVar[bool] = True
     shards: str | list[str] = Field([])
     """What to score: paths, folders, patterns or URLs."""
     embeddings: str | None = None
@@ -98,6 +99,7 @@ class ScoreConfig(Config):
     of `shards` and `calibration`. No image is read again, so only detectors that need none can score; scores differ by
     the rounding to float16."""
     output: str
+    """A folder that all machines see, or a URL."""
     victim: VictimConfig
     reference: OptionalVictimConfig = None
     """An encoder that the user trusts, from other hands and other data, for the detectors that compare."""

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from dede_ray.config import Config, Mistake
+from dede_ray.store import is_url
 
 # Read by Ray Train's controller, which otherwise looks after its workers every two seconds only.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -61,19 +62,27 @@ def start_ray(*settings: Config) -> None:
 
 
 def check_output(*settings: Config) -> None:
-    """Look where a job under `ray job submit --working-dir` writes; elsewhere there is nothing to look at.
+    """Look where a job writes: not on a store, unless it can, and not into Ray's copy of the working folder.
 
-    It runs in a folder that Ray unpacked: each machine has its own, it goes with the cluster, and a submission in which
-    any file has changed gets another one and would start afresh. On one machine that is worth a warning, with several
-    the job cannot work.
+    Under `ray job submit --working-dir` a job runs in a folder that Ray unpacked: each machine has its own, it goes
+    with the cluster, and a submission in which any file has changed gets another one and would start afresh. On one
+    machine that is worth a warning, with several the job cannot work.
 
     Raises:
-        Mistake: an output is a relative path, and other machines work for the job, or may come to.
+        Mistake: an output is a URL that the job cannot write to, or a relative path, and other machines work for the
+            job, or may come to.
     """
+    outputs = {output: one for one in settings if isinstance(output := getattr(one, "output", None), str)}
+    for output, one in outputs.items():
+        if is_url(output) and not one.writes_to_stores:
+            raise Mistake(
+                f"output {output!r} is on an object store, and this job writes to file systems only; name a folder "
+                "that all machines see. (jobs/score.py writes to stores, and training puts its checkpoints there by "
+                "workers.storage_path)"
+            )
     if not any(part.startswith("_ray_pkg_") for part in Path.cwd().parts):
         return
-    outputs = [output for one in settings if isinstance(output := getattr(one, "output", None), str)]
-    relative = [output for output in outputs if not Path(output).is_absolute() and "://" not in output]
+    relative = [output for output in outputs if not Path(output).is_absolute() and not is_url(output)]
     if not relative:
         return
     advice = (

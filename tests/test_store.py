@@ -83,3 +83,18 @@ def test_a_store_that_refuses_says_what_it_was_asked_for(s3):
         write_atomically("s3://nobodys/x/a.json", "{}")
     with pytest.raises(StoreError, match="floppy://a/b"):
         write_atomically("floppy://a/b", "")
+
+
+def test_a_job_that_cannot_write_to_a_store_says_so_before_it_works():
+    from dede_ray.config import Config
+    from dede_ray.session import check_output
+
+    class Writes(Config):
+        output: str
+
+    class WritesAnywhere(Writes):
+        writes_to_stores = True
+
+    check_output(WritesAnywhere(output="s3://bucket/run"), Writes(output="runs/here"))
+    with pytest.raises(Mistake, match=r"output 's3://bucket/run' is on an object store"):
+        check_output(Writes(output="s3://bucket/run"))
