@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import throwaway
@@ -195,6 +196,7 @@ class Writes(Config):
     """Settings of a job that writes."""
 
     output: str
+    writes_to_stores: ClassVar[bool] = True
 
 
 @pytest.mark.parametrize("output", ["/shared/run", "s3://my-bucket/run"])
