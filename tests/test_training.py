@@ -82,6 +82,15 @@ def test_both_losses_fall(trained):
         assert account["by_epoch"] == [once]
 
 
+def test_every_line_says_where_the_time_went(trained):
+    config, _ = trained
+    for section in ("clip", "decoder"):
+        for line in metrics(Path(config.output) / section):
+            without_input_s = (1 - line["input_wait_share"]) * 32 / line["samples_per_s"]
+            assert 0 < line["step_s"] <= without_input_s
+            assert 0 < line["utilisation"] < 1
+
+
 def test_the_exported_clip_knows_which_caption_is_whose(trained, picture):
     config, _ = trained
     victim = load_victim(OpenClipVictim(path=f"{config.output}/clip"))
