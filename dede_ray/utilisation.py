@@ -11,16 +11,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 
-def flop_per_sample(build: Callable[[], nn.Module], batch: dict[str, Any]) -> float:
+def flop_per_sample(build: Callable[[], nn.Module], batch: dict[str, np.ndarray]) -> float:
     """Floating-point operations of forward and backward pass; what is computed twice to save memory counts once.
 
     Args:
         build: makes an objective, forward(batch) -> (loss, metrics), as a single worker has it.
-        batch: arrays or tensors with a row per sample, of which only shapes and types matter.
+        batch: arrays with a row per sample, of which only shapes and types matter.
     """
     with torch.random.fork_rng(devices=[]):
         try:
@@ -29,7 +30,7 @@ def flop_per_sample(build: Callable[[], nn.Module], batch: dict[str, Any]) -> fl
             return _count(build(), batch, "cpu")
 
 
-def _count(objective: Any, batch: dict[str, Any], device: str, num: int = 2) -> float:
+def _count(objective: Any, batch: dict[str, np.ndarray], device: str, num: int = 2) -> float:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,8 +38,10 @@ def _count(objective: Any, batch: dict[str, Any], device: str, num: int = 2) -> 
         if hasattr(module, "grad_checkpointing"):
             module.grad_checkpointing = False
     objective.begin_step(0)
-    rows = {name: torch.as_tensor(column[:0]) for name, column in batch.items()}
-    rows = {name: row.new_zeros((num, *row.shape[1:]), device=device) for name, row in rows.items()}
+    rows = {
+        name: torch.from_numpy(np.zeros((num, *column.shape[1:]), column.dtype)).to(device)
+        for name, column in batch.items()
+    }
     # The counter knows the plain attention on every device, the fused kernels on some; and it sees no compiled code.
     eager, plain = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)
     with eager, plain, FlopCounterMode(display=False) as counter:

@@ -18,9 +18,10 @@ import yaml
 from safetensors.torch import load_file
 
 from dede_ray import clip, loop
-from dede_ray.config import Mistake
+from dede_ray.config import Mistake, write_json
 from dede_ray.decoder import load_decoder, ood_split
 from dede_ray.shards import Sample, write_shards
+from dede_ray.store import filesystem_of, place, write_atomically
 from dede_ray.training import TrainConfig, train
 from dede_ray.victims import OpenClipVictim, load_victim
 from dede_ray.vision_libraries import open_clip
@@ -204,19 +205,21 @@ def test_a_run_killed_in_both_sections_ends_with_the_same_weights(trained, write
         assert losses[0] == losses[1]
 
 
-def test_checkpoints_that_a_kill_left_half_uploaded_are_swept_up(tmp_path, caplog):
-    record = tmp_path / "checkpoint_manager_snapshot.json"
+@pytest.mark.parametrize("where", ["folder", "store"])
+def test_checkpoints_that_a_kill_left_half_uploaded_are_swept_up(where, request, tmp_path, caplog):
+    home = place(tmp_path / "run" if where == "folder" else f"{request.getfixturevalue('s3')}/{tmp_path.name}")
+    record = home / "checkpoint_manager_snapshot.json"
     for name in ("checkpoint_2026-kept", "checkpoint_2026-half"):
-        (tmp_path / name / "engine").mkdir(parents=True)
-    record.write_text(json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2026-kept"}]}))
-    loop._sweep(str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_2026-kept", record.name]
-    record.write_text(record.read_text()[:30])
-    loop._sweep(str(tmp_path))
-    assert [*tmp_path.iterdir()] == []
+        write_atomically(home / name / "engine" / "state", "weights")
+    write_json(record, {"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2026-kept"}]})
+    loop._sweep(*filesystem_of(home))
+    assert sorted(path.name for path in home.iterdir()) == ["checkpoint_2026-kept", record.name]
+    write_atomically(record, record.read_text()[:30])
+    loop._sweep(*filesystem_of(home))
+    assert [*home.iterdir()] == []
     assert "starts afresh" in caplog.text
-    loop._sweep(str(tmp_path / "new"))
-    assert not (tmp_path / "new").exists()
+    loop._sweep(*filesystem_of(home / "new"))
+    assert not (home / "new").exists()
 
 
 # --- long embeddings
