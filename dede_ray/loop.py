@@ -40,6 +40,7 @@ from pydantic import Field
 from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from torch import nn
 
 from dede_ray import feed
@@ -266,7 +267,7 @@ def _sweep(filesystem: fs.FileSystem, folder: str) -> None:
 
 def _persist(train: Any, run: Run) -> dict[str, Any]:
     """Ray Train restarts workers; when its own controller dies, somebody has to start another."""
-    failures, reached = 0, -1
+    failures, reached, others = 0, -1, _reserved()
     while True:
         try:
             return train()
@@ -279,6 +280,17 @@ def _persist(train: Any, run: Run) -> dict[str, Any]:
             if failures > run.workers.max_failures:
                 raise
             logger.warning("%s: Ray Train's controller died; going on from the last checkpoint", run.folder.name)
+            # What it had reserved is given back by nobody while this driver lives: the helper that Ray Train has for
+            # this asks Ray's dashboard, which a small Ray does not run.
+            for group in _reserved() - others:
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+
+
+def _reserved() -> set[str]:
+    """Placement groups of this driver that hold, or wait for, something; the last four bytes of a name are the job."""
+    own = ray.get_runtime_context().get_job_id()
+    table = placement_group_table().items()
+    return {name for name, group in table if name.endswith(own) and group["state"] != "REMOVED"}
 
 
 def _last_step(folder: Path) -> int:

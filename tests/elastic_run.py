@@ -192,7 +192,8 @@ def smaller(folder: Path, stage: int, cluster: Cluster) -> dict[str, Any]:
 def main(folder: Path, story: str, stage: int) -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("dede_ray").setLevel(logging.INFO)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 150 * 2**20})
+    head = {"num_cpus": 0, "object_store_memory": 150 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False)
     outcome = {"spot": spot, "killed": killed, "smaller": smaller}[story](folder, stage, cluster)
     (folder / "outcome.json").write_text(json.dumps(outcome))
