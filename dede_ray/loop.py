@@ -38,7 +38,15 @@ import torch
 from pyarrow import fs
 from pydantic import Field
 from ray.exceptions import RayActorError
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from torch import nn
@@ -271,15 +279,17 @@ def _persist(train: Any, run: Run) -> dict[str, Any]:
     while True:
         try:
             return train()
-        except TrainingFailedError as error:
-            raise _mistake_behind(error) or error from None
-        except RayActorError:
+        except (RayActorError, TrainingFailedError) as error:
+            # Ray Train gives up for good where it stumbles itself, say over a worker that the machine ran out of memory
+            # for and that cannot be stopped in order. That is no failure of the run.
+            if not isinstance(error, RayActorError | ControllerError) or _mistake_behind(error):
+                raise _mistake_behind(error) or error from None
             last = _last_step(run.folder)
             failures = failures + 1 if last <= reached else 0
             reached = max(last, reached)
             if failures > run.workers.max_failures:
                 raise
-            logger.warning("%s: Ray Train's controller died; going on from the last checkpoint", run.folder.name)
+            logger.warning("%s: Ray Train's controller failed; going on from the last checkpoint", run.folder.name)
             # What it had reserved is given back by nobody while this driver lives: the helper that Ray Train has for
             # this asks Ray's dashboard, which a small Ray does not run.
             for group in _reserved() - others:

@@ -98,6 +98,8 @@ class Run:
 
     def end(self) -> dict[str, Any]:
         self.thread.join()
+        if "error" in self.outcome:
+            raise SystemExit(self.outcome["error"])
         return self.outcome
 
 
