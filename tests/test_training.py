@@ -9,12 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 import yaml
+from ray.train import ControllerError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from safetensors.torch import load_file
 
 from dede_ray import clip, loop
@@ -220,6 +224,32 @@ def test_checkpoints_that_a_kill_left_half_uploaded_are_swept_up(where, request,
     assert "starts afresh" in caplog.text
     loop._sweep(*filesystem_of(home / "new"))
     assert not (home / "new").exists()
+
+
+def test_what_a_controller_that_gave_up_had_reserved_is_free_for_the_next(local_ray, tmp_path):
+    """As after a worker that was killed for memory, over which Ray Train's controller itself stumbles."""
+    other = placement_group([{"CPU": 0.5}])
+    ray.get(other.ready())
+
+    def gives_up_once() -> dict:
+        group = placement_group([{"CPU": 1.5}])
+        assert group.wait(10)
+        if not (tmp_path / "tried").exists():
+            (tmp_path / "tried").touch()
+            raise ControllerError(RuntimeError("cannot stop a worker that is no more"))
+        remove_placement_group(group)
+        return {"loss": 1.0}
+
+    def run(max_failures: int) -> SimpleNamespace:
+        return SimpleNamespace(folder=tmp_path, workers=loop.Workers(max_failures=max_failures))
+
+    assert loop._persist(gives_up_once, run(1)) == {"loss": 1.0}
+    assert other.wait(10)
+    (tmp_path / "tried").unlink()
+    with pytest.raises(ControllerError):
+        loop._persist(gives_up_once, run(0))
+    for name in loop._reserved():
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 # --- long embeddings
