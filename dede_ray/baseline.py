@@ -37,6 +37,7 @@ from dede_ray.config import Config, Mistake
 from dede_ray.contrastive import Contrastive
 from dede_ray.shards import Limits, Sample, encode_image, iter_samples, list_shards, open_shard, write_shards
 from dede_ray.sources import Digits
+from dede_ray.utilisation import flop_per_sample, matmul_rate
 
 logger = logging.getLogger(__name__)
 
@@ -271,7 +272,7 @@ def _fastest(config: TrainerSpeed, folder: Path) -> _Theirs:
 
 def _share_of_peak(config: TrainerSpeed, described: dict[str, Any], images_per_s: float, threads: int) -> str:
     """Our arithmetic per second beside what the device reaches when it does nothing but multiply matrices."""
-    measure = ray.remote(num_cpus=1, num_gpus=1 if config.device == "cuda" else 0, max_calls=1)(_matmul_rate)
+    measure = ray.remote(num_cpus=1, num_gpus=1 if config.device == "cuda" else 0, max_calls=1)(_peak)
     peak = ray.get(measure.remote(config.device, config.precision, threads))
     work = _flop_per_image(described)
     return (
@@ -280,40 +281,19 @@ def _share_of_peak(config: TrainerSpeed, described: dict[str, Any], images_per_s
     )
 
 
-def _matmul_rate(device: str, precision: str, threads: int) -> float:
-    """FLOP/s of a product of two square matrices; the best of several."""
+def _peak(device: str, precision: str, threads: int) -> float:
     torch.set_num_threads(threads)
-    size = 8192 if device == "cuda" else 2048
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    best = 0.0
-    for _ in range(10):
-        started = time.monotonic()
-        for _ in range(10 if device == "cuda" else 1):
-            c = a @ b
-        float(c[0, 0])  # waits for it
-        best = max(best, (10 if device == "cuda" else 1) * 2 * size**3 / (time.monotonic() - started))
-    return best
+    return matmul_rate(device, precision, limit_s=2)
 
 
-def _flop_per_image(described: dict[str, Any], batch_size: int = 2) -> float:
-    """Floating-point operations of one pair's forward and backward pass, counted on shapes alone."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    objective = Contrastive(clip.build_clip(described), described).to("meta")
+def _flop_per_image(described: dict[str, Any]) -> float:
+    """Floating-point operations of one pair's forward and backward pass."""
     size = clip.image_size_px(described)
     length = described["model_cfg"]["text_cfg"].get("context_length", 77)
-    batch = {
-        "image": torch.zeros(batch_size, size, size, 3, dtype=torch.uint8, device="meta"),
-        "tokens": torch.zeros(batch_size, length, dtype=torch.int64, device="meta"),
-    }
-    # The counter knows the plain attention on every device, the fused kernels on some.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss, _ = objective(batch)
-        loss.backward()
-    return counter.get_total_flops() / batch_size
+    batch = {"image": np.zeros((0, size, size, 3), np.uint8), "tokens": np.zeros((0, length), np.int64)}
+    return flop_per_sample(lambda: Contrastive(clip.build_clip(described), described), batch)
 
 
 # ------------------------------------------------------------------------------------------------ theirs

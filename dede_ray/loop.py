@@ -7,6 +7,10 @@ workers stays, up to rounding where it changes.
 
 The run's folder gets `metrics.jsonl` and `validation.jsonl` (one JSON object per logged step), `curve.png`,
 `checkpoints/` (what resuming needs; DeepSpeed writes pickles, so keep it to yourself) and what the recipe exports.
+
+Of speed a line of `metrics.jsonl` says: `samples_per_s`, with everything; `input_wait_share`, of that time; `step_s`,
+the mean step once its batch is there; `utilisation`, the share of those seconds that the step's arithmetic would take
+if rank 0's device did it as fast as it multiplies matrices in the same precision.
 """
 
 from __future__ import annotations
@@ -34,8 +38,17 @@ import torch
 from pyarrow import fs
 from pydantic import Field
 from ray.exceptions import RayActorError
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from torch import nn
 
 from dede_ray import feed
@@ -44,8 +57,9 @@ from dede_ray.contrastive import backward
 from dede_ray.curve import draw_curve
 from dede_ray.optimisation import Optimisation
 from dede_ray.shards import Limits, Sample
-from dede_ray.store import filesystem_of, place
+from dede_ray.store import Place, filesystem_of, place
 from dede_ray.tracking import Follower, Tracking
+from dede_ray.utilisation import flop_per_sample, matmul_rate
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +91,8 @@ class Workers(Config):
     keep_checkpoints: int = Field(2, ge=1)
     """Checkpoints that are kept, the latest ones."""
     storage_path: str | None = None
-    """Where checkpoints go: a shared folder or s3://, gs://; None is the run's own folder."""
+    """Where checkpoints go: a shared folder or s3://, gs://; each run takes a folder of its own there, named by its
+    settings. None is the run's own folder."""
     max_failures: int = Field(3, ge=0)
     """Failures that a run survives, each time from the last checkpoint; preemptions announced are not counted."""
     resize_check_s: float = Field(60, gt=0)
@@ -134,6 +149,8 @@ class Run:
     tracking: Tracking = field(default_factory=Tracking)
     about: dict[str, Any] = field(default_factory=dict)
     """The settings, for the trackers."""
+    flop_per_sample: float = math.nan
+    """Arithmetic of a sample's forward and backward pass; `fit` counts it."""
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -184,9 +201,8 @@ def fit(run: Run) -> dict[str, Any]:
         environment["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported; its backend is then gloo
     run.folder.mkdir(parents=True, exist_ok=True)
     _told(run.folder).unlink(missing_ok=True)
-    run = _with(run, workers=workers)
-    stored_in = place(workers.storage_path) / run.folder.name if workers.storage_path else run.folder
-    filesystem, storage = filesystem_of(stored_in)
+    run = _with(run, workers=workers, flop_per_sample=_flop_per_sample(run))
+    filesystem, storage = filesystem_of(_stored_in(run))
     num_workers: Any = (workers.min_workers, workers.num_workers) if workers.min_workers else workers.num_workers
     resources = {"CPU": workers.cpus_per_worker} | ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})
     elastic: Any = {"elastic_resize_monitor_interval_s": workers.resize_check_s} if workers.min_workers else {}
@@ -222,6 +238,25 @@ def fit(run: Run) -> dict[str, Any]:
     return {**outcome, "num_samples": run.plan.num_samples, "steps": run.plan.num_steps}
 
 
+def _flop_per_sample(run: Run) -> float:
+    ref = run.plan.index[0]
+    columns, _ = run.recipe.decode(ref, 0, 0, feed.read_samples(ref, 0, 1, run.limits))
+    batch = {**columns, "place": feed.np.zeros(0, feed.np.int64)}  # `feed` adds it
+    return flop_per_sample(
+        lambda: run.recipe.objective(0, 1), {name: batch[name] for name in batch.keys() - _FOR_THE_HOST}
+    )
+
+
+def _stored_in(run: Run) -> Place:
+    """Where the run's checkpoints go: beside it, or where other runs keep theirs, too."""
+    if run.workers.storage_path is None:
+        return run.folder
+    record = run.folder / "run.json"
+    settings = json.dumps(read_json(record, "record of a run")["settings"]) if record.is_file() else ""
+    own = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    return place(run.workers.storage_path) / f"{run.folder.parent.name}-{run.folder.name}-{own}"
+
+
 def _sweep(filesystem: fs.FileSystem, folder: str) -> None:
     """Remove what a killed run left half uploaded: checkpoints that Ray's own record of them does not name."""
     record, known = f"{folder}/checkpoint_manager_snapshot.json", set()
@@ -240,19 +275,32 @@ def _sweep(filesystem: fs.FileSystem, folder: str) -> None:
 
 def _persist(train: Any, run: Run) -> dict[str, Any]:
     """Ray Train restarts workers; when its own controller dies, somebody has to start another."""
-    failures, reached = 0, -1
+    failures, reached, others = 0, -1, _reserved()
     while True:
         try:
             return train()
-        except TrainingFailedError as error:
-            raise _mistake_behind(error) or error from None
-        except RayActorError:
+        except (RayActorError, TrainingFailedError) as error:
+            # Ray Train gives up for good where it stumbles itself, say over a worker that the machine ran out of memory
+            # for and that cannot be stopped in order. That is no failure of the run.
+            if not isinstance(error, RayActorError | ControllerError) or _mistake_behind(error):
+                raise _mistake_behind(error) or error from None
             last = _last_step(run.folder)
             failures = failures + 1 if last <= reached else 0
             reached = max(last, reached)
             if failures > run.workers.max_failures:
                 raise
-            logger.warning("%s: Ray Train's controller died; going on from the last checkpoint", run.folder.name)
+            logger.warning("%s: Ray Train's controller failed; going on from the last checkpoint", run.folder.name)
+            # What it had reserved is given back by nobody while this driver lives: the helper that Ray Train has for
+            # this asks Ray's dashboard, which a small Ray does not run.
+            for group in _reserved() - others:
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+
+
+def _reserved() -> set[str]:
+    """Placement groups of this driver that hold, or wait for, something; the last four bytes of a name are the job."""
+    own = ray.get_runtime_context().get_job_id()
+    table = placement_group_table().items()
+    return {name for name, group in table if name.endswith(own) and group["state"] != "REMOVED"}
 
 
 def _last_step(folder: Path) -> int:
@@ -305,9 +353,11 @@ class _Progress:
         done = last["step"] + 1
         left_s = (self.num_steps - done) * last["samples_seen"] / done / last["samples_per_s"]
         logger.info(
-            "%s: step %d/%d, loss %.4f, %s samples/s, waiting for input %.0f %%, %s left",
+            "%s: step %d/%d, loss %.4f, %s samples/s, waiting for input %.0f %%, %.3g s a step, utilisation %.0f %%, "
+            "%s left",
             self.name, done, self.num_steps, last["loss"], f"{last['samples_per_s']:,.0f}",
-            100 * last["input_wait_share"], f"{left_s / 60:.1f} min" if left_s > 90 else f"{left_s:.0f} s",
+            100 * last["input_wait_share"], last["step_s"], 100 * last["utilisation"],
+            f"{left_s / 60:.1f} min" if left_s > 90 else f"{left_s:.0f} s",
         )  # fmt: skip
 
 
@@ -372,7 +422,7 @@ def _train(run: Run) -> dict[str, Any]:
     first_step = checkpoint.restore(engine, seen)
     num_steps = run.plan.num_steps
     outcome: dict[str, Any] = {"loss": math.nan}
-    log = _MetricsLog(run, world, first_step) if rank == 0 else None
+    log = _MetricsLog(run, world, first_step, engine.device) if rank == 0 else None
     look = _Lookout(rank, world)
     rows = feed.batches(
         run.plan, first_step, rank, world, run.limits, run.recipe.reader(), run.workers.read_cpus, run.workers.readers
@@ -400,7 +450,8 @@ def _train(run: Run) -> dict[str, Any]:
         engine.module.after_step()
         seen.add(columns)
         if log is not None:
-            log.step(step, mean, metrics if norm is None else {**metrics, "gradient_norm": norm}, columns, got - waited)
+            metrics = metrics if norm is None else {**metrics, "gradient_norm": norm}
+            log.step(step, mean, metrics, columns, got - waited, time.monotonic() - got)
             _stop_reading_rubbish(run, seen)
             outcome["loss"] = log.loss
         done, is_last = step + 1, step + 1 == num_steps
@@ -494,8 +545,8 @@ class _Checkpoints:
         self.latest = ray.train.get_checkpoint()
         self.meta: dict[str, Any] = {}
         if self.latest is not None:
-            with self.latest.as_directory() as folder:
-                self.meta = json.loads((Path(folder) / "meta.json").read_text())
+            with self.latest.filesystem.open_input_stream(f"{self.latest.path}/meta.json") as stream:
+                self.meta = json.loads(stream.read())
             for name, here in (("zero_stage", run.workers.zero_stage), ("precision", run.precision)):
                 if self.meta[name] != here:
                     raise Mistake(
@@ -623,8 +674,11 @@ def _export(engine: Any, run: Run, rank: int) -> dict[str, Any]:
 class _MetricsLog:
     """Rank 0's metrics.jsonl and validation.jsonl; steps done again replace what they wrote."""
 
-    def __init__(self, run: Run, world: int, first_step: int):
+    def __init__(self, run: Run, world: int, first_step: int, device: torch.device):
         self.run, self.world, self.loss = run, world, math.nan
+        # What this worker's share of a step would take if all of it were matrix products.
+        flop = run.flop_per_sample * run.plan.batch_size / world
+        self.least_s = flop / matmul_rate(device, run.precision)
         for name in ("metrics.jsonl", "validation.jsonl"):
             path = run.folder / name
             lines = path.read_text().splitlines() if first_step and path.is_file() else []
@@ -634,11 +688,14 @@ class _MetricsLog:
 
     def _reset(self) -> None:
         self.losses: list[float] = []
-        self.since, self.wait_s, self.unusable = time.monotonic(), 0.0, 0
+        self.since, self.wait_s, self.step_s, self.unusable = time.monotonic(), 0.0, 0.0, 0
 
-    def step(self, step: int, loss: float, metrics: dict[str, Any], columns: feed.Columns, wait_s: float) -> None:
+    def step(
+        self, step: int, loss: float, metrics: dict[str, Any], columns: feed.Columns, wait_s: float, step_s: float
+    ) -> None:
         self.losses.append(loss)
         self.wait_s += wait_s
+        self.step_s += step_s
         self.unusable += sum(n for _, _, n in json.loads(columns["unusable"].tobytes()))
         if (step + 1) % self.run.log_every and step + 1 != self.run.plan.num_steps:
             return
@@ -650,6 +707,8 @@ class _MetricsLog:
             "learning_rate": self.run.rate(step),
             "samples_per_s": len(self.losses) * self.run.plan.batch_size / elapsed,
             "input_wait_share": self.wait_s / elapsed,
+            "step_s": self.step_s / len(self.losses),
+            "utilisation": self.least_s * len(self.losses) / self.step_s,
             "num_workers": self.world,
             "num_unusable": self.unusable,
             "samples_seen": (step + 1) * self.run.plan.batch_size,

@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dede_ray import clip
+from dede_ray.store import place, write_atomically
 
 JOB = Path(__file__).parents[1] / "jobs" / "train_clip.py"
 NUM_SAMPLES = 100  # not a multiple of the batch, nor of the lanes
@@ -41,11 +42,13 @@ class Job:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def start(self, output: str, precision: str, stage: int, epochs: float = 16, **workers) -> subprocess.Popen:
+    def start(
+        self, output: str, precision: str, stage: int, epochs: float = 16, shards: str = "shards", **workers
+    ) -> subprocess.Popen:
         settings = {
             "output": output, "precision": precision, "lanes": 4, "log_every": 1,
             "clip": {
-                "shards": "shards", "model": "vit.json", "batch_size": 16, "epochs": epochs, "learning_rate": 2e-3,
+                "shards": shards, "model": "vit.json", "batch_size": 16, "epochs": epochs, "learning_rate": 2e-3,
                 "warmup_steps": 5, "shuffle_buffer": 64,
             },
             "workers": {
@@ -60,6 +63,9 @@ class Job:
     def finish(self, process: subprocess.Popen, output: str) -> dict:
         said, _ = process.communicate()
         assert process.returncode == 0, said[-4000:]
+        return self.result(output)
+
+    def result(self, output: str) -> dict:
         return json.loads((self.folder / output / "clip" / "run.json").read_text())["result"]
 
     def lines(self, output: str) -> list[dict]:
@@ -119,13 +125,26 @@ def assert_same_run(job: Job, result: dict, undisturbed: dict) -> None:
     assert result["samples"]["by_epoch"][0] == {"seen": NUM_SAMPLES, "repeated": 0, "unseen": 0, "unusable": {}}
 
 
-def test_a_killed_worker_and_a_killed_driver_change_no_bit(job):
+def test_a_killed_worker_and_a_killed_driver_change_no_bit_where_shards_and_checkpoints_are_on_a_store(job, s3):
+    store = f"{s3}/{job.folder.name}"
+    for shard in (job.folder / "shards").iterdir():
+        write_atomically(f"{store}/shards/{shard.name}", shard.read_bytes())
     settings = {"precision": "bf16", "stage": 2, "epochs": 8}
     undisturbed = job.finish(job.start("whole", **settings), "whole")
+    settings |= {"shards": f"{store}/shards", "storage_path": f"{store}/checkpoints"}
     process = job.start("killed", **settings)
     process = kill_at(job, process, "killed", 10, "worker", settings)
-    process = kill_at(job, process, "killed", 25, "driver", settings)
-    assert_same_run(job, job.finish(process, "killed"), undisturbed)
+    job.wait_for_step(process, "killed", 25)
+    process.kill()
+    process.wait()
+    before = job.lines("killed")
+    (own,) = place(f"{store}/checkpoints").iterdir()
+    orphan = own / "checkpoints" / "checkpoint_2026-01-01_00-00-00.000000"
+    write_atomically(orphan / "meta.json", "half uploaded")
+    assert_same_run(job, job.finish(job.start("killed", **settings), "killed"), undisturbed)
+    assert job.lines("killed")[:4] == before[:4]  # the same to the microsecond: these were not done again
+    assert not orphan.exists()
+    assert not (job.folder / "killed" / "clip" / "checkpoints").exists()
 
 
 @pytest.mark.slow
@@ -166,18 +185,42 @@ def test_resuming_with_four_workers_and_then_with_one_changes_the_loss_by_roundi
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_four_workers_that_lose_a_worker_the_controller_and_a_node_change_no_bit(job, stage):
+    outcome = on_a_cluster(job, "killed", stage)
+    assert [num_workers for _, num_workers in outcome["events"]] == [4, 4, 4, 4]
+    assert {line["num_workers"] for line in job.lines("killed")} == {4}
+    assert_same_run(job, job.result("killed"), job.result("whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_four_workers_that_lose_a_node_for_good_go_on_as_three_up_to_rounding(job, stage):
+    outcome = on_a_cluster(job, "smaller", stage)
+    assert [num_workers for _, num_workers in outcome["events"]] == [4, 3]
+    assert job.lines("killed")[-1]["num_workers"] == 3
+    losses = [[line["loss"] for line in job.lines(output)] for output in ("killed", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert job.result("killed")["samples"] == job.result("whole")["samples"]
+
+
+@pytest.mark.slow
 def test_an_elastic_run_shrinks_with_killed_and_drained_nodes_and_grows_with_added_ones(job):
-    script = Path(__file__).parent / "elastic_run.py"
-    command = [sys.executable, str(script), str(job.folder), "2"]
-    done = subprocess.run(command, cwd=JOB.parents[1], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
-    outcome = json.loads((job.folder / "outcome.json").read_text())
+    outcome = on_a_cluster(job, "spot", 2)
     assert [num_workers for _, num_workers in outcome["events"]] == [2, 1, 2, 1]
     assert outcome["saved_at"] > outcome["drained_after"]  # the notice led to a checkpoint, which is no regular one
     assert outcome["saved_at"] % 100
-    account = json.loads((job.folder / "elastic" / "clip" / "run.json").read_text())["result"]["samples"]
     once = {"epochs": [0, 399], "seen": NUM_SAMPLES, "repeated": 0, "unseen": 0, "unusable": {}}
-    assert account == {"samples": 400 * NUM_SAMPLES, "is_truncated": 0, "by_epoch": [once]}
+    assert job.result("elastic")["samples"] == {"samples": 400 * NUM_SAMPLES, "is_truncated": 0, "by_epoch": [once]}
     losses = [line["loss"] for line in job.lines("elastic")]
     assert len(losses) == 2500
     assert max(losses[-100:]) < 0.1 < min(losses[:20])
+
+
+def on_a_cluster(job: Job, story: str, stage: int) -> dict:
+    """Let one of elastic_run.py's stories happen, in a process of its own; returns what it noted."""
+    script = Path(__file__).parent / "elastic_run.py"
+    command = [sys.executable, str(script), str(job.folder), story, str(stage)]
+    done = subprocess.run(command, cwd=JOB.parents[1], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((job.folder / "outcome.json").read_text())

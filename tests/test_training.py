@@ -9,18 +9,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 import yaml
+from ray.train import ControllerError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from safetensors.torch import load_file
 
 from dede_ray import clip, loop
-from dede_ray.config import Mistake
+from dede_ray.config import Mistake, write_json
 from dede_ray.decoder import load_decoder, ood_split
 from dede_ray.shards import Sample, write_shards
+from dede_ray.store import filesystem_of, place, write_atomically
 from dede_ray.training import TrainConfig, train
 from dede_ray.victims import OpenClipVictim, load_victim
 from dede_ray.vision_libraries import open_clip
@@ -80,6 +85,15 @@ def test_both_losses_fall(trained):
         account = json.loads((Path(config.output) / section / "run.json").read_text())["result"]["samples"]
         once = {"epochs": [0, num_steps // 2 - 1], "seen": 64, "repeated": 0, "unseen": 0, "unusable": {}}
         assert account["by_epoch"] == [once]
+
+
+def test_every_line_says_where_the_time_went(trained):
+    config, _ = trained
+    for section in ("clip", "decoder"):
+        for line in metrics(Path(config.output) / section):
+            without_input_s = (1 - line["input_wait_share"]) * 32 / line["samples_per_s"]
+            assert 0 < line["step_s"] <= without_input_s
+            assert 0 < line["utilisation"] < 1
 
 
 def test_the_exported_clip_knows_which_caption_is_whose(trained, picture):
@@ -195,19 +209,47 @@ def test_a_run_killed_in_both_sections_ends_with_the_same_weights(trained, write
         assert losses[0] == losses[1]
 
 
-def test_checkpoints_that_a_kill_left_half_uploaded_are_swept_up(tmp_path, caplog):
-    record = tmp_path / "checkpoint_manager_snapshot.json"
+@pytest.mark.parametrize("where", ["folder", "store"])
+def test_checkpoints_that_a_kill_left_half_uploaded_are_swept_up(where, request, tmp_path, caplog):
+    home = place(tmp_path / "run" if where == "folder" else f"{request.getfixturevalue('s3')}/{tmp_path.name}")
+    record = home / "checkpoint_manager_snapshot.json"
     for name in ("checkpoint_2026-kept", "checkpoint_2026-half"):
-        (tmp_path / name / "engine").mkdir(parents=True)
-    record.write_text(json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2026-kept"}]}))
-    loop._sweep(str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_2026-kept", record.name]
-    record.write_text(record.read_text()[:30])
-    loop._sweep(str(tmp_path))
-    assert [*tmp_path.iterdir()] == []
+        write_atomically(home / name / "engine" / "state", "weights")
+    write_json(record, {"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2026-kept"}]})
+    loop._sweep(*filesystem_of(home))
+    assert sorted(path.name for path in home.iterdir()) == ["checkpoint_2026-kept", record.name]
+    write_atomically(record, record.read_text()[:30])
+    loop._sweep(*filesystem_of(home))
+    assert [*home.iterdir()] == []
     assert "starts afresh" in caplog.text
-    loop._sweep(str(tmp_path / "new"))
-    assert not (tmp_path / "new").exists()
+    loop._sweep(*filesystem_of(home / "new"))
+    assert not (home / "new").exists()
+
+
+def test_what_a_controller_that_gave_up_had_reserved_is_free_for_the_next(local_ray, tmp_path):
+    """As after a worker that was killed for memory, over which Ray Train's controller itself stumbles."""
+    other = placement_group([{"CPU": 0.5}])
+    ray.get(other.ready())
+
+    def gives_up_once() -> dict:
+        group = placement_group([{"CPU": 1.5}])
+        assert group.wait(10)
+        if not (tmp_path / "tried").exists():
+            (tmp_path / "tried").touch()
+            raise ControllerError(RuntimeError("cannot stop a worker that is no more"))
+        remove_placement_group(group)
+        return {"loss": 1.0}
+
+    def run(max_failures: int) -> SimpleNamespace:
+        return SimpleNamespace(folder=tmp_path, workers=loop.Workers(max_failures=max_failures))
+
+    assert loop._persist(gives_up_once, run(1)) == {"loss": 1.0}
+    assert other.wait(10)
+    (tmp_path / "tried").unlink()
+    with pytest.raises(ControllerError):
+        loop._persist(gives_up_once, run(0))
+    for name in loop._reserved():
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 # --- long embeddings
