@@ -3,7 +3,8 @@
 `trainers` compares our CLIP trainer with open_clip's own (baseline.py), `ingest` the writing of shards with
 webdataset's ShardWriter, `loops` training and scoring with the plainest loops: the trainer is compared with a bare
 PyTorch loop over the same batches held in memory; the score pass with a bare loop that decodes and scores one chunk
-after the other, its arithmetic using all cores. `detectors` says what attached detectors cost of the rate at which
+after the other, its arithmetic using all cores. `reference` compares both passes with the code that DeDe's authors
+released (speed_reference.py). `detectors` says what attached detectors cost of the rate at which
 images are embedded. Ours and theirs take turns, because machines drift; the figures that count are the ratios. The
 images are the bundled digits, repeated under distinct keys; the weights are random, which changes nothing about the
 speed.
@@ -65,6 +66,7 @@ from dede_ray.shards import (
 )
 from dede_ray.sift import SiftConfig, sift, sift_shard
 from dede_ray.sources import Digits
+from dede_ray.speed_reference import ReferenceSpeed, compare_with_reference
 from dede_ray.victims import EncoderVictim, OpenClipVictim, load_victim
 
 
@@ -147,6 +149,7 @@ class SpeedConfig(Config):
     ingest: IngestSpeed | None = None
     sift: SiftSpeed | None = None
     detectors: list[DetectorSpeed] = Field([])
+    reference: ReferenceSpeed | None = None
 
 
 def measure_speed(config: SpeedConfig) -> str:
@@ -155,8 +158,11 @@ def measure_speed(config: SpeedConfig) -> str:
     Returns:
         A few lines per comparison: ours, the other's, and their ratio.
     """
-    if not any((config.trainers, config.loops, config.ingest, config.sift, config.detectors)):
-        raise Mistake("nothing to measure: the config needs `trainers:`, `loops:`, `ingest:`, `sift:` or `detectors:`")
+    if not any((config.trainers, config.loops, config.ingest, config.sift, config.detectors, config.reference)):
+        raise Mistake(
+            "nothing to measure: the config needs `trainers:`, `loops:`, `ingest:`, `sift:`, `detectors:` or "
+            "`reference:`"
+        )
     tables = [compare_trainers(trainers, Path(config.output)) for trainers in config.trainers]
     if config.loops is not None:
         tables.append(_compare_loops(config.loops))
@@ -165,6 +171,8 @@ def measure_speed(config: SpeedConfig) -> str:
     if config.sift is not None:
         tables.append(_compare_sifting(config.sift, Path(config.output)))
     tables += [_compare_attached(detectors) for detectors in config.detectors]
+    if config.reference is not None:
+        tables.append(compare_with_reference(config.reference, Path(config.output)))
     return "\n\n".join(tables)
 
 
