@@ -18,7 +18,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -125,6 +125,9 @@ class Chunk:
     sample_ids: list[str]
     image_BHWC: np.ndarray
     captions: list[str | None]
+    place: tuple[str, int] | None = None
+    """The shard's name and the chunk's number in it, by which another pass over the shards named its parts."""
+    content_hashes: list[str] = field(default_factory=list)
 
 
 class Work(Protocol):
@@ -492,7 +495,14 @@ class _Worker:
         columns: dict[str, Any] = {}
         if good:
             image_BHWC = np.frombuffer(row["pixels"], np.uint8).reshape(len(good), size, size, 3)
-            columns = self.work(Chunk([ids[i] for i in good], image_BHWC, [row["caption"][i] for i in good]))
+            chunk = Chunk(
+                [ids[i] for i in good],
+                image_BHWC,
+                [row["caption"][i] for i in good],
+                (row["shard"], row["number"]),
+                [row["content_hash"][i] for i in good],
+            )
+            columns = self.work(chunk)
         base = pa.table(
             {
                 "sample_id": ids,

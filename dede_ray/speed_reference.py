@@ -33,10 +33,10 @@ import sys
 import time
 import types
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import ray
@@ -52,9 +52,9 @@ from dede_ray.decoder import PRESETS, MaskedDecoder, Spread, reconstruction, sav
 from dede_ray.detectors.dede import DeDe
 from dede_ray.embedding import Encoding
 from dede_ray.encoders import WEIGHTS_FILE, Described, ResNet, build_encoder, save_encoder
-from dede_ray.ledger import PassResources, run_pass
+from dede_ray.ledger import KeyedShare, PassResources, run_pass
 from dede_ray.loop import Workers
-from dede_ray.scoring import ScoreWork
+from dede_ray.scoring import NUM_KEPT, ScoreWork
 from dede_ray.shards import Limits, Sample, decode_image, encode_image, iter_samples, list_shards, open_shard
 from dede_ray.shards import write_shards as write_samples
 from dede_ray.victims import EncoderVictim, load_victim
@@ -226,7 +226,12 @@ def _scoring_lines(config: ReferenceSpeed, theirs: _Theirs, published: Rates, ow
     ]
     for number, way in enumerate(config.ways):
         turns = [turn[number] for turn in own]
-        for name, key in (("", "rate"), (", start of Ray's actors included", "whole")):
+        for name, key in (
+            ("", "rate"),
+            (", start of Ray's actors included", "whole"),
+            (", embeddings known from the decoder's training", "known_rate"),
+            (", embeddings known, start of Ray's actors included", "known_whole"),
+        ):
             ratios = [ours[key] / one["rate"] for ours, one in zip(turns, published, strict=True)]
             lines.append(f"  ours, {way.name}{name}: {_median(turns, key)} images/s, ratio {_ratio(ratios)}")
     return lines
@@ -270,11 +275,11 @@ def _counted() -> Iterator[Any]:
 def _images(config: ReferenceSpeed) -> np.ndarray:
     """uint8 (N, 32, 32, 3), what there is repeated."""
     if config.shards is not None:
-        samples = (
+        samples: Iterator[Sample] = (
             sample for shard in list_shards(config.shards) for sample in iter_samples(open_shard(shard), Limits())
         )
     else:
-        samples = photographs(512, IMAGE_PX, IMAGE_PX)
+        samples = iter(photographs(512, IMAGE_PX, IMAGE_PX))
     images: list[np.ndarray] = []
     for sample in samples:
         if sample.error is None and sample.image is not None and len(images) < config.num_samples:
@@ -339,7 +344,16 @@ class _Ours:
         }
 
     def score(self) -> dict[str, float]:
-        """Images/s of the score pass, without and with the start of its processes."""
+        """Images/s of the score pass, without and with the start of its processes; the same with known embeddings.
+
+        Comes after `train`, whose embeddings are those that are known.
+        """
+        known = str(self.folder / "trained" / "decoder" / "embeddings" / "train")
+        rate, whole = self._score(None)
+        known_rate, known_whole = self._score(known)
+        return {"rate": rate, "whole": whole, "known_rate": known_rate, "known_whole": known_whole}
+
+    def _score(self, known: str | None) -> tuple[float, float]:
         decoder_path, output = self.folder / "decoder", self.folder / "scored"
         victim = load_victim(self.victim)
         preset = PRESETS[self.way.preset]
@@ -349,16 +363,17 @@ class _Ours:
         shutil.rmtree(output, ignore_errors=True)
         detector = DeDe(decoder=str(decoder_path), precision=self.way.precision)
         arguments = {
-            "encoding": Encoding(self.victim.located(), None, frozenset({"image"})),
+            "encoding": Encoding(self.victim.located(), None, frozenset({"image"}), known),
             "detectors": [detector],
             "states": [None],
+            "keep": KeyedShare(NUM_KEPT / 50_000, 0),  # as the score job keeps of CIFAR-10's training set
         }
         started = time.time()
         run_pass(
             list_shards(str(self.shards)), output, ScoreWork, arguments, image_size=IMAGE_PX, made_with={},
             chunk_size=CHUNK_SIZE, limits=Limits(), resources=self.way.resources, max_error_fraction=0.0, name="score",
         )  # fmt: skip
-        return {"rate": _rate_of_parts(output), "whole": self.config.num_samples / (time.time() - started)}
+        return _rate_of_parts(output), self.config.num_samples / (time.time() - started)
 
 
 def _rate_of_parts(folder: Path) -> float:
@@ -434,7 +449,7 @@ class _Theirs:
 class _EmptyModule(types.ModuleType):
     """In place of a package that is imported and not used: every name is there, and nothing can be done with it."""
 
-    __path__: Sequence[str] = []
+    __path__: ClassVar[MutableSequence[str]] = []  # a package
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
