@@ -30,15 +30,17 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import types
 from argparse import Namespace
-from collections.abc import Iterator, MutableSequence, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
+import psutil
 import ray
 import torch
 from pydantic import Field
@@ -196,23 +198,12 @@ def _training_lines(config: ReferenceSpeed, theirs: _Theirs, published: Rates, o
     ]
     for number, way in enumerate(config.ways):
         turns = [turn[number] for turn in own]
-        ratios = {
-            key: [ours[rate] / one[other] for ours, one in zip(turns, published, strict=True)]
-            for key, rate, other in (
-                ("alone", "rate", "rate"),
-                ("all", "amortised", "rate"),
-                ("once", "one_epoch", "rate"),
-                ("kinder", "amortised", "kinder_rate"),
-            )
-        }
+        kinder = [ours["amortised"] / one["kinder_rate"] for ours, one in zip(turns, published, strict=True)]
         lines += [
-            f"  ours, {way.name}: {_median(turns, 'rate')} images/s ({_flop(way):.2f} GFLOP an image), "
-            f"ratio {_ratio(ratios['alone'])}",
-            f"    embedding pass ({_median(turns, 'embedding')} images/s) over {REFERENCE_EPOCHS} epochs included: "
-            f"{_median(turns, 'amortised')} images/s, ratio {_ratio(ratios['all'])}, without the victim's gradients "
-            f"{_ratio(ratios['kinder'])}",
-            f"    embedding pass charged to a single epoch: {_median(turns, 'one_epoch')} images/s, ratio "
-            f"{_ratio(ratios['once'])}",
+            f"  ours, {way.name}: {_beside(turns, published, 'rate')} ({_flop(way):.2f} GFLOP an image)",
+            f"    with the embedding pass ({_median(turns, 'embedding')} images/s) over {REFERENCE_EPOCHS} epochs: "
+            f"{_beside(turns, published, 'amortised')}; to theirs without the victim's gradients {_shown(kinder)}",
+            f"    with the embedding pass in a single epoch: {_beside(turns, published, 'one_epoch')}",
         ]
     return lines
 
@@ -226,22 +217,28 @@ def _scoring_lines(config: ReferenceSpeed, theirs: _Theirs, published: Rates, ow
     ]
     for number, way in enumerate(config.ways):
         turns = [turn[number] for turn in own]
-        for name, key in (
-            ("", "rate"),
-            (", start of Ray's actors included", "whole"),
-            (", embeddings known from the decoder's training", "known_rate"),
-            (", embeddings known, start of Ray's actors included", "known_whole"),
-        ):
-            ratios = [ours[key] / one["rate"] for ours, one in zip(turns, published, strict=True)]
-            lines.append(f"  ours, {way.name}{name}: {_median(turns, key)} images/s, ratio {_ratio(ratios)}")
+        for name, key in (("", ""), (", embeddings known from the decoder's training", "known_")):
+            whole = [ours[f"{key}whole"] / one["rate"] for ours, one in zip(turns, published, strict=True)]
+            lines.append(
+                f"  ours, {way.name}{name}: {_beside(turns, published, f'{key}rate')}; start of Ray's actors included "
+                f"{_shown(whole)}"
+            )
     return lines
+
+
+def _beside(ours: Rates, published: Rates, key: str) -> str:
+    """Our rate, its ratio to the published code's, and the ratio of what a core-second does."""
+    core_key = f"known_core_{key.removeprefix('known_')}" if key.startswith("known_") else f"core_{key}"
+    ratios = [own[key] / one["rate"] for own, one in zip(ours, published, strict=True)]
+    core_ratios = [own[core_key] / one["core_rate"] for own, one in zip(ours, published, strict=True)]
+    return f"{_median(ours, key)} images/s, ratio {_shown(ratios)}, per core-second {_shown(core_ratios)}"
 
 
 def _median(turns: Rates, key: str) -> str:
     return f"{statistics.median(turn[key] for turn in turns):,.0f}"
 
 
-def _ratio(ratios: Sequence[float]) -> str:
+def _shown(ratios: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.2f} (turns: {', '.join(f'{ratio:.2f}' for ratio in ratios)})"
 
 
@@ -307,6 +304,54 @@ def _write(folder: Path, images_NHWC: np.ndarray) -> None:
         save_encoder(folder / "victim", build_encoder(shape), Described(shape, IMAGE_PX, *CIFAR_STATISTICS))
 
 
+# ------------------------------------------------------------------------------------------------ clocks
+
+
+def _computed_s() -> dict[int, float]:
+    """Seconds of computing so far of this process and of each below it, by its number."""
+    found = {}
+    this = psutil.Process()
+    for process in [this, *this.children(recursive=True)]:
+        with suppress(psutil.Error):  # it has ended meanwhile
+            spent = process.cpu_times()
+            found[process.pid] = spent.user + spent.system
+    return found
+
+
+class _Stopwatch:
+    """Looks, a few times a second, at the wall clock, at what was computed here, and at how far something is."""
+
+    def __init__(self, progress: Callable[[], int] = lambda: 0, every_s: float = 0.2):
+        self.progress, self.every_s = progress, every_s
+        self.looks: list[tuple[float, float, int]] = []
+        self._spent: dict[int, float] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _Stopwatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.every_s):
+            self._spent |= _computed_s()  # processes that ended keep what they had
+            self.looks.append((time.time(), sum(self._spent.values()), self.progress()))
+
+    def computed_s(self, start: float, end: float) -> float:
+        """Seconds of computing between two times of `time.time`."""
+        times, computed, _ = zip(*self.looks, strict=True)
+        first, last = np.interp([start, end], times, computed)
+        return float(last - first)
+
+    def when(self, progress: int) -> float:
+        """When it was first seen to be this far."""
+        return next(now for now, _, seen in self.looks if seen >= progress)
+
+
 # ------------------------------------------------------------------------------------------------ ours
 
 
@@ -331,17 +376,22 @@ class _Ours:
             ),
             precision=self.way.precision, log_every=every, workers=self.way.workers, embedding=self.way.resources,
         )  # fmt: skip
-        training.train(settings)
-        text = (output / "decoder" / "metrics.jsonl").read_text()
-        rates = [json.loads(line)["samples_per_s"] for line in text.splitlines()][1:-1]
+        log = output / "decoder" / "metrics.jsonl"
+        with _Stopwatch(lambda: log.read_text().count("\n") if log.is_file() else 0) as watch:
+            training.train(settings)
+        rates = [json.loads(line)["samples_per_s"] for line in log.read_text().splitlines()][1:-1]
         rate = len(rates) / sum(1 / one for one in rates)
-        embedding = _rate_of_parts(output / "decoder" / "embeddings" / "train")
-        return {
-            "rate": rate,
-            "embedding": embedding,
-            "amortised": 1 / (1 / rate + 1 / (REFERENCE_EPOCHS * embedding)),
-            "one_epoch": 1 / (1 / rate + 1 / embedding),
-        }
+        computed_s = watch.computed_s(watch.when(1), watch.when(1 + len(rates)))
+        embedding, embedding_core = _rates_of_parts(output / "decoder" / "embeddings" / "train", watch)
+        found = {"embedding": embedding}
+        for name, one, before in (
+            ("", rate, embedding),
+            ("core_", len(rates) * every * config.batch_size / computed_s, embedding_core),
+        ):
+            found[f"{name}rate"] = one
+            found[f"{name}amortised"] = 1 / (1 / one + 1 / (REFERENCE_EPOCHS * before))
+            found[f"{name}one_epoch"] = 1 / (1 / one + 1 / before)
+        return found
 
     def score(self) -> dict[str, float]:
         """Images/s of the score pass, without and with the start of its processes; the same with known embeddings.
@@ -349,11 +399,9 @@ class _Ours:
         Comes after `train`, whose embeddings are those that are known.
         """
         known = str(self.folder / "trained" / "decoder" / "embeddings" / "train")
-        rate, whole = self._score(None)
-        known_rate, known_whole = self._score(known)
-        return {"rate": rate, "whole": whole, "known_rate": known_rate, "known_whole": known_whole}
+        return self._score(None, "") | self._score(known, "known_")
 
-    def _score(self, known: str | None) -> tuple[float, float]:
+    def _score(self, known: str | None, name: str) -> dict[str, float]:
         decoder_path, output = self.folder / "decoder", self.folder / "scored"
         victim = load_victim(self.victim)
         preset = PRESETS[self.way.preset]
@@ -369,18 +417,26 @@ class _Ours:
             "keep": KeyedShare(NUM_KEPT / 50_000, 0),  # as the score job keeps of CIFAR-10's training set
         }
         started = time.time()
-        run_pass(
-            list_shards(str(self.shards)), output, ScoreWork, arguments, image_size=IMAGE_PX, made_with={},
-            chunk_size=CHUNK_SIZE, limits=Limits(), resources=self.way.resources, max_error_fraction=0.0, name="score",
-        )  # fmt: skip
-        return _rate_of_parts(output), self.config.num_samples / (time.time() - started)
+        with _Stopwatch() as watch:
+            run_pass(
+                list_shards(str(self.shards)), output, ScoreWork, arguments, image_size=IMAGE_PX, made_with={},
+                chunk_size=CHUNK_SIZE, limits=Limits(), resources=self.way.resources, max_error_fraction=0.0,
+                name="score",
+            )  # fmt: skip
+        whole = self.config.num_samples / (time.time() - started)
+        rate, core_rate = _rates_of_parts(output, watch)
+        return {f"{name}rate": rate, f"{name}core_rate": core_rate, f"{name}whole": whole}
 
 
-def _rate_of_parts(folder: Path) -> float:
-    """Images/s from the first wave of parts on disk to the last part: a pass without the start of its processes."""
+def _rates_of_parts(folder: Path, watch: _Stopwatch) -> tuple[float, float]:
+    """Images/s from the first wave of parts on disk to the last part, and per core-second.
+
+    A pass without the start of its processes.
+    """
     times = np.sort([path.stat().st_mtime for path in folder.glob("parts/*/[0-9]*.parquet")])
     skip = min(int(ray.cluster_resources()["CPU"]), len(times) - 2)
-    return float((len(times) - 1 - skip) * CHUNK_SIZE / (times[-1] - times[skip]))
+    num = (len(times) - 1 - skip) * CHUNK_SIZE
+    return float(num / (times[-1] - times[skip])), num / watch.computed_s(times[skip], times[-1])
 
 
 # ------------------------------------------------------------------------------------------------ theirs, from outside
@@ -449,7 +505,9 @@ class _Theirs:
 class _EmptyModule(types.ModuleType):
     """In place of a package that is imported and not used: every name is there, and nothing can be done with it."""
 
-    __path__: ClassVar[MutableSequence[str]] = []  # a package
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__path__: MutableSequence[str] = []  # makes it a package
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -475,11 +533,12 @@ class _EmptyFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class _Clocked:
-    """Batches of a loader, and when each was asked for; ends after `num` of them."""
+    """Batches of a loader, when each was asked for and what had been computed by then; ends after `num` of them."""
 
     def __init__(self, loader: Any, num: int):
         self.loader, self.num = loader, num
         self.times: list[float] = []
+        self.computed_s: list[float] = []
 
     def __len__(self) -> int:
         return self.num
@@ -488,13 +547,18 @@ class _Clocked:
         batches = iter(self.loader)
         for _ in range(self.num):
             batch = next(batches)
-            self.times.append(time.monotonic())
+            self._look()
             yield batch
-        self.times.append(time.monotonic())
+        self._look()  # before the loader's processes are gone
 
-    def rate(self, skipped: int, batch_size: int) -> float:
-        """Images/s from the batch after the skipped ones to the end."""
-        return (self.num - skipped) * batch_size / (self.times[-1] - self.times[skipped])
+    def _look(self) -> None:
+        self.times.append(time.monotonic())
+        self.computed_s.append(sum(_computed_s().values()))
+
+    def rates(self, skipped: int, batch_size: int) -> tuple[float, float]:
+        """Images/s from the batch after the skipped ones to the end, and per core-second."""
+        num = (self.num - skipped) * batch_size
+        return num / (self.times[-1] - self.times[skipped]), num / (self.computed_s[-1] - self.computed_s[skipped])
 
 
 def _run_released(task: _Task) -> dict[str, float]:
@@ -558,7 +622,7 @@ def _train_released(task: _Task, released: Any) -> dict[str, float]:
         )
         clocked = _Clocked(loader, num)
         released.train_decoder(victim, model, clocked, optimizer, args)
-        found[f"{name}rate"] = clocked.rate(task.skipped, task.batch_size)
+        found[f"{name}rate"], found[f"{name}core_rate"] = clocked.rates(task.skipped, task.batch_size)
         pair = torch.stack([data[0][0], data[1][0]])
         with _counted() as counter:
             released.train_decoder(victim, model, [(pair,)], optimizer, args)
@@ -585,8 +649,10 @@ def _score_released(task: _Task, released: Any) -> dict[str, float]:
         data = _released_data(task, released, (task.skipped + task.steps) * 128, poison_rate=0.01)
         released.utils.MAE_error(victim, model, data, save_cuda=is_small)
         timed, batch_size = loaders[-1]
-        found[f"rate_{batch_size}"] = timed.rate(task.skipped * 128 // batch_size, batch_size)
-    found["rate"] = max(found.values())
+        rates = timed.rates(task.skipped * 128 // batch_size, batch_size)
+        found[f"rate_{batch_size}"], found[f"core_rate_{batch_size}"] = rates
+    for name in ("rate", "core_rate"):
+        found[name] = max(found[f"{name}_128"], found[f"{name}_32"])
     pair = torch.stack([data[0][0], data[1][0]])
     released.utils.DataLoader = lambda data, **_: [(pair,)]
     with _counted() as counter:

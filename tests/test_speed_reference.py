@@ -107,7 +107,9 @@ def test_batches_are_counted_from_the_first_that_counts_to_the_end_of_the_last()
     assert list(clocked) == [0, 1, 2, 3]
     assert len(clocked.times) == 5
     clocked.times = [0.0, 5.0, 6.0, 7.0, 9.0]
-    assert clocked.rate(1, 16) == 3 * 16 / 4
+    clocked.times = [0.0, 5.0, 6.0, 7.0, 9.0]
+    clocked.computed_s = [0.0, 1.0, 4.0, 8.0, 9.0]
+    assert clocked.rates(1, 16) == (3 * 16 / 4, 3 * 16 / 8)
 
 
 def test_the_papers_step_has_the_arithmetic_of_its_network_three_times():
