@@ -37,6 +37,9 @@ class Chunk:
     sample_ids: list[str]
     image_BHWC: np.ndarray
     captions: list[str | None]
+    place: tuple[str, int] | None = None
+    """The shard's name and the chunk's number in it, by which another pass over the shards named its parts."""
+    content_hashes: list[str] = field(default_factory=list)
 
 
 class Work(Protocol):
@@ -151,7 +154,13 @@ class Worker(_Actor):
         columns: dict[str, Any] = {}
         if good:
             image_BHWC = np.frombuffer(row["pixels"], np.uint8).reshape(len(good), size, size, 3)
-            chunk = Chunk([ids[i] for i in good], image_BHWC, [row["caption"][i] for i in good])
+            chunk = Chunk(
+                [ids[i] for i in good],
+                image_BHWC,
+                [row["caption"][i] for i in good],
+                (row["shard"], row["number"]),
+                [row["content_hash"][i] for i in good],
+            )
             self.laps.mark("transfer")
             columns = self.work(chunk)
             self.laps.mark("work")

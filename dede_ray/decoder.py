@@ -33,6 +33,9 @@ from dede_ray.optimisation import Optimisation
 from dede_ray.vision_libraries import timm
 from dede_ray.weights import read_tensors, refuse_not_finite, refuse_unlike
 
+MOST_PLAIN_TOKENS = 256
+"""Above it, the matrix of all pairs of tokens would cost more memory than the fused kernel costs time."""
+
 
 class DecoderShape(Config):
     """The network, apart from the image size and the embedding width, which the victim decides."""
@@ -139,9 +142,7 @@ class MaskedDecoder(nn.Module):
         dtype = seen_BLD.dtype
         embedding_B1D = self.embed_embedding(embedding_BE.to(dtype) * self.embedding_scale.to(dtype)).unsqueeze(1)
         x = torch.cat([embedding_B1D, seen_BLD], dim=1) + self.decoder_position  # the embedding replaces token 0
-        for block in self.decoder:
-            x = block(x)
-        return 0.5 + 0.25 * self.to_pixels(x[:, 1:])
+        return 0.5 + 0.25 * self.to_pixels(_through(self.decoder, x)[:, 1:])
 
     def predict(self, image_BCHW: Tensor, mask_BL: Tensor) -> Tensor:
         """Run backwards: the victim's embeddings, standardised (B, E), from the patches that the mask leaves visible.
@@ -165,9 +166,7 @@ class MaskedDecoder(nn.Module):
         position_BVD = position_BLD.gather(1, visible_BV.unsqueeze(-1).expand(-1, -1, position_BLD.shape[-1]))
         token_BVD = self.embed_patch((patches_BVP - 0.5) / 0.25) + position_BVD
         x = torch.cat([self.class_token.expand(len(image_BCHW), -1, -1), token_BVD], dim=1)
-        for block in self.encoder:
-            x = block(x)
-        return self.encoder_norm(x), visible_BV
+        return self.encoder_norm(_through(self.encoder, x)), visible_BV
 
     def null(self, batch: int) -> Tensor:
         """The learned embedding that stands for "no embedding": (batch, E)."""
@@ -196,6 +195,17 @@ class MaskedDecoder(nn.Module):
         patches_BLP = self(image_BCHW, embedding_BE, mask_BL).float()
         patches_BLP = torch.where(mask_BL.unsqueeze(-1), patches_BLP, self.patchify(image_BCHW))
         return self.unpatchify(patches_BLP).clamp(0, 1), mask_BL
+
+
+def _through(blocks: nn.ModuleList, x_BTD: Tensor) -> Tensor:
+    """Tokens through blocks of attention."""
+    # On CPUs torch's fused attention is slow in bf16 for so few tokens: its backward alone took a third of a step.
+    is_reduced = torch.is_autocast_enabled(x_BTD.device.type) or x_BTD.dtype != torch.float32
+    is_plain = x_BTD.device.type == "cpu" and is_reduced and x_BTD.shape[1] <= MOST_PLAIN_TOKENS
+    for block in blocks:
+        block.attn.fused_attn = not is_plain  # type: ignore[union-attr]
+        x_BTD = block(x_BTD)
+    return x_BTD
 
 
 # ------------------------------------------------------------------------------------------------ masks and errors

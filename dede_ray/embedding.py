@@ -24,7 +24,7 @@ from dede_ray.actors import Chunk
 from dede_ray.clip import to_unit_range
 from dede_ray.config import Mistake
 from dede_ray.detectors.contract import Batch, Need
-from dede_ray.ledger import KeyedShare, Select, read_parts
+from dede_ray.ledger import KeyedShare, Select, part_path, read_part, read_parts
 from dede_ray.passing import PassResources, run_pass
 from dede_ray.readers import Laps
 from dede_ray.shards import Limits, Shard, open_shard, open_tar, split_name
@@ -44,6 +44,8 @@ class Encoding:
     victim: VictimConfig
     reference: VictimConfig | None
     needs: frozenset[Need]
+    known: str | None = None
+    """Folder of an `EmbedWork` pass of the same victim: what it embedded is read there and not computed again."""
 
     def check(self, victim: Victim) -> None:
         """Say at once what the detectors lack.
@@ -78,10 +80,12 @@ class Encoders:
         if "reference" in encoding.needs and encoding.reference is not None:
             self.reference = load_victim(encoding.reference).to(self.device)
         self.image_size = self.victim.image_size
+        self.known = encoding.known
 
     def __call__(self, chunk: Chunk) -> Batch:
         """Embed a chunk."""
-        batch = self.embed(chunk.sample_ids, to_unit_range(_on_device(chunk.image_BHWC, self.device)))
+        image_BCHW = to_unit_range(_on_device(chunk.image_BHWC, self.device))
+        batch = self.embed(chunk.sample_ids, image_BCHW, self._known(chunk))
         if "caption" not in self.needs:
             return batch
         reference = self.reference
@@ -91,12 +95,27 @@ class Encoders:
             reference_caption_BR=_captions(reference, chunk.captions) if isinstance(reference, ClipVictim) else None,
         )
 
-    def embed(self, sample_ids: Sequence[str], image_BCHW: Tensor) -> Batch:
-        """Embed pictures of the victim's size; the reference encoder sees them resized where its own size differs."""
+    def _known(self, chunk: Chunk) -> Tensor | None:
+        """The chunk's embeddings (B, E) as another pass left them, if that saw these very samples together."""
+        if self.known is None or chunk.place is None or not part_path(self.known, *chunk.place).is_file():
+            return None
+        rows = read_part(self.known, *chunk.place, ["sample_id", "content_hash", "embedding"])
+        rows = rows.filter(rows["embedding"].is_valid())
+        seen = rows["sample_id"].to_pylist(), rows["content_hash"].to_pylist()
+        if seen != (chunk.sample_ids, chunk.content_hashes):
+            return None
+        return _matrix(rows["embedding"]).to(self.device)
+
+    def embed(self, sample_ids: Sequence[str], image_BCHW: Tensor, known_BE: Tensor | None = None) -> Batch:
+        """Embed pictures of the victim's size; the reference encoder sees them resized where its own size differs.
+
+        Args:
+            known_BE: the victim's embeddings of them, where somebody has them already.
+        """
         reference = self.reference
         return Batch(
             sample_ids,
-            self.victim(image_BCHW),
+            self.victim(image_BCHW) if known_BE is None else known_BE,
             image_BCHW,
             None if reference is None else reference(_resized(image_BCHW, reference.image_size)),
         )

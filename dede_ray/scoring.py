@@ -111,6 +111,9 @@ class ScoreConfig(Config):
     the decoder learnt the corpus, they learnt these too, unmarked; where they did not, they did not."""
     decision: Decision = Field(Conformal(), discriminator="kind")
     judging: Judging = Judging()
+    known_embeddings: str | None = None
+    """Folder of a decoder that this victim's train_clip or train_simclr run trained on some of these shards
+    (<output>/decoder): what the victim embedded then is read there. Nothing but the time changes."""
     store_embeddings: bool = False
     """Keep each sample's embeddings as float16 beside its scores, to score it again without its image."""
     chunk_size: int = Field(256, ge=1)
@@ -146,8 +149,8 @@ class _Run:
             raise Mistake(f"two detectors of this run are called {twice[0]}; set `name` of one, which ends its columns")
         needs: frozenset[Need] = frozenset().union(*(one.needs for one in self.all_detectors))
         reference = config.reference and config.reference.located()
-        self.encoding = Encoding(config.victim.located(), reference, needs)
         self.victim = load_victim(config.victim)
+        self.encoding = Encoding(config.victim.located(), reference, needs, self._known())
         self.encoding.check(self.victim)
         self.encoded_with = self.encoding.made_with(self.victim)
         self.source = place(config.embeddings) if config.embeddings else None
@@ -160,6 +163,24 @@ class _Run:
             raise Mistake(f"{', '.join(lacking)} look at images, and stored embeddings have none; name shards instead")
         if self.source is not None:
             self._check_source(self.source / "scores")
+
+    def _known(self) -> str | None:
+        """The folder of the pass whose embeddings are used."""
+        if self.config.known_embeddings is None:
+            return None
+        folder = place(self.config.known_embeddings) / "embeddings" / "train"
+        made_with = read_json(folder / "pass.json", "record of the pass that embedded a decoder's training data")
+        if made_with.get("victim") != self.victim.fingerprint:
+            raise Mistake(
+                f"known_embeddings: {folder} holds embeddings of another victim: {made_with.get('victim')!r} there, "
+                f"{self.victim.fingerprint!r} now; name the folder of a decoder of this victim, or leave it out"
+            )
+        if made_with.get("chunk_size") != self.config.chunk_size:
+            raise Mistake(
+                f"known_embeddings: {folder} was written in chunks of {made_with.get('chunk_size')} samples, this run "
+                f"scores chunks of {self.config.chunk_size}; set chunk_size to {made_with.get('chunk_size')}"
+            )
+        return str(folder)
 
     def _check_source(self, folder: Place) -> None:
         """Embeddings are of the victim and the reference encoder that made them, and of no other."""

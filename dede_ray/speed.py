@@ -2,7 +2,8 @@
 
 `trainers` compares our CLIP trainer with open_clip's own (baseline.py), `ingest` the writing of shards with
 webdataset's ShardWriter, `loops` the decoder's training with a bare PyTorch loop over the same batches held in memory,
-`scoring` the score pass with its limit (speed_scoring.py). `detectors` says what attached detectors cost of the rate at
+`scoring` the score pass with its limit (speed_scoring.py), `reference` training and scoring with the code that DeDe's
+authors released (speed_reference.py). `detectors` says what attached detectors cost of the rate at
 which images are embedded. Ours and theirs take turns, because machines drift; the figures that count are the ratios.
 The images are the bundled digits, repeated under distinct keys; the weights are random, which changes nothing about
 the speed.
@@ -65,6 +66,7 @@ from dede_ray.shards import (
 )
 from dede_ray.sift import SiftConfig, sift, sift_shard
 from dede_ray.sources import Digits
+from dede_ray.speed_reference import ReferenceSpeed, compare_with_reference
 from dede_ray.speed_scoring import ScoringSpeed, compare_scoring, digits, repeated, write_decoder, write_victim
 from dede_ray.victims import EncoderVictim, OpenClipVictim, load_victim
 
@@ -148,6 +150,7 @@ class SpeedConfig(Config):
     ingest: IngestSpeed | None = None
     sift: SiftSpeed | None = None
     detectors: list[DetectorSpeed] = Field([])
+    reference: ReferenceSpeed | None = None
 
 
 def measure_speed(config: SpeedConfig) -> str:
@@ -156,9 +159,10 @@ def measure_speed(config: SpeedConfig) -> str:
     Returns:
         A few lines per comparison: ours, the other's, and their ratio.
     """
-    if not any((config.trainers, config.loops, config.scoring, config.ingest, config.sift, config.detectors)):
+    if all(not getattr(config, name) for name in SpeedConfig.model_fields if name != "output"):
         raise Mistake(
-            "nothing to measure: the config needs `trainers:`, `loops:`, `scoring:`, `ingest:`, `sift:` or `detectors:`"
+            "nothing to measure: the config needs one of "
+            + ", ".join(f"`{name}:`" for name in SpeedConfig.model_fields if name != "output")
         )
     tables = [compare_trainers(trainers, Path(config.output)) for trainers in config.trainers]
     if config.loops is not None:
@@ -169,6 +173,8 @@ def measure_speed(config: SpeedConfig) -> str:
     if config.sift is not None:
         tables.append(_compare_sifting(config.sift, Path(config.output)))
     tables += [_compare_attached(detectors) for detectors in config.detectors]
+    if config.reference is not None:
+        tables.append(compare_with_reference(config.reference, Path(config.output)))
     return "\n\n".join(tables)
 
 

@@ -167,6 +167,21 @@ def test_a_sample_is_rebuilt_alike_in_any_batch(decoder, batch):
     torch.testing.assert_close(torch.cat(alone), together, rtol=1e-6, atol=1e-6)
 
 
+def test_plain_and_fused_attention_differ_by_rounding_only(decoder, batch, monkeypatch):
+    """In bf16 on CPUs one takes the other's place, for few tokens."""
+    image_BCHW, embedding_BE, mask_BL = batch
+    found = []
+    for most_tokens in (256, 0):
+        monkeypatch.setattr("dede_ray.decoder.MOST_PLAIN_TOKENS", most_tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(decoder(image_BCHW, embedding_BE, mask_BL).float())
+        assert decoder.decoder[0].attn.fused_attn == (most_tokens == 0)
+    exact = decoder(image_BCHW, embedding_BE, mask_BL)
+    assert decoder.decoder[0].attn.fused_attn
+    for one in found:
+        torch.testing.assert_close(one, exact, rtol=0, atol=0.02)
+
+
 def test_a_reconstruction_shows_visible_patches_as_they_are(decoder, batch):
     image_BCHW, embedding_BE, _ = batch
     keys_B = sample_keys(IDS[:5], seed=0)

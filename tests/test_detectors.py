@@ -33,7 +33,8 @@ def batch(victim, picture) -> Batch:
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_a_score_is_the_same_in_any_batch_and_order(victim, decoder_folder, batch, ratio):
-    for detector in (DeDe(decoder=str(decoder_folder), score_mask_ratio=ratio), ImageStatistics()):
+    dede = DeDe(decoder=str(decoder_folder), score_mask_ratio=ratio)
+    for detector in (dede, dede.model_copy(update={"precision": "bf16"}), ImageStatistics()):
         scorer = detector.open(victim, {})
         whole = scorer.score(batch)
         assert tuple(whole) == scorer.columns
@@ -44,6 +45,16 @@ def test_a_score_is_the_same_in_any_batch_and_order(victim, decoder_folder, batc
             assert (score_B.dtype, score_B.shape) == (np.float32, (12,))
             np.testing.assert_allclose(shuffled[name], score_B[order], rtol=1e-6, atol=1e-6)
             np.testing.assert_allclose(np.concatenate([one[name] for one in alone]), score_B, rtol=1e-6, atol=1e-6)
+
+
+def test_a_decoder_in_bf16_says_nearly_the_same(victim, decoder_folder, batch):
+    exact, rounded = (
+        DeDe(decoder=str(decoder_folder), precision=precision).open(victim, {}).score(batch)
+        for precision in ("fp32", "bf16")
+    )
+    for name, score_B in exact.items():
+        assert not np.array_equal(rounded[name], score_B), name
+        np.testing.assert_allclose(rounded[name], score_B, rtol=0.02, atol=0.005)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)

@@ -30,9 +30,11 @@ from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from dede_ray.chaos import ChaosConfig
 from dede_ray.clip import build_clip, model_description
 from dede_ray.config import Config, Mistake, load, parse_json, read_json
 from dede_ray.pipeline import STEPS, PipelineConfig
+from dede_ray.scale import ScaleConfig
 from dede_ray.shards import (
     REASONS,
     BadSample,
@@ -52,6 +54,8 @@ from dede_ray.zoo import ZooConfig
 LIMITS = Limits(max_pixels=4_000_000, max_member_bytes=1_000_000)
 CONFIGS = Path(__file__).parents[1] / "configs"
 JOBS: dict[str, type[Config]] = {
+    "chaos": ChaosConfig,
+    "scale": ScaleConfig,
     **{name: kind for name, (kind, _) in STEPS.items()}, "demo": PipelineConfig, "speed": SpeedConfig, "zoo": ZooConfig,
 }  # fmt: skip
 

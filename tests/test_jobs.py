@@ -77,10 +77,10 @@ def test_every_config_loads_and_opens_with_its_command(path, monkeypatch):
         steps = parse_steps(load(PipelineConfig, [str(path)]))
         assert [step.name for step in steps][:3] == ["ingest", "poison", "train_clip"]
         assert steps[-1].name == "evaluate"
-    elif job == "speed":
-        from dede_ray.speed import SpeedConfig
+    elif job in ("chaos", "scale", "speed"):
+        from dede_ray import chaos, scale, speed
 
-        load(SpeedConfig, [str(path)])
+        load({"chaos": chaos.ChaosConfig, "scale": scale.ScaleConfig, "speed": speed.SpeedConfig}[job], [str(path)])
     elif job == "zoo":
         for branch in load(ZooConfig, [str(path)]).branches.values():
             parse_steps(PipelineConfig(steps=list(branch.steps)))

@@ -33,10 +33,10 @@ from dede_ray.detectors.density import Density
 from dede_ray.detectors.forest import Forest
 from dede_ray.detectors.statistics import ImageStatistics
 from dede_ray.detectors.trajectory import MaskingTrajectory
-from dede_ray.embedding import Encoders, Encoding, restored
+from dede_ray.embedding import EmbedWork, Encoders, Encoding, restored
 from dede_ray.ledger import KeyedShare, read_parts
 from dede_ray.manifest import Manifest, read_manifest
-from dede_ray.passing import PassResources
+from dede_ray.passing import PassResources, run_pass
 from dede_ray.scoring import Fitting, ScoreConfig, SecondStage, score
 from dede_ray.shards import list_shards
 from dede_ray.victims import OpenClipVictim, load_victim
@@ -180,6 +180,55 @@ def test_scores_do_not_depend_on_chunks_order_of_shards_or_number_of_actors(scor
             np.testing.assert_allclose(*as_numbers, rtol=1e-6, atol=1e-6, err_msg=name)
         else:
             assert one == two, name
+
+
+@pytest.fixture(scope="module")
+def embedded(local_ray, shards, settings) -> Path:
+    """What a decoder's training leaves: its folder, with the embeddings of the shards."""
+    config, folder = settings(shards.parent / "nowhere"), shards.parent / "known"
+    victim = load_victim(config.victim)
+    run_pass(
+        list_shards(config.shards), folder / "embeddings" / "train", EmbedWork,
+        {"encoding": Encoding(config.victim.located(), None, frozenset())}, image_size=victim.image_size,
+        made_with={"victim": victim.fingerprint}, chunk_size=8, limits=config.limits, resources=ONE,
+        max_error_fraction=0.5, name="embedding",
+    )  # fmt: skip
+    return folder
+
+
+def test_embeddings_known_from_training_change_nothing(scored, embedded, settings, tmp_path):
+    again = score(settings(tmp_path / "scores", known_embeddings=str(embedded)))
+    assert again.table.equals(scored.table)
+
+
+def test_embeddings_are_known_of_the_very_same_samples_only(embedded, victim_folder, picture):
+    victim = OpenClipVictim(path=str(victim_folder))
+    encoders = Encoders(Encoding(victim, None, frozenset(), str(embedded / "embeddings" / "train")))
+    rows = read_parts(embedded / "embeddings" / "train", "train-00000.tar").slice(8, 8)
+    ids, hashes = rows["sample_id"].to_pylist(), rows["content_hash"].to_pylist()
+    dark_BHWC = np.zeros((8, 32, 32, 3), np.uint8)  # whatever the picture, what is known is not computed
+    known = encoders(Chunk(ids, dark_BHWC, [None] * 8, ("train-00000.tar", 1), hashes)).embedding_BE
+    np.testing.assert_array_equal(known.numpy(), restored(rows).embedding_BE.numpy())
+    dark = load_victim(victim)(to_unit_range(torch.from_numpy(dark_BHWC)))
+    for chunk in (
+        Chunk(ids, dark_BHWC, [None] * 8, ("train-00000.tar", 1), ["another", *hashes[1:]]),
+        Chunk(ids, dark_BHWC, [None] * 8, ("train-00000.tar", 0), hashes),
+        Chunk(ids, dark_BHWC, [None] * 8, ("train-00007.tar", 1), hashes),
+        Chunk(ids, dark_BHWC, [None] * 8),
+    ):
+        assert torch.equal(encoders(chunk).embedding_BE, dark)
+
+
+def test_embeddings_of_another_victim_or_chunk_size_are_a_mistake(embedded, settings, tmp_path):
+    with pytest.raises(Mistake, match="chunks of 8 samples, this run scores chunks of 16"):
+        score(settings(tmp_path, known_embeddings=str(embedded), chunk_size=16))
+    with pytest.raises(Mistake, match="record of the pass"):
+        score(settings(tmp_path, known_embeddings=str(tmp_path)))
+    made_with = json.loads((embedded / "embeddings" / "train" / "pass.json").read_text())
+    (tmp_path / "embeddings" / "train").mkdir(parents=True)
+    (tmp_path / "embeddings" / "train" / "pass.json").write_text(json.dumps({**made_with, "victim": "another"}))
+    with pytest.raises(Mistake, match="embeddings of another victim: 'another' there"):
+        score(settings(tmp_path, known_embeddings=str(tmp_path)))
 
 
 def test_what_stands_in_the_manifest_is_what_the_models_give_by_hand(scored, settings, picture):

@@ -55,6 +55,8 @@ class DeDe(DetectorSettings):
     num_swaps: int = Field(0, ge=0)
     """Embeddings of other samples for the swap rank, each one more pass of the decoder; 0 leaves it out."""
     seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the decoder; images, masks and errors are float32 either way."""
 
     @property
     def fits(self) -> bool:  # type: ignore[override]
@@ -112,6 +114,10 @@ class _DeDeScorer:
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> dict[str, np.ndarray]:
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return self._score(batch)
+
+    def _score(self, batch: Batch) -> dict[str, np.ndarray]:
         image_BCHW, decoder = batch.images, self.decoder
         others = [swap_E.expand(len(batch), -1) for swap_E in self.swap_JE]
         null = [decoder.null(len(batch))] if decoder.has_null else []
