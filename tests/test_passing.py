@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shutil
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from passes import RESOURCES, Brightness, run, snapshot
+from ray._private.internal_api import memory_summary
 
 from dede_ray.config import Mistake
 from dede_ray.ledger import Chosen, KeyedShare, PassSummary, part_path, read_parts, standing_shards
 from dede_ray.passing import PassResources, run_over_parts, run_pass
-from dede_ray.shards import Limits, decode_image, list_shards
+from dede_ray.shards import Limits, decode_image, encode_image, list_shards
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +287,31 @@ def test_parts_of_an_unfinished_pass_are_not_passed_over(finished, tmp_path):
         over_parts(tmp_path / "half", tmp_path / "pass")
     with pytest.raises(Mistake, match="record of a pass"):
         standing_shards(tmp_path / "absent")
+
+
+class Slow(Brightness):
+    """Takes its time, so that readers would run far ahead."""
+
+    def __call__(self, chunk):
+        time.sleep(0.15)
+        return super().__call__(chunk)
+
+
+def spilled() -> list[str]:
+    """What Ray says that the object store has written to disk so far."""
+    told = memory_summary(stats_only=True)
+    assert "Plasma memory usage" in told
+    return [line for line in told.splitlines() if "Spilled" in line]
+
+
+def test_readers_wait_for_slow_actors_and_nothing_is_spilled(local_ray, write_tar, picture, tmp_path):
+    """540 MB of pixels through an object store of 200."""
+    before, jpeg = spilled(), encode_image(picture(0, 256, 256), "jpg")
+    for shard in range(4):
+        write_tar(f"shards/{shard}.tar", [(f"{i:04d}.jpg", jpeg) for i in range(700)])
+    summary = run_pass(
+        list_shards(str(tmp_path / "shards")), tmp_path / "pass", Slow, {"image_size": 256}, image_size=256,
+        made_with={}, chunk_size=50, limits=Limits(), resources=RESOURCES, max_error_fraction=0, name="slow",
+    )  # fmt: skip
+    assert summary == PassSummary(2800, {}, [])
+    assert spilled() == before
