@@ -25,7 +25,7 @@ import yaml
 from pydantic import Field
 
 from dede_ray.actors import JOURNAL
-from dede_ray.config import Config, Mistake, write_json
+from dede_ray.config import Config, Mistake, read_json, write_json
 from dede_ray.decoder import PRESETS
 from dede_ray.manifest import read_manifest
 from dede_ray.shards import write_shards
@@ -43,7 +43,7 @@ class ChaosConfig(Config):
 
     output: str = "runs/chaos"
     """Shards, both runs' manifests, the journal. A finished undisturbed run is used again."""
-    num_samples: int = Field(100_000, ge=100)
+    num_samples: int = Field(150_000, ge=100)
     """The bundled digits, under distinct keys."""
     samples_per_shard: int = Field(5000, ge=1)
     chunk_size: int = Field(256, ge=1)
@@ -55,7 +55,7 @@ class ChaosConfig(Config):
     actors: int = Field(11, ge=0)
     readers: int = Field(8, ge=0)
     nodes: int = Field(1, ge=0)
-    pause_s: float = Field(3, gt=0)
+    pause_s: float = Field(1.5, gt=0)
     """Mean time between two kills, counted from when something has been begun after the last one."""
     seed: int = 0
     model: str = "configs/models/clip_digits.json"
@@ -108,10 +108,14 @@ def chaos(config: ChaosConfig) -> str:
 
 
 def _prepare(config: ChaosConfig, output: Path) -> Path:
-    """Write shards, victim, decoder and the score job's settings, once."""
-    path = output / "score.yaml"
-    if path.is_file():
+    """Write shards, victim, decoder and the score job's settings, once for the same ones."""
+    path, record = output / "score.yaml", output / "prepared.json"
+    kinds = {"drivers", "actors", "readers", "nodes", "pause_s"}
+    made_of = config.model_dump(mode="json", exclude=kinds)
+    if record.is_file() and read_json(record, "record of a preparation") == made_of:
         return path
+    for name in ("undisturbed", "scores", "shards"):
+        shutil.rmtree(output / name, ignore_errors=True)
     torch.manual_seed(config.seed)
     victim = write_victim(output / "victim", config.model)
     write_decoder(output / "decoder", victim, PRESETS["tiny"].shape)
@@ -128,6 +132,7 @@ def _prepare(config: ChaosConfig, output: Path) -> Path:
         "resources": {"min_actors": config.num_nodes, "max_actors": 2 * config.num_nodes},
     }
     path.write_text(yaml.safe_dump(settings))
+    write_json(record, made_of)
     return path
 
 
