@@ -135,9 +135,7 @@ class Worker(_Actor):
         try:
             path = part_path(self.folder, row["shard"], row["number"])
             if not receipt.failure and not (self.looks and path.is_file()):
-                if self.journal:
-                    with open(self.journal, "a") as journal:
-                        journal.write(f"{time.time()}\t{os.getpid()}\t{self.name}\t{row['shard']}\t{row['number']}\n")
+                self._note(row)
                 return self.committing.submit(_commit, self.compute(row), path, receipt)
         except Exception as error:
             logger.exception("chunk %d of %s", row["number"], row["shard"])
@@ -145,6 +143,11 @@ class Worker(_Actor):
         done: Future[Receipt] = Future()
         done.set_result(receipt)
         return done
+
+    def _note(self, row: dict[str, Any]) -> None:
+        if self.journal:
+            with open(self.journal, "a") as journal:
+                journal.write(f"{time.time()}\t{os.getpid()}\t{self.name}\t{row['shard']}\t{row['number']}\n")
 
     def compute(self, row: dict[str, Any]) -> pa.Table:
         errors = row["error"]

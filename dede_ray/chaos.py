@@ -73,10 +73,10 @@ class ChaosConfig(Config):
 
 @dataclass(frozen=True)
 class Kill:
-    """One SIGKILL."""
+    """One SIGKILL, and the actors that ended with it."""
 
-    at_s: float
     victim: Victim
+    actors: frozenset[int]
 
 
 def chaos(config: ChaosConfig) -> str:
@@ -174,7 +174,7 @@ class _Fire:
         self._start()
         for victim in order:
             self._pause()
-            kills.append(Kill(self._kill(victim), victim))
+            kills.append(Kill(victim, self._kill(victim)))
             logger.info("killed %d of %d: %s", len(kills), len(order), victim)
         while self._is_running():
             time.sleep(0.1)
@@ -212,29 +212,29 @@ class _Fire:
         journal = self.output / "journal.txt"
         return journal.stat().st_size if journal.is_file() else 0
 
-    def _kill(self, victim: Victim) -> float:
+    def _kill(self, victim: Victim) -> frozenset[int]:
+        """Kill one; the processes of the actors that end with it."""
+        self._still_running()
         if victim == "driver":
             assert self.driver is not None
-            self._still_running()
+            ended = frozenset(process.pid for process in self._processes("actor", self.nodes))
             self.driver.kill()
             self.driver.wait()
-            at_s = time.time()
             self._start()
-        elif victim == "node":
-            self._still_running()
+            return ended
+        if victim == "node":
             node = self.nodes.pop(self.random.randrange(len(self.nodes)))
+            ended = frozenset(process.pid for process in self._processes("actor", [node]))
             self.cluster.remove_node(node, allow_graceful=False)
-            at_s = time.time()
             self.nodes.append(self._node())
-        else:
-            while True:
-                try:
-                    self.random.choice(self._wait_for(victim)).kill()
-                    at_s = time.time()
-                    break
-                except psutil.NoSuchProcess:
-                    continue
-        return at_s
+            return ended
+        while True:
+            process = self.random.choice(self._wait_for(victim))
+            try:
+                process.kill()
+                return frozenset([process.pid] if victim == "actor" else [])
+            except psutil.NoSuchProcess:
+                continue
 
     def _still_running(self) -> None:
         if not self._is_running():
@@ -243,13 +243,13 @@ class _Fire:
     def _wait_for(self, victim: Victim) -> list[psutil.Process]:
         while True:
             self._still_running()
-            if found := self._processes(victim):
+            if found := self._processes(victim, self.nodes):
                 return found
             time.sleep(0.05)
 
-    def _processes(self, victim: Victim) -> list[psutil.Process]:
-        """This cluster's processes of a kind, by the names that Ray gives them."""
-        raylets = {node.all_processes["raylet"][0].process.pid for node in self.nodes}
+    def _processes(self, victim: Victim, nodes: list[Any]) -> list[psutil.Process]:
+        """The nodes' processes of a kind, by the names that Ray gives them."""
+        raylets = {node.all_processes["raylet"][0].process.pid for node in nodes}
         found = []
         for raylet in raylets:
             try:
@@ -267,18 +267,18 @@ class _Fire:
 
 def _account(config: ChaosConfig, output: Path, kills: list[Kill], took_s: float) -> str:
     """What was begun again, and after which kill."""
-    begun: dict[tuple[str, str], list[float]] = {}
+    begun: dict[tuple[str, str], list[int]] = {}
     for line in (output / "journal.txt").read_text().splitlines():
-        at_s, _, name, shard, number = line.split("\t")
+        _, process, name, shard, number = line.split("\t")
         if name == "scores":
-            begun.setdefault((shard, number), []).append(float(at_s))
+            begun.setdefault((shard, number), []).append(int(process))
     sizes = [config.samples_per_shard] * (config.num_samples // config.samples_per_shard)
     sizes.append(config.num_samples % config.samples_per_shard)
     num_chunks = sum(-(-size // config.chunk_size) for size in sizes)
     again: Counter[int] = Counter()
-    for times in begun.values():
-        for time_s in sorted(times)[1:]:
-            again[max((i for i, kill in enumerate(kills) if kill.at_s <= time_s), default=-1)] += 1
+    for processes in begun.values():
+        for ended in processes[:-1]:  # whoever began a chunk that another had to begin again
+            again[next((i for i, kill in enumerate(kills) if ended in kill.actors), -1)] += 1
     by_kind: dict[str, Any] = {}
     for kind in ("driver", "actor", "reader", "node"):
         costs = [again[i] for i, kill in enumerate(kills) if kill.victim == kind]
@@ -294,6 +294,8 @@ def _account(config: ChaosConfig, output: Path, kills: list[Kill], took_s: float
         lines.append(
             f"  {told['kills']} x {kind}: {told['begun_again']} begun again, at most {told['most_after_one']} after one"
         )
+    if again[-1]:
+        lines.append(f"  after no kill: {again[-1]}")
     if len(begun) != num_chunks:
         raise RuntimeError(f"{len(begun):,} chunks were begun, of {num_chunks:,}")
     if total > len(kills):
