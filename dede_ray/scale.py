@@ -66,7 +66,7 @@ class Measured:
     ledger_files: int
     manifest_bytes: int
     driver_peak_bytes: int
-    """Resident memory of the driver, at most."""
+    """Resident memory of the driver, at most; shared pages, those of the object store, are nobody's."""
     workers_growth: float
     """Of the actors: resident memory over the last quarter of the pass, divided by that over the second, at most."""
     decider_peak_bytes: int
@@ -118,9 +118,9 @@ def _write_one(images: list[Sample], path: Path, first: int, num: int) -> None:
 
 def _run(config: ScaleConfig, output: Path, num: int) -> Measured:
     """One run of the job in a process of its own, watched; a finished one is used again."""
-    record = output / f"measured-{num}.json"
+    record, watched = output / f"measured-{num}.json", output / f"memory-{num}.json"
     if record.is_file():
-        return Measured(**read_json(record, "record of a run"))
+        return Measured(**{**read_json(record, "record of a run"), **_peaks(read_json(watched, "what was watched"))})
     folder = output / f"scores-{num}"
     last = -(-num // config.samples_per_shard) - 1
     settings: dict[str, Any] = {
@@ -155,12 +155,10 @@ def _run(config: ScaleConfig, output: Path, num: int) -> Measured:
         ledger_bytes=sum(path.stat().st_size for path in parts),
         ledger_files=len(parts),
         manifest_bytes=sum(path.stat().st_size for path in files),
-        driver_peak_bytes=max(memory["driver"]),
-        workers_growth=_growth(memory),
-        decider_peak_bytes=max((max(seen) for name, seen in memory.items() if "_Deciding" in name), default=0),
+        **_peaks(memory),
     )
+    write_json(watched, memory)
     write_json(record, asdict(measured))
-    write_json(output / f"memory-{num}.json", memory)
     return measured
 
 
@@ -193,14 +191,19 @@ def _shared(process: psutil.Process) -> int:
     return getattr(process.memory_info(), "shared", 0)
 
 
-def _growth(memory: dict[str, list[int]]) -> float:
-    """The last quarter of an actor's life beside the second, at most; 0 where no actor lived long enough."""
+def _peaks(memory: dict[str, list[int]]) -> dict[str, Any]:
+    """What was watched, in three numbers; 0 where nothing lived long enough."""
     growth = [0.0]
     for name, seen in memory.items():
         if name.startswith("ray::MapWorker") and len(seen) >= 20:
             quarter = len(seen) // 4
             growth.append(sum(seen[-quarter:]) / sum(seen[quarter : 2 * quarter]))
-    return max(growth)
+    deciding = [max(seen) for name, seen in memory.items() if name.startswith("ray::manifest ")]
+    return {
+        "driver_peak_bytes": max(memory["driver"]),
+        "workers_growth": max(growth),
+        "decider_peak_bytes": max(deciding, default=0),
+    }
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -247,8 +250,9 @@ def _told(runs: list[Measured]) -> str:
     lines += ["", f"{last.num_samples:,} samples, as the smaller runs predict them, and as they were:", ""]
     for name, line in model.items():
         value = getattr(last, name)
-        lines.append(f"- {name}: {line.at(last.num_samples):,.0f} predicted, {value:,.0f} measured, ratio "
-                     f"{value / line.at(last.num_samples):.2f}")  # fmt: skip
+        predicted = line.at(last.num_samples)
+        ratio = f", ratio {value / predicted:.2f}" if predicted else ""
+        lines.append(f"- {name}: {predicted:,.0f} predicted, {value:,.0f} measured{ratio}")
     ratio = last.driver_peak_bytes / first.driver_peak_bytes
     lines += [f"- the driver's memory is {ratio:.2f} times that at {first.num_samples:,} samples", ""]
     lines += ["The model, from all but the first run's start:", "", _heading(list(SIZES))]
