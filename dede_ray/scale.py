@@ -243,7 +243,10 @@ def _told(runs: list[Measured]) -> str:
         ("ledger, MB", [f"{run.ledger_bytes / 1e6:,.1f}" for run in runs]),
         ("manifest, MB", [f"{run.manifest_bytes / 1e6:,.1f}" for run in runs]),
         ("driver's memory, MB at most", [f"{run.driver_peak_bytes / 1e6:,.0f}" for run in runs]),
-        ("an actor's memory, end / beginning", [f"{run.workers_growth:.2f}" for run in runs]),
+        (
+            "an actor's memory, end / beginning",
+            [f"{run.workers_growth:.2f}" if run.workers_growth else "–" for run in runs],
+        ),
         ("deciding task's memory, MB at most", [f"{run.decider_peak_bytes / 1e6:,.0f}" for run in runs]),
     ]
     lines += [f"| {name} | {' | '.join(values)} |" for name, values in rows]
@@ -251,8 +254,8 @@ def _told(runs: list[Measured]) -> str:
     for name, line in model.items():
         value = getattr(last, name)
         predicted = line.at(last.num_samples)
-        ratio = f", ratio {value / predicted:.2f}" if predicted else ""
-        lines.append(f"- {name}: {predicted:,.0f} predicted, {value:,.0f} measured{ratio}")
+        beside = f", ratio {value / predicted:.2f}" if predicted else ""
+        lines.append(f"- {name}: {predicted:,.0f} predicted, {value:,.0f} measured{beside}")
     ratio = last.driver_peak_bytes / first.driver_peak_bytes
     lines += [f"- the driver's memory is {ratio:.2f} times that at {first.num_samples:,} samples", ""]
     lines += ["The model, from all but the first run's start:", "", _heading(list(SIZES))]
