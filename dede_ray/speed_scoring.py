@@ -27,9 +27,10 @@ from dede_ray.baseline import photographs
 from dede_ray.config import Config, read_json
 from dede_ray.decoder import PRESETS, DecoderShape, MaskedDecoder, save_decoder
 from dede_ray.detectors.dede import DeDe
-from dede_ray.embedding import Encoding
+from dede_ray.embedding import Encoding, count_samples
+from dede_ray.ledger import KeyedShare
 from dede_ray.passing import PassResources, run_pass, stage_shares
-from dede_ray.scoring import ScoreWork
+from dede_ray.scoring import NUM_KEPT, ScoreWork
 from dede_ray.shards import Limits, Sample, Shard, decode_image, iter_chunks, list_shards, sample_id, write_shards
 from dede_ray.sources import Digits
 from dede_ray.victims import OpenClipVictim, load_victim
@@ -134,9 +135,10 @@ def _made_up(folder: Path, config: ScoringSpeed, image_px: int, num_cpus: int) -
 def _ours(
     config: ScoringSpeed, shards: list[Shard], arguments: dict[str, Any], image_px: int, output: Path, num_actors: int
 ) -> tuple[float, str]:
-    """The pass from the first part of the last actor to begin to the last part of all."""
+    """The whole pass, as the score job does it: from when all actors have begun to the last part of all."""
+    keep = KeyedShare(min(1.0, NUM_KEPT / max(1, count_samples(shards))), 0)
     run_pass(
-        shards, output, ScoreWork, arguments, image_size=image_px, made_with={}, chunk_size=config.chunk_size,
+        shards, output, ScoreWork, {**arguments, "keep": keep}, image_size=image_px, made_with={}, chunk_size=config.chunk_size,
         limits=Limits(), resources=PassResources(min_actors=num_actors, threads_per_actor=1), max_error_fraction=0.0,
         name=f"{num_actors} actors",
     )  # fmt: skip
