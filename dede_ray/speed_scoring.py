@@ -138,8 +138,8 @@ def _ours(
     """The whole pass, as the score job does it: from when all actors have begun to the last part of all."""
     keep = KeyedShare(min(1.0, NUM_KEPT / max(1, count_samples(shards))), 0)
     run_pass(
-        shards, output, ScoreWork, {**arguments, "keep": keep}, image_size=image_px, made_with={}, chunk_size=config.chunk_size,
-        limits=Limits(), resources=PassResources(min_actors=num_actors, threads_per_actor=1), max_error_fraction=0.0,
+        shards, output, ScoreWork, {**arguments, "keep": keep}, image_size=image_px, made_with={},
+        chunk_size=config.chunk_size, limits=Limits(), resources=PassResources(min_actors=num_actors, threads_per_actor=1), max_error_fraction=0.0,
         name=f"{num_actors} actors",
     )  # fmt: skip
     times = np.sort([path.stat().st_mtime for path in output.glob("parts/*/*.parquet")])
