@@ -139,8 +139,8 @@ def _ours(
     keep = KeyedShare(min(1.0, NUM_KEPT / max(1, count_samples(shards))), 0)
     run_pass(
         shards, output, ScoreWork, {**arguments, "keep": keep}, image_size=image_px, made_with={},
-        chunk_size=config.chunk_size, limits=Limits(), resources=PassResources(min_actors=num_actors, threads_per_actor=1), max_error_fraction=0.0,
-        name=f"{num_actors} actors",
+        chunk_size=config.chunk_size, limits=Limits(), max_error_fraction=0.0, name=f"{num_actors} actors",
+        resources=PassResources(min_actors=num_actors, threads_per_actor=1),
     )  # fmt: skip
     times = np.sort([path.stat().st_mtime for path in output.glob("parts/*/*.parquet")])
     skip = min(2 * num_actors, len(times) // 4)  # while actors still start
