@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pyarrow import fs
 
@@ -32,14 +32,16 @@ class StoreError(OSError):
 @functools.lru_cache(maxsize=64)
 def _filesystem(scheme: str, host: str, query: str) -> fs.FileSystem:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if scheme == "s3" and not query:
+    if scheme == "s3":
         # Delayed opening puts a small object in one request; without it an object that was begun and not finished
         # would be committed as far as it got when its stream is let go of.
         options: dict[str, Any] = {"allow_delayed_open": True, "retry_strategy": fs.AwsStandardS3RetryStrategy(8)}
         if endpoint:
             parts = urlsplit(endpoint)
             options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
-        elif "AWS_REGION" not in os.environ and "AWS_DEFAULT_REGION" not in os.environ:
+        options |= dict(parse_qsl(query))  # as in pyarrow's URIs: region, endpoint_override, scheme
+        told = {"endpoint_override", "region"} & options.keys()
+        if not told | ({"AWS_REGION", "AWS_DEFAULT_REGION"} & os.environ.keys()):
             options["region"] = fs.resolve_s3_region(host)
         return fs.S3FileSystem(**options)
     return fs.FileSystem.from_uri(f"{scheme}://{host}/{'?' + query if query else ''}")[0]
@@ -56,7 +58,7 @@ def filesystem_of(where: Named) -> tuple[fs.FileSystem, str]:
     parts = urlsplit(url := str(where))
     try:
         return _filesystem(parts.scheme, parts.netloc, parts.query), f"{parts.netloc}{parts.path}".rstrip("/")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise StoreError(f"{url}: {error}") from None
 
 
@@ -106,12 +108,6 @@ class ObjectPath:
 
     def with_suffix(self, suffix: str) -> ObjectPath:
         return self.with_name(self.stem + suffix)
-
-    def absolute(self) -> ObjectPath:
-        return self
-
-    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing to do: folders are no objects."""
 
     def _info(self) -> fs.FileInfo:
         return self._listed or self._ask(lambda store, name: store.get_file_info([name])[0])
@@ -220,7 +216,11 @@ def local_copy(where: Named) -> Path:
     if isinstance(path, Path) or not path.is_file():
         return Path(str(path))
     key = hashlib.sha256(f"{path}, {path.version()}".encode()).hexdigest()[:24]
-    copy = Path(tempfile.gettempdir()) / f"dede_ray-{os.getuid()}" / f"{key}-{path.name}"
+    folder = Path(tempfile.gettempdir()) / f"dede_ray-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise StoreError(f"{folder} belongs to somebody else, who could exchange what is copied there; set TMPDIR")
+    copy = folder / f"{key}-{path.name}"
     if not copy.is_file():
         write_atomically(copy, path.read_bytes())
     return copy

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -76,6 +78,17 @@ def test_a_place_travels_and_says_its_name():
     assert place(str(there)) == there
     assert place("file:///tmp/x") == Path("/tmp/x")
     assert not is_url(Path("a/b"))
+
+
+def test_a_store_may_be_named_in_the_url(s3, monkeypatch):
+    server = urlsplit(os.environ["AWS_ENDPOINT_URL"])
+    write_atomically("s3://bucket/named/a.txt", "here")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    there = place(f"s3://bucket/named?endpoint_override={server.netloc}&scheme={server.scheme}")
+    assert (there / "a.txt").read_text() == "here"
+    assert [path.name for path in there.iterdir()] == ["a.txt"]
+    with pytest.raises(StoreError, match="colour"):
+        (place("s3://bucket/named?colour=red") / "a.txt").read_text()
 
 
 def test_a_store_that_refuses_says_what_it_was_asked_for(s3):
