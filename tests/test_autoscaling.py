@@ -102,7 +102,7 @@ def test_a_cluster_that_has_nothing_yet_but_grows_is_asked_all_the_same():
     asked = PassResources(max_actors=8, gpus_per_actor=1, cpus_per_actor=4).on({"memory": 1e9})
     assert (asked.min_actors, asked.max_actors, asked.gpus_per_actor, asked.cpus_per_actor) == (1, 8, 1, 4)
     asked = PassResources().on({})
-    assert (asked.min_actors, asked.max_actors, asked.cpus_per_actor) == (1, 1, 1)
+    assert (asked.min_actors, asked.max_actors, asked.cpus_per_actor) == (1, 1, 0.75)
 
 
 def test_a_cluster_that_grows_begins_with_what_it_has_and_no_more_than_was_allowed():

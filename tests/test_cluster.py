@@ -242,10 +242,11 @@ def train_config() -> TrainConfig:
 
 
 def test_an_actor_and_a_training_worker_fit_on_every_gpu_machine_and_a_reader_on_every_machine():
-    score, train = score_config().resources, train_config()
-    readers = max(score.decode_cpus, train.embedding.decode_cpus, train.workers.read_cpus)
-    cpus = max(score.cpus_per_actor, train.embedding.cpus_per_actor, train.workers.cpus_per_worker)
-    gpus = max(score.gpus_per_actor, train.embedding.gpus_per_actor, train.workers.gpus_per_worker)
+    train = train_config()
+    score, embedding = score_config().resources.on({}), train.embedding.on({})
+    readers = max(score.decode_cpus, embedding.decode_cpus, train.workers.read_cpus)
+    cpus = max(score.cpus_per_actor, embedding.cpus_per_actor, train.workers.cpus_per_worker)
+    gpus = max(score.gpus_per_actor, embedding.gpus_per_actor, train.workers.gpus_per_worker)
     for name, shape in worker_shapes().items():
         assert shape["CPU"] >= readers, name
         if "GPU" in shape:
