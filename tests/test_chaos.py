@@ -64,6 +64,7 @@ def objects(folder) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_on_a_store_goes_on_there_to_the_same_bytes(
     s3, write_pictures, victim_folder, decoder_folder, tmp_path
 ):
