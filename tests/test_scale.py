@@ -25,6 +25,6 @@ def test_a_table_of_three_small_runs_is_made_of_what_they_wrote(clip_config, tmp
         output=str(tmp_path), num_samples=[100, 200, 400], samples_per_shard=100, chunk_size=20, model=str(clip_config)
     )
     told = scale(config)
-    assert "| ledger, files | 7 | 13 | 25 |" in told  # pass.json, timing.json, and for each shard 5 parts, 1 end marker
-    assert "ledger_files: 25 predicted, 25 measured, ratio 1.00" in told
+    assert "| ledger, files | 8 | 14 | 26 |" in told  # pass.json, timing.json, and for each shard 5 parts, 1 end marker
+    assert "ledger_files: 26 predicted, 26 measured, ratio 1.00" in told
     assert scale(config) == told
