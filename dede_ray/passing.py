@@ -267,7 +267,7 @@ def _stream(
             ).map_batches(
                 actor.func,
                 fn_constructor_args=actor.args,
-                batch_size=None,
+                batch_size=1 if pool.gpus_per_actor else None,  # Ray wants to be told one beside a GPU
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
                 max_restarts=-1,
