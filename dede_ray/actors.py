@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -76,9 +76,6 @@ class Receipt:
     failure: str | None = None
     """An exception, packed."""
 
-    def as_table(self) -> pa.Table:
-        return pa.table({"receipt": [json.dumps(asdict(self))]})
-
 
 class _Actor:
     """What actors have in common: where their time goes, counters, and receipts in the place of exceptions."""
@@ -98,9 +95,8 @@ class _Actor:
             self.broken = packed(error)
         self.laps.mark("start")
 
-    def _told(self, receipts: Iterable[Receipt]) -> pa.Table:
+    def _told(self, receipts: list[Receipt]) -> pa.Table:
         """What goes back to the driver, with the seconds since it was told last."""
-        receipts = list(receipts)
         for receipt in receipts:
             self.counters.count(receipt.num_samples, receipt.errors)
         if receipts:

@@ -80,8 +80,7 @@ class _Careful:
     def _lethal(self, number: int) -> list[int]:
         """Places within a chunk of the samples that twice ended the process that had nothing else to do."""
         lethal: list[int] = []
-        suspected = first = 0
-        is_suspected = False
+        suspected, first = -1, 0
         while True:
             for survived in self._survived(number, first, lethal):
                 if survived < 0:
@@ -89,9 +88,9 @@ class _Careful:
                 first = survived + 1
             if first in lethal:
                 raise RuntimeError(f"chunk {number} of {self.shard.url}: processes die before they touch a sample")
-            if is_suspected and first == suspected:
+            if first == suspected:
                 lethal.append(first)
-            is_suspected, suspected = True, first
+            suspected = first
 
     def _survived(self, number: int, first: int, lethal: list[int]) -> Iterator[int]:
         """The places that were survived, then -1 if it was the last."""

@@ -110,8 +110,7 @@ def read_part(folder: Named, shard_name: str, number: int, columns: list[str] | 
     """The rows of one chunk."""
     path = part_path(folder, shard_name, number)
     try:
-        with path.open("rb") as stream:
-            table = pq.read_table(stream, columns=columns)
+        table = read_parquet(path, columns)
         if columns is not None and table.column_names != columns:
             raise ValueError(f"it lacks some of the columns {', '.join(columns)}")
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -183,12 +182,20 @@ def standing_chunks(folder: Place, shard: Shard) -> set[int]:
     return {int(path.stem) for path in (folder / "parts" / shard.name).glob("[0-9]*.parquet")}
 
 
-def is_done(folder: Place, shard: Shard) -> bool:
-    """Whether all chunks of a shard stand."""
+def unfinished(folder: Place, shards: Iterable[Shard]) -> dict[Shard, set[int]]:
+    """Shards that lack something, with the chunks of them that stand."""
+    shards = list(shards)
+    standing = zip(shards, at_once(folder, lambda shard: _standing_unless_done(folder, shard), shards), strict=True)
+    return {shard: chunks for shard, chunks in standing if chunks is not None}
+
+
+def _standing_unless_done(folder: Place, shard: Shard) -> set[int] | None:
+    """The chunks of a shard that stand; None if all do."""
+    standing = standing_chunks(folder, shard)
     if not end_path(folder, shard.name).is_file():
-        return False
-    num_chunks, standing = read_end(folder, shard.name).num_chunks, standing_chunks(folder, shard)
-    return len(standing) >= num_chunks and standing >= set(range(num_chunks))
+        return standing
+    num_chunks = read_end(folder, shard.name).num_chunks
+    return None if len(standing) >= num_chunks and standing >= set(range(num_chunks)) else standing
 
 
 def summarise(shards: list[Shard], folder: Place, max_error_fraction: float, name: str) -> PassSummary:
@@ -214,6 +221,12 @@ def too_many_errors(errors: dict[str, int], num_samples: int, allowed: float, na
         f"{name}: {sum(errors.values()):,} of {num_samples:,} samples cannot be used ({counts}), more than "
         f"max_error_fraction {allowed:g} allows; check the shards, or raise it"
     )
+
+
+def read_parquet(path: Place, columns: list[str] | None = None) -> pa.Table:
+    """Read a table from wherever it is."""
+    with path.open("rb") as stream:
+        return pq.read_table(stream, columns=columns)
 
 
 def write_parquet(table: pa.Table, path: Named) -> None:

@@ -18,11 +18,10 @@ from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
 from dede_ray.config import Mistake, explain, read_json, write_atomically, write_json
-from dede_ray.ledger import at_once, write_parquet
+from dede_ray.ledger import at_once, read_parquet, write_parquet
 from dede_ray.store import Named, Place, place
 
 DECISION_COLUMNS = (
@@ -57,7 +56,7 @@ class Manifest:
         kinds = {name: pa.float32() for name in self.score_columns}
         kinds |= {"sample_id": pa.string(), "flagged": pa.bool_(), "error": pa.string()}
         try:
-            table = pa.concat_tables(at_once(self.folder, _read_rows, paths))
+            table = pa.concat_tables(at_once(self.folder, read_parquet, paths))
             for name, kind in kinds.items():
                 if table.column(name).type != kind:
                     raise ValueError(f"column {name} is of type {table.column(name).type}, not {kind}")
@@ -84,11 +83,6 @@ class Manifest:
             f"{counts['flagged']:,} of {counts['scored']:,} samples flagged by {decision['score']} "
             f"({decision['rule']}); {unreadable:,} unreadable{cut} -> {self.folder}\n{decision['message']}"
         )
-
-
-def _read_rows(path: Place) -> pa.Table:
-    with path.open("rb") as stream:
-        return pq.read_table(stream)
 
 
 def write_manifest(folder: Place, shards: Iterable[tuple[str, pa.Table]], info: dict[str, Any]) -> Manifest:

@@ -19,8 +19,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -38,11 +37,11 @@ from dede_ray.ledger import (
     Select,
     claim_parts,
     end_path,
-    is_done,
     read_end,
     standing_chunks,
     summarise,
     too_many_errors,
+    unfinished,
 )
 from dede_ray.readers import TRIES, ChunkSource, Reading
 from dede_ray.shards import Limits, Shard
@@ -152,26 +151,25 @@ def run_pass(
     made_with = {**made_with, "chunk_size": chunk_size, "limits": limits.model_dump(), "image_size": image_size}
     claim_parts(folder, made_with, shards)
     reading = Reading(folder, image_size, chunk_size, limits, select)
-    todo = _unfinished(folder, shards)
+    todo = unfinished(folder, shards)
     if todo:
         skipped = len(shards) - len(todo)
         if skipped or any(todo.values()):
             logger.info("%s: continuing; %d of %d shards stand", name, skipped, len(shards))
         pool = resources.on(ray.cluster_resources())
-        by_name = {shard.name: shard for shard in shards}
-        open_shards = [by_name[shard] for shard in todo]
-        watch = _Watch(name, len(open_shards), max_error_fraction, place(folder) / "timing.json")
+        watch = _Watch(name, len(todo), max_error_fraction, folder / "timing.json")
         actor = partial(Worker, folder, work, work_arguments, pool.threads_per_actor or 1, name)
         try:
-            watch.follow(_stream(open_shards, todo, reading, actor, pool))
-            left = {by_name[shard]: standing for shard, standing in _unfinished(folder, open_shards).items()}
+            watch.follow(_stream(todo, reading, actor, pool))
+            left = unfinished(folder, todo)
             if left:
                 watch.follow(one_by_one(left, reading, actor, pool.of_actor(), pool.min_actors or 1, name))
+                left = unfinished(folder, left)
         finally:
             watch.tell()
-        unfinished = [shard.name for shard in open_shards if not is_done(folder, shard)]
-        if unfinished:
-            raise RuntimeError(f"{name}: chunks are missing in {unfinished[:5]}; run the same command again")
+        if left:
+            lacking = [shard.name for shard in left][:5]
+            raise RuntimeError(f"{name}: chunks are missing in {lacking}; run the same command again")
     return summarise(shards, folder, max_error_fraction, name)
 
 
@@ -199,14 +197,12 @@ def run_over_parts(
     """
     folder = place(folder)
     claim_parts(folder, made_with, shards)
-    unfinished = [shard.name for shard in shards if not is_done(source, shard)]
-    if unfinished:
-        raise Mistake(f"{source} is not finished: {unfinished[0]} lacks parts; run the job that wrote it again")
+    for shard in unfinished(source, shards):
+        raise Mistake(f"{source} is not finished: {shard.name} lacks parts; run the job that wrote it again")
     todo = [
         {"shard": shard.name, "number": number}
-        for shard in shards
-        if not is_done(folder, shard)
-        for number in sorted(standing_chunks(source, shard) - standing_chunks(folder, shard))
+        for shard, standing in unfinished(folder, shards).items()
+        for number in sorted(standing_chunks(source, shard) - standing)
     ]
     if todo:
         pool = resources.on(ray.cluster_resources())
@@ -226,30 +222,18 @@ def run_over_parts(
     return summarise(shards, folder, max_error_fraction, name)
 
 
-def _unfinished(folder: Place, shards: Sequence[Shard]) -> dict[str, set[int]]:
-    """Shards that lack something, with the chunks that stand; stores are asked for many at once."""
-
-    def look(shard: Shard) -> set[int] | None:
-        return None if is_done(folder, shard) else standing_chunks(folder, shard)
-
-    with ThreadPoolExecutor(16) as threads:
-        found = zip(shards, threads.map(look, shards), strict=True)
-        return {shard.name: standing for shard, standing in found if standing is not None}
-
-
 # ------------------------------------------------------------------------------------------------ the stream
 
 
 def _stream(
-    shards: list[Shard],
-    todo: dict[str, set[int]],
+    todo: dict[Shard, set[int]],
     reading: Reading,
     actor: partial[Worker],
     pool: PassResources,
 ) -> Iterator[Receipt]:
     """Read, decode and work, overlapping. Chunks that keep ending the processes that touch them are left out."""
-    readers = max(1, math.ceil(2 * ray.cluster_resources().get("CPU", 1) / len(shards)))
-    source = ChunkSource(shards, todo, reading, readers if readers > 2 else 1)
+    readers = max(1, math.ceil(2 * ray.cluster_resources().get("CPU", 1) / len(todo)))
+    source = ChunkSource(todo, reading, readers if readers > 2 else 1)
     context = ray.data.DataContext.get_current()
     kept = context.target_max_block_size, context.max_errored_blocks
     # Chunks leave a shard's read task as soon as there are a few, not when the shard is through.
@@ -331,7 +315,7 @@ READER_STAGES = ("read", "decode")
 
 
 def stage_shares(seconds: Mapping[str, float]) -> str:
-    """`actors: encode 61 %, score 30 %, ...; readers: decode 80 %, read 20 %, 0.4 as busy`, of their time each."""
+    """`actors: encode 61 %, score 30 %, ...; readers: decode 80 %, read 20 %, 0.4 s ...`, of their time each."""
     parts = []
     spent = {who: {s: t for s, t in seconds.items() if (s in READER_STAGES) == (who == "readers") and s != "start"}
              for who in ("actors", "readers")}  # fmt: skip

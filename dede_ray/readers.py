@@ -94,10 +94,10 @@ class ChunkSource(Datasource):
     One row, one chunk: Ray Data may merge and split blocks, never a row, so a chunk stays whole through every stage.
     """
 
-    def __init__(self, shards: list[Shard], todo: dict[str, set[int]], reading: Reading, readers_per_shard: int):
+    def __init__(self, todo: dict[Shard, set[int]], reading: Reading, readers_per_shard: int):
         super().__init__()
         shares = [Share(number, readers_per_shard) for number in range(readers_per_shard)]
-        self._arguments = [(shard, todo[shard.name], reading, share) for shard in shards for share in shares]
+        self._arguments = [(shard, standing, reading, share) for shard, standing in todo.items() for share in shares]
 
     def __len__(self) -> int:
         return len(self._arguments)

@@ -41,13 +41,12 @@ from typing import IO, Annotated, Any, Literal, NamedTuple, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 from pydantic import Field
 
 from dede_ray.config import Config, Mistake, claim, finish, parse_json, read_json, write_atomically, write_json
 from dede_ray.decisions import AssumedPoisonRate, FixedThreshold
-from dede_ray.ledger import write_parquet
+from dede_ray.ledger import read_parquet, write_parquet
 from dede_ray.manifest import Manifest, read_manifest
 from dede_ray.shards import (
     IMAGE_SUFFIXES,
@@ -303,8 +302,7 @@ def sift_shard(shard: Shard, rows_path: Place, places: list[int], limits: Limits
         config: of the job.
     """
     output = Path(config.output).absolute()
-    with rows_path.open("rb") as stream:
-        rows = pq.read_table(stream, columns=["sample_id", "index", "content_hash"])
+    rows = read_parquet(rows_path, ["sample_id", "index", "content_hash"])
     judge = _Judge(shard, rows.sort_by("index"), frozenset(places), limits, config.verify)
     is_empty = len(judge.dropped) == rows.num_rows
     path = None if config.lists_only or is_empty else output / shard.name

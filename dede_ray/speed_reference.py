@@ -35,7 +35,7 @@ import time
 import types
 from argparse import Namespace
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +60,7 @@ from dede_ray.passing import PassResources, run_pass
 from dede_ray.scoring import NUM_KEPT, ScoreWork
 from dede_ray.shards import Limits, Sample, decode_image, encode_image, iter_samples, list_shards, open_shard
 from dede_ray.shards import write_shards as write_samples
+from dede_ray.utilisation import counted, flop_per_sample
 from dede_ray.victims import EncoderVictim, load_victim
 
 logger = logging.getLogger(__name__)
@@ -244,27 +245,14 @@ def _shown(ratios: Sequence[float]) -> str:
 
 
 def _flop(way: Way) -> float:
-    """GFLOP of one image's training step of ours, the victim left out, counted on small batches."""
-    preset = PRESETS[way.preset]
-    objective = reconstruction(preset, IMAGE_PX, Spread(1.0, np.zeros(512, np.float32), np.ones(512, np.float32)), "")
-    batch = {
-        "image": torch.zeros(2, IMAGE_PX, IMAGE_PX, 3, dtype=torch.uint8),
-        "embedding": torch.randn(2, 512),
-        "key": torch.arange(2),
+    """GFLOP of one image's training step of ours, the victim left out."""
+    spread = Spread(1.0, np.zeros(512, np.float32), np.ones(512, np.float32))
+    batch: dict[str, np.ndarray] = {
+        "image": np.zeros((0, IMAGE_PX, IMAGE_PX, 3), np.uint8),
+        "embedding": np.zeros((0, 512), np.float32),
+        "key": np.zeros(0, np.int64),
     }
-    with _counted() as counter:
-        objective(batch)[0].backward()
-    return counter.get_total_flops() / 2 / 1e9
-
-
-@contextmanager
-def _counted() -> Iterator[Any]:
-    """Counts floating-point operations; the plain attention, because the counter does not know every fused one."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        yield counter
+    return flop_per_sample(lambda: reconstruction(PRESETS[way.preset], IMAGE_PX, spread, ""), batch) / 1e9
 
 
 # ------------------------------------------------------------------------------------------------ images and victim
@@ -625,7 +613,7 @@ def _train_released(task: _Task, released: Any) -> dict[str, float]:
         released.train_decoder(victim, model, clocked, optimizer, args)
         found[f"{name}rate"], found[f"{name}core_rate"] = clocked.rates(task.skipped, task.batch_size)
         pair = torch.stack([data[0][0], data[1][0]])
-        with _counted() as counter:
+        with counted() as counter:
             released.train_decoder(victim, model, [(pair,)], optimizer, args)
         found[f"{name}gflop"] = counter.get_total_flops() / 2 / 1e9
     return found
@@ -656,7 +644,7 @@ def _score_released(task: _Task, released: Any) -> dict[str, float]:
         found[name] = max(found[f"{name}_128"], found[f"{name}_32"])
     pair = torch.stack([data[0][0], data[1][0]])
     released.utils.DataLoader = lambda data, **_: [(pair,)]
-    with _counted() as counter:
+    with counted() as counter:
         released.utils.MAE_error(victim, model, data)
     found["gflop"] = counter.get_total_flops() / 2 / 1e9
     return found

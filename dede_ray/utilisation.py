@@ -8,7 +8,8 @@ rate, are the utilisation that metrics.jsonl reports.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,6 @@ def flop_per_sample(build: Callable[[], nn.Module], batch: dict[str, np.ndarray]
 
 
 def _count(objective: Any, batch: dict[str, np.ndarray], device: str, num: int = 2) -> float:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
     for module in objective.modules():
         if hasattr(module, "grad_checkpointing"):
             module.grad_checkpointing = False
@@ -42,12 +40,21 @@ def _count(objective: Any, batch: dict[str, np.ndarray], device: str, num: int =
         name: torch.from_numpy(np.zeros((num, *column.shape[1:]), column.dtype)).to(device)
         for name, column in batch.items()
     }
-    # The counter knows the plain attention on every device, the fused kernels on some; and it sees no compiled code.
-    eager, plain = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)
-    with eager, plain, FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), counted() as counter:  # it sees no compiled code
         loss, _ = objective(rows)
         loss.backward()
     return counter.get_total_flops() / num
+
+
+@contextmanager
+def counted() -> Iterator[Any]:
+    """Counts floating-point operations; of the plain attention, as the counter knows the fused kernels on some devices
+    only."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
 
 
 def matmul_rate(device: torch.device | str, precision: str, limit_s: float = 0.3) -> float:
