@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, ValidationError, field_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import pad, relu
+from torch.nn.functional import conv2d, pad, relu
 
 from dede_ray.config import Config, Mistake, explain, read_json, write_json
 from dede_ray.vision_libraries import open_clip, timm
@@ -29,6 +29,8 @@ BasicBlock: Any = timm.models.resnet.BasicBlock
 Bottleneck: Any = timm.models.resnet.Bottleneck
 downsample_conv = timm.models.resnet.downsample_conv
 WEIGHTS_FILE, DESCRIPTION_FILE = "encoder.safetensors", "encoder.json"
+NARROW = 16
+"""Channels of the largest block that oneDNN computes at once (AVX-512; AVX2 has 8)."""
 
 # ------------------------------------------------------------------------------------------- architectures
 
@@ -176,6 +178,8 @@ class _ResNet(nn.Module):
                 out = planes * block.expansion
                 changes = stride != 1 or channels != out
                 shortcut = downsample_conv(channels, out, kernel_size=1, stride=stride) if changes else None
+                if shortcut is not None and stride > 1 and channels < NARROW:
+                    shortcut[0] = _PickThenMix(channels, out, 1, stride, bias=False)
                 blocks.append(block(channels, planes, stride, shortcut))
                 channels = out
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
@@ -186,6 +190,18 @@ class _ResNet(nn.Module):
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x_BCHW = stage(x_BCHW)
         return x_BCHW.mean(dim=(2, 3))
+
+
+class _PickThenMix(nn.Conv2d):
+    """A 1x1 convolution that takes every `stride`th pixel first and mixes channels then: the same function.
+
+    oneDNN's weight gradient of a strided 1x1 convolution writes past its buffer where the pixels are stored channels
+    last and the channels are fewer than one block: wrong gradients, or a process that dies (oneDNN issue 6035).
+    """
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        step = self.stride[0]
+        return conv2d(x_BCHW[:, :, ::step, ::step], self.weight)
 
 
 class _CifarResNet(nn.Module):
