@@ -8,7 +8,7 @@ BIN := .venv/bin
 .PHONY: demo test test-all lint bench chaos clean
 
 demo: .venv/installed
-	$(BIN)/python jobs/demo.py configs/demo_digits.yaml
+	$(BIN)/dede-ray demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow and not gpu"
@@ -17,13 +17,13 @@ test-all: .venv/installed
 	$(BIN)/python -m pytest
 
 lint: .venv/installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 bench: .venv/installed
-	$(BIN)/python jobs/speed.py configs/speed.yaml
+	$(BIN)/python -m tests.benchmarks.speed tests/benchmarks/speed.yaml
 
 chaos: .venv/installed
-	$(BIN)/python jobs/chaos.py configs/chaos.yaml
+	$(BIN)/python -m tests.benchmarks.chaos
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 found; install one, or: make PYTHON=/path/to/python"; exit 2; }

@@ -1,3 +1,3 @@
 """dede_ray: which samples of an image(-text) corpus are poisoned, how sure we are, and why."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

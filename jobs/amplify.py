@@ -1,17 +1,9 @@
 """Look in the whole corpus for what the surest samples of a manifest have in common, and write a manifest of it.
 
-python jobs/amplify.py configs/amplify_digits.yaml
+python jobs/amplify.py configs/digits/amplify.yaml
 """
 
-from dede_ray.amplification import AmplifyConfig, amplify_manifest
-from dede_ray.config import main
-from dede_ray.session import start_ray
-
-
-def job(config: AmplifyConfig) -> str:
-    start_ray(config)
-    return amplify_manifest(config)
-
+from dede_ray.runtime.cli import main
 
 if __name__ == "__main__":
-    main(AmplifyConfig, job)
+    main("amplify")

@@ -1,20 +1,9 @@
 """Turn a source of images into captioned WebDataset shards.
 
-python jobs/ingest.py configs/ingest_digits.yaml
+python jobs/ingest.py configs/digits/ingest.yaml
 """
 
-from dede_ray.config import main
-from dede_ray.ingest import IngestConfig, ingest
-from dede_ray.session import check_output, start_ray
-
-
-def job(config: IngestConfig) -> str:
-    if config.workers != 1:
-        start_ray(config)
-    else:
-        check_output(config)
-    return ingest(config)
-
+from dede_ray.runtime.cli import main
 
 if __name__ == "__main__":
-    main(IngestConfig, job)
+    main("ingest")

@@ -1,10 +1,9 @@
 """Measure what a victim does, clean accuracy and attack success rate beside its honest twin; writes victim.json.
 
-python jobs/measure.py configs/measure_cifar10.yaml
+python jobs/measure.py configs/cifar10/measure_encoder.yaml
 """
 
-from dede_ray.activation import MeasureConfig, measure_victim
-from dede_ray.config import main
+from dede_ray.runtime.cli import main
 
 if __name__ == "__main__":
-    main(MeasureConfig, measure_victim)
+    main("measure")

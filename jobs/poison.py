@@ -1,17 +1,9 @@
 """Stamp a trigger into a part of clean shards, and write down into which.
 
-python jobs/poison.py configs/poison_digits.yaml --rate 0.01
+python jobs/poison.py configs/digits/poison.yaml --rate 0.01
 """
 
-from dede_ray.attacks.poison import PoisonConfig, poison
-from dede_ray.config import main
-from dede_ray.session import start_ray
-
-
-def job(config: PoisonConfig) -> str:
-    start_ray(config)
-    return poison(config)
-
+from dede_ray.runtime.cli import main
 
 if __name__ == "__main__":
-    main(PoisonConfig, job)
+    main("poison")

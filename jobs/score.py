@@ -1,22 +1,11 @@
 """Score shards and write the manifest of suspected samples.
 
-python jobs/score.py configs/score_digits.yaml --decision.q 0.05
+python jobs/score.py configs/digits/score.yaml --decision.q 0.05
 
-With a demo_*.yaml it runs its part of that demo, whatever comes before it included; without a config, of the smallest.
+Given the config of a demo it runs that demo up to here; without a config, the smallest one.
 """
 
-from functools import partial
-
-from dede_ray.config import main
-from dede_ray.pipeline import run_up_to
-from dede_ray.scoring import ScoreConfig, score
-from dede_ray.session import start_ray
-
-
-def job(config: ScoreConfig) -> str:
-    start_ray(config)
-    return score(config).summary()
-
+from dede_ray.runtime.cli import main
 
 if __name__ == "__main__":
-    main(ScoreConfig, job, in_demo=partial(run_up_to, "score"))
+    main("score")

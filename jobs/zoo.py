@@ -1,10 +1,9 @@
 """Make a zoo of victims: every attack, each victim with its honest twin and proof that its backdoor works.
 
-python jobs/zoo.py configs/zoo_cifar10.yaml
+python jobs/zoo.py configs/cifar10/zoo.yaml
 """
 
-from dede_ray.config import main
-from dede_ray.zoo import ZooConfig, build_zoo
+from dede_ray.runtime.cli import main
 
 if __name__ == "__main__":
-    main(ZooConfig, build_zoo)
+    main("zoo")

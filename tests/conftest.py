@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.update(  # before numpy, torch and ray read them; Ray's workers inherit them
     OMP_NUM_THREADS="1",
     PYTHONPATH=os.pathsep.join(
-        [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+        [str(Path(__file__).parents[1]), str(Path(__file__).parent / "fixtures")]
     ),  # this checkout, in any cwd
     RAY_AUTH_MODE="disabled",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
@@ -31,10 +31,11 @@ os.environ.update(  # before numpy, torch and ray read them; Ray's workers inher
 import numpy as np
 import pytest
 
-from dede_ray.shards import Sample, encode_image, write_shards
+from dede_ray.data.images import encode_image
+from dede_ray.data.shards import Sample, write_shards
 
 if TYPE_CHECKING:
-    from dede_ray.findings import Scan
+    from dede_ray.evaluation.results import Scan
 
 Members = Iterable[tuple[str, bytes]]
 
@@ -159,7 +160,7 @@ def victim_folder(clip_config: Path) -> Path:
     """That CLIP, exported with random weights."""
     import torch
 
-    from dede_ray.clip import build_clip, model_description, save_clip
+    from dede_ray.models.clip import build_clip, model_description, save_clip
 
     torch.manual_seed(0)
     described = model_description(str(clip_config))
@@ -172,7 +173,7 @@ def reference_folder(clip_config: Path) -> Path:
     """Another CLIP with random weights, of another width and for larger images: somebody else's encoder."""
     import torch
 
-    from dede_ray.clip import build_clip, model_description, save_clip
+    from dede_ray.models.clip import build_clip, model_description, save_clip
 
     model = json.loads(clip_config.read_text())
     model["embed_dim"], model["vision_cfg"]["image_size"] = 12, 64
@@ -189,8 +190,8 @@ def decoder_folder(victim_folder: Path) -> Path:
     """A decoder of one block per side for that victim, exported with random weights, null embedding, reverse head."""
     import torch
 
-    from dede_ray.decoder import DecoderShape, MaskedDecoder, save_decoder
-    from dede_ray.victims import OpenClipVictim, load_victim
+    from dede_ray.models.decoder import DecoderShape, MaskedDecoder, save_decoder
+    from dede_ray.models.victims import OpenClipVictim, load_victim
 
     victim = load_victim(OpenClipVictim(path=str(victim_folder)))
     torch.manual_seed(1)
@@ -225,7 +226,7 @@ def report(world: Path) -> Path:
     """The folder of its evaluation."""
     import evaluation
 
-    from dede_ray.report import evaluate
+    from dede_ray.evaluation.evaluate import evaluate
 
     evaluate(evaluation.config(world))
     return world / "report"
@@ -242,8 +243,8 @@ def scan(world: Path) -> Scan:
     """Its manifests and its truth, joined."""
     import pyarrow.parquet as pq
 
-    from dede_ray.findings import join
-    from dede_ray.manifest import read_manifest
+    from dede_ray.evaluation.results import join
+    from dede_ray.scan.manifest import read_manifest
 
     manifest, honest = read_manifest(world / "victim_scores"), read_manifest(world / "honest_scores")
     return join(manifest, honest, pq.read_table(world / "truth.parquet"), "truth.parquet")

@@ -34,10 +34,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dede_ray.config import Config, Mistake
-from dede_ray.detectors.contract import Batch, DetectorSettings, Scorer, State, as_scores, state_fingerprint
-from dede_ray.encoders import ResNet, build_encoder
-from dede_ray.victims import Victim
+from dede_ray.detectors.contract import DetectorSettings, Scorer, State, as_scores, state_fingerprint
+from dede_ray.models.embedding import Batch
+from dede_ray.models.encoders import ResNet, build_encoder
+from dede_ray.models.victims import Victim
+from dede_ray.runtime.config import Config, Mistake
 
 MIN_BASE = 16
 """Clean samples without which nothing is trained; the publication takes 1,000, its adaptation to CLIP 100."""

@@ -26,20 +26,12 @@ from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dede_ray.config import Config, Mistake
-from dede_ray.decoder import sample_keys
-from dede_ray.detectors.contract import (
-    Batch,
-    DetectorSettings,
-    DrawnFrom,
-    Need,
-    Scorer,
-    State,
-    as_scores,
-    state_fingerprint,
-)
+from dede_ray.data.sampling import sample_keys
+from dede_ray.detectors.contract import DetectorSettings, DrawnFrom, Scorer, State, as_scores, state_fingerprint
 from dede_ray.detectors.density import References
-from dede_ray.victims import Victim
+from dede_ray.models.embedding import Batch, Need
+from dede_ray.models.victims import Victim
+from dede_ray.runtime.config import Config, Mistake
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -22,68 +20,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dede_ray.config import Config, Mistake
-from dede_ray.victims import Victim
-
-Need = Literal["image", "reference", "caption"]
-"""What a detector looks at beside the victim's embedding: the picture, the embedding of an independent encoder that
-the user trusts, the victim's embedding of the caption."""
+from dede_ray.models.embedding import Batch, Need
+from dede_ray.models.victims import Victim
+from dede_ray.runtime.config import Config, Mistake
 
 DrawnFrom = Literal["suspected", "clean"]
 """What a detector is fitted on: the corpus itself, or clean samples."""
 
 State = dict[str, Tensor]
 """What fitting leaves behind; empty where there is nothing to fit."""
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Some samples: decoded once, embedded once. The parts that no detector of the run needs are None.
-
-    A fitting set is a batch without pictures. Rows of `caption_BE` and `reference_caption_BR` are NaN where a sample
-    has no caption.
-    """
-
-    sample_ids: Sequence[str]
-    embedding_BE: Tensor
-    """float32, as the victim gives it: not of length one."""
-    image_BCHW: Tensor | None = None
-    """float32 in [0, 1], at the victim's size."""
-    reference_BR: Tensor | None = None
-    """float32, the reference encoder's embedding of the same pixels."""
-    caption_BE: Tensor | None = None
-    """float32, the victim's text tower."""
-    reference_caption_BR: Tensor | None = None
-    """float32, the reference encoder's text tower, where it has one."""
-
-    def __len__(self) -> int:
-        return len(self.sample_ids)
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding_BE.device
-
-    @property
-    def images(self) -> Tensor:
-        """The pictures, which this detector said it needs."""
-        assert self.image_BCHW is not None, "needs image"
-        return self.image_BCHW
-
-    @property
-    def references(self) -> Tensor:
-        """The reference embeddings, which this detector said it needs."""
-        assert self.reference_BR is not None, "needs reference"
-        return self.reference_BR
-
-    def part(self, rows: Sequence[int]) -> Batch:
-        """Some of the samples, in this order."""
-        index = torch.as_tensor(list(rows), dtype=torch.long)
-        tensors = {
-            field.name: getattr(self, field.name)[index]
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
-        return replace(self, sample_ids=[self.sample_ids[row] for row in index.tolist()], **tensors)
 
 
 class Scorer(Protocol):

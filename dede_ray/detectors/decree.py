@@ -36,14 +36,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dede_ray.attacks.triggers import square
-from dede_ray.clip import to_unit_range
-from dede_ray.config import Config, Mistake, Seeds, claim, finish, read_json, write_atomically, write_json
-from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, State, as_scores, state_fingerprint
-from dede_ray.shards import BadSample, Limits, Shard, encode_image, iter_chunks, list_shards, sample_id
-from dede_ray.sources import draw
-from dede_ray.victims import Victim, VictimConfig, best_device, load_victim
-from dede_ray.weights import read_tensors
+from dede_ray.data.images import encode_image, square, to_unit_range
+from dede_ray.data.sampling import draw
+from dede_ray.data.shards import BadSample, Limits, Shard, iter_chunks, list_shards, sample_id
+from dede_ray.detectors.contract import DetectorSettings, Scorer, State, as_scores, state_fingerprint
+from dede_ray.models.embedding import Batch, Need
+from dede_ray.models.victims import Victim, VictimConfig, best_device, load_victim
+from dede_ray.models.weights import read_tensors
+from dede_ray.runtime.config import Config, Mistake, Seeds, claim, finish, read_json, write_atomically, write_json
+from dede_ray.runtime.session import start_ray
 
 logger = logging.getLogger(__name__)
 
@@ -471,7 +472,7 @@ class DecreeConfig(Config):
 
 
 def run(config: DecreeConfig) -> str:
-    """Invert a stamp for every encoder and seed, as Ray tasks, and judge the encoders; Ray must be running.
+    """Invert a stamp for every encoder and seed, as Ray tasks, and judge the encoders.
 
     An inversion that stands is not made again. Where one encoder cannot be used, the others are through nevertheless.
 
@@ -481,6 +482,7 @@ def run(config: DecreeConfig) -> str:
     Raises:
         Mistake: weights or images that cannot be used, or that are not those of what stands in the output folder.
     """
+    start_ray(config)
     output = Path(config.output).absolute()  # Ray's workers have another working folder
     shards = list_shards(config.shards)
     if done := claim(output, config):

@@ -14,18 +14,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dede_ray.config import Mistake
-from dede_ray.decoder import (
+from dede_ray.data.sampling import sample_keys
+from dede_ray.detectors.contract import DetectorSettings, Scorer, State, as_scores, state_fingerprint
+from dede_ray.models.decoder import (
     MaskedDecoder,
     embedding_error,
     load_decoder,
     num_visible_patches,
     random_mask,
     reconstruction_error,
-    sample_keys,
 )
-from dede_ray.detectors.contract import Batch, DetectorSettings, Need, Scorer, State, as_scores, state_fingerprint
-from dede_ray.victims import Victim, fingerprint
+from dede_ray.models.embedding import Batch, Need
+from dede_ray.models.victims import Victim, fingerprint
+from dede_ray.runtime.config import Mistake
 
 
 class DeDe(DetectorSettings):

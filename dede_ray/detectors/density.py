@@ -19,10 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dede_ray.config import Mistake
-from dede_ray.decoder import sample_keys
-from dede_ray.detectors.contract import Batch, DetectorSettings, DrawnFrom, Scorer, State, as_scores, state_fingerprint
-from dede_ray.victims import Victim
+from dede_ray.data.sampling import sample_keys
+from dede_ray.detectors.contract import DetectorSettings, DrawnFrom, Scorer, State, as_scores, state_fingerprint
+from dede_ray.models.embedding import Batch
+from dede_ray.models.victims import Victim
+from dede_ray.runtime.config import Mistake
 
 EPSILON = 1e-4
 """Added to ratios of distances before the logarithm, as the publication does."""

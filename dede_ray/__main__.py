@@ -1,0 +1,4 @@
+from dede_ray.runtime.cli import main
+
+if __name__ == "__main__":
+    main()

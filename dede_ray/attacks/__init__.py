@@ -1,1 +1,0 @@
-"""Attacks: triggers, and what plants them."""

@@ -1,0 +1,236 @@
+"""What stands of a pass over shards: one Parquet part per chunk.
+
+The parts are the ledger. A part's name is a function of shard and chunk only, and it is absent or whole (store.py). A
+shard's end marker says how many chunks it has. A rerun lists what stands and does the rest (passing.py), so killing
+anything at any time loses nothing and counts nothing twice. All of it works on object stores as on file systems: it
+needs no rename, no lock and no appending, and two runs that write one part write the same bytes.
+
+    <folder>/pass.json                              what the parts were made with and of; another pass may not continue
+    <folder>/parts/<shard>/000003.parquet           one row per sample of chunk 3, unreadable ones included
+    <folder>/parts/<shard>/end.json                 {"num_samples": 9873, "num_chunks": 20, "is_complete": true}
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dede_ray.data.sampling import keyed_generator
+from dede_ray.data.shards import Shard
+from dede_ray.runtime.config import Mistake, read_json, write_json
+from dede_ray.runtime.store import Named, Place, is_url, place, write_atomically
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+logger = logging.getLogger(__name__)
+
+BASE_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("content_hash", pa.string()),
+        ("shard", pa.string()),
+        ("index", pa.int64()),
+        ("error", pa.string()),
+    ]
+)
+
+
+Select = Callable[[str], bool]
+"""Which samples a pass is about, by their ids; must travel to Ray's workers."""
+
+
+@dataclass(frozen=True)
+class KeyedShare:
+    """A share of all samples, each by its own id: the same ones in any order, and of any other shards."""
+
+    share: float
+    seed: int
+
+    def __call__(self, sample_id: str) -> bool:
+        return self.share >= 1 or keyed_generator(self.seed, sample_id).random() < self.share
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """These samples."""
+
+    sample_ids: frozenset[str]
+
+    def __call__(self, sample_id: str) -> bool:
+        return sample_id in self.sample_ids
+
+
+@dataclass
+class PassSummary:
+    """Counts over all parts of a finished pass."""
+
+    num_samples: int
+    errors: dict[str, int]
+    truncated_shards: list[str]
+
+
+def standing_shards(folder: Place) -> list[Shard]:
+    """The shards that a pass was made of.
+
+    Raises:
+        Mistake: no pass there, or a damaged record.
+    """
+    path = folder / "pass.json"
+    made_of: Any = read_json(path, "record of a pass").get("shards")
+    try:
+        shards = []
+        for shard_name, told in made_of.items():
+            url, _, size = told.rpartition(", ")
+            shards.append(Shard(shard_name, url, int(size.removesuffix(" bytes").replace(",", ""))))
+    except (AttributeError, ValueError):
+        raise Mistake(f"{path} is damaged; run the job that wrote it again") from None
+    return sorted(shards, key=lambda shard: shard.name)
+
+
+def read_parts(folder: Named, shard_name: str, columns: list[str] | None = None) -> pa.Table:
+    """All rows of one shard of a finished pass, in the shard's order."""
+    numbers = range(read_end(folder, shard_name).num_chunks)
+    tables = list(at_once(folder, lambda number: read_part(folder, shard_name, number, columns), numbers))
+    try:
+        return pa.concat_tables(tables)
+    except (ValueError, pa.ArrowException) as error:
+        where = place(folder) / "parts" / shard_name
+        raise Mistake(f"the parts in {where} do not fit together: {error}; delete them and run again") from None
+
+
+def read_part(folder: Named, shard_name: str, number: int, columns: list[str] | None = None) -> pa.Table:
+    """The rows of one chunk."""
+    path = part_path(folder, shard_name, number)
+    try:
+        table = read_parquet(path, columns)
+        if columns is not None and table.column_names != columns:
+            raise ValueError(f"it lacks some of the columns {', '.join(columns)}")
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise Mistake(f"{path} is damaged: {error}; delete it and run the same command again") from None
+    return table
+
+
+def at_once(folder: Named, read: Callable[[T], U], things: Iterable[T]) -> Iterator[U]:
+    """Read several things of a folder, in their order; a store answers many questions in the time of one."""
+    if is_url(folder):
+        with ThreadPoolExecutor(16) as threads:
+            yield from threads.map(read, things)
+    else:
+        yield from map(read, things)
+
+
+def part_path(folder: Named, shard_name: str, number: int) -> Place:
+    return place(folder) / "parts" / shard_name / f"{number:06d}.parquet"
+
+
+def end_path(folder: Named, shard_name: str) -> Place:
+    return place(folder) / "parts" / shard_name / "end.json"
+
+
+# ------------------------------------------------------------------------------------------------ what stands
+
+
+def claim_parts(folder: Place, made_with: dict[str, Any], shards: list[Shard]) -> None:
+    """Take a folder for a pass, or continue the same pass there; shards may be added, but not exchanged."""
+    path = folder / "pass.json"
+    standing = read_json(path, "record of a pass") if path.is_file() else made_with
+    made_of = standing.pop("shards", {})
+    if not isinstance(made_of, dict):
+        raise Mistake(f"{path} is damaged: its shards are no JSON object; delete {folder}")
+    changed = [(k, standing.get(k), made_with.get(k)) for k in sorted(standing.keys() | made_with.keys())]
+    for shard in shards:
+        now = f"{shard.url}, {shard.num_bytes:,} bytes"
+        changed.append((shard.name, made_of.setdefault(shard.name, now), now))
+    lines = [f"{name}: {there!r} there, {now!r} now" for name, there, now in changed if there != now]
+    if lines:
+        more = [f"and {len(lines) - 10:,} more"] if len(lines) > 10 else []
+        raise Mistake(
+            "\n  ".join([f"{folder} holds parts of another pass:", *lines[:10], *more])
+            + "\nchoose another output folder, or delete this one"
+        )
+    write_json(path, {**made_with, "shards": made_of})
+
+
+@dataclass(frozen=True)
+class End:
+    """A shard's end marker."""
+
+    num_samples: int
+    num_chunks: int
+    is_complete: bool
+
+
+def read_end(folder: Named, shard_name: str) -> End:
+    path = end_path(folder, shard_name)
+    content = read_json(path, "end marker of a shard")
+    kinds = {"num_samples": int, "num_chunks": int, "is_complete": bool}
+    if {name: type(value) for name, value in content.items()} != kinds or content["num_chunks"] < 1:
+        raise Mistake(f"{path} is damaged; delete it and run the same command again")
+    return End(**content)
+
+
+def standing_chunks(folder: Place, shard: Shard) -> set[int]:
+    """Numbers of the chunks of a shard that are done."""
+    return {int(path.stem) for path in (folder / "parts" / shard.name).glob("[0-9]*.parquet")}
+
+
+def unfinished(folder: Place, shards: Iterable[Shard]) -> dict[Shard, set[int]]:
+    """Shards that lack something, with the chunks of them that stand."""
+    shards = list(shards)
+    standing = zip(shards, at_once(folder, lambda shard: _standing_unless_done(folder, shard), shards), strict=True)
+    return {shard: chunks for shard, chunks in standing if chunks is not None}
+
+
+def _standing_unless_done(folder: Place, shard: Shard) -> set[int] | None:
+    """The chunks of a shard that stand; None if all do."""
+    standing = standing_chunks(folder, shard)
+    if not end_path(folder, shard.name).is_file():
+        return standing
+    num_chunks = read_end(folder, shard.name).num_chunks
+    return None if len(standing) >= num_chunks and standing >= set(range(num_chunks)) else standing
+
+
+def summarise(shards: list[Shard], folder: Place, max_error_fraction: float, name: str) -> PassSummary:
+    """Count over all parts, and stop a pass that has read rubbish."""
+    errors: Counter[str] = Counter()
+    num_samples, truncated = 0, []
+    for shard in shards:
+        column = read_parts(folder, shard.name, ["error"])["error"]
+        num_samples += len(column)
+        errors.update(column.drop_null().to_pylist())
+        if not read_end(folder, shard.name).is_complete:
+            truncated.append(shard.name)
+    if truncated:
+        logger.warning("%s: %d shards end early, such as %s", name, len(truncated), ", ".join(truncated[:3]))
+    if sum(errors.values()) > max_error_fraction * num_samples:
+        raise Mistake(too_many_errors(errors, num_samples, max_error_fraction, name))
+    return PassSummary(num_samples, dict(sorted(errors.items())), truncated)
+
+
+def too_many_errors(errors: dict[str, int], num_samples: int, allowed: float, name: str) -> str:
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(errors.items()))
+    return (
+        f"{name}: {sum(errors.values()):,} of {num_samples:,} samples cannot be used ({counts}), more than "
+        f"max_error_fraction {allowed:g} allows; check the shards, or raise it"
+    )
+
+
+def read_parquet(path: Place, columns: list[str] | None = None) -> pa.Table:
+    """Read a table from wherever it is."""
+    with path.open("rb") as stream:
+        return pq.read_table(stream, columns=columns)
+
+
+def write_parquet(table: pa.Table, path: Named) -> None:
+    """Write atomically; equal tables give equal bytes."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    write_atomically(path, buffer.getvalue().to_pybytes())

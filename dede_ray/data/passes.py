@@ -1,0 +1,481 @@
+"""One resumable pass over shards: read, decode on a CPU pool, work on actors, one Parquet part per chunk.
+
+What stands is a matter of files (ledger.py); here is how the rest gets done. Ray Data streams chunks from readers,
+which also decode, to a pool of actors, which work and commit each part themselves; only receipts travel on. Whatever
+dies (a reader, an actor, a node, the driver), the chunks that stand stand, and the others are done by whoever is left,
+or by the next run of the same command. A sample that ends whatever process touches it is found by trying the samples of
+its chunk one by one, in a process of their own; it becomes a row with the reason `process_died`.
+
+What the work is (scoring with detectors, embedding for the decoder's training) is a class given by the caller.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import math
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import ray
+from pydantic import Field
+from ray import cloudpickle
+from ray.data import ActorPoolStrategy
+from ray.exceptions import OutOfMemoryError, RayActorError
+
+from dede_ray.data.ledger import (
+    PassSummary,
+    Select,
+    claim_parts,
+    end_path,
+    read_end,
+    standing_chunks,
+    summarise,
+    too_many_errors,
+    unfinished,
+)
+from dede_ray.data.shards import Limits, Sample, Shard, ShardEnd
+from dede_ray.data.workers import (
+    TRIES,
+    ChunkSource,
+    PartWork,
+    PartWorker,
+    Reading,
+    Receipt,
+    Share,
+    Work,
+    Worker,
+    decode,
+    numbered_chunks,
+    read_and_decode,
+)
+from dede_ray.runtime.config import Config, Mistake, write_json
+from dede_ray.runtime.store import Named, Place, place
+
+logger = logging.getLogger(__name__)
+
+BYTES_PER_BLOCK = 8 * 2**20
+"""Chunks travel together up to so many bytes, and at least one: each journey costs Ray's driver some milliseconds."""
+
+
+class PassResources(Config):
+    """What one pass asks of the cluster."""
+
+    min_actors: int | None = Field(None, ge=1)
+    """Actors to begin with; None takes all the cluster has room for now: one per GPU share, or per CPU."""
+    max_actors: int | None = Field(None, ge=1)
+    """Actors that the pool may grow to on an autoscaling cluster; None stays at `min_actors`."""
+    cpus_per_actor: float | None = Field(None, gt=0)
+    """CPUs each actor reserves; None takes 1 beside a GPU, else 0.75, so that readers and actors share the cores."""
+    gpus_per_actor: float = Field(0, ge=0)
+    """GPUs each actor reserves; a fraction shares one."""
+    threads_per_actor: int | None = Field(None, ge=1)
+    """Threads of an actor's arithmetic; None takes its CPUs. Part of what makes two runs' bytes equal."""
+    decode_cpus: float | None = Field(None, gt=0)
+    """CPUs each read-and-decode task reserves; None takes 1 where actors have GPUs, and else 0.25."""
+    memory_per_actor: int = Field(0, ge=0)
+    """Bytes of memory that each actor reserves, so that Ray places no more of them on a node than it holds."""
+
+    def on(self, cluster: dict[str, float]) -> PassResources:
+        """Fill in what depends on the cluster: shares of a CPU, and the size of the pool.
+
+        A cluster that grows on demand (`max_actors` is set, or it has no CPU at all so far) is asked for what it lacks.
+
+        Raises:
+            Mistake: another one has no room for an actor and a reader.
+        """
+        cpus, gpus = cluster.get("CPU", 0), cluster.get("GPU", 0)
+        per_actor = self.cpus_per_actor or (1 if self.gpus_per_actor else 0.75)
+        decode = self.decode_cpus or (1 if self.gpus_per_actor else 0.25)
+        if self.max_actors is None and cpus > 0:
+            if cpus < per_actor + decode:
+                if cpus > 1:
+                    raise Mistake(
+                        f"resources: an actor's {per_actor:g} CPUs and a decode task's {decode:g} do not fit into the "
+                        f"cluster's {cpus:g}; lower them, or set max_actors if the cluster grows"
+                    )
+                per_actor, decode = 0.5, 0.5
+            if self.gpus_per_actor > gpus:
+                raise Mistake(
+                    f"resources: an actor needs {self.gpus_per_actor:g} GPUs, the cluster has {gpus:g}; "
+                    "set max_actors if the cluster grows"
+                )
+        room = (cpus - decode) / per_actor
+        if self.cpus_per_actor is None and self.decode_cpus is None and not self.gpus_per_actor:
+            room = cpus  # actors and readers share the cores
+        if self.gpus_per_actor > 0:
+            room = min(room, gpus / self.gpus_per_actor)
+        smallest = self.min_actors or min(max(1, int(room + 1e-9)), self.max_actors or sys.maxsize)
+        return self.model_copy(
+            update={
+                "cpus_per_actor": per_actor,
+                "decode_cpus": decode,
+                "min_actors": smallest,
+                "max_actors": max(smallest, self.max_actors or 0),
+                "threads_per_actor": self.threads_per_actor or max(1, int(per_actor)),
+            }
+        )
+
+    def of_actor(self) -> dict[str, Any]:
+        """What Ray is asked for."""
+        asked: dict[str, Any] = {"num_cpus": self.cpus_per_actor, "num_gpus": self.gpus_per_actor}
+        return asked | ({"memory": self.memory_per_actor} if self.memory_per_actor else {})
+
+
+def run_pass(
+    shards: list[Shard],
+    folder: Named,
+    work: type[Work],
+    work_arguments: dict[str, Any],
+    *,
+    image_size: int,
+    made_with: dict[str, Any],
+    chunk_size: int,
+    limits: Limits,
+    resources: PassResources,
+    max_error_fraction: float,
+    name: str,
+    select: Select | None = None,
+) -> PassSummary:
+    """Do a pass, or what remains of it; Ray must be running.
+
+    Args:
+        shards: what to read.
+        folder: where the parts go; on several machines a folder that all of them see, or a URL.
+        work: built in each actor as `work(**work_arguments)`, then called with one `Chunk` at a time.
+        image_size: images are decoded to squares of this side.
+        made_with: everything that the rows depend on; stored, and compared when a pass is continued.
+        max_error_fraction: stop when more than this share of the samples cannot be used.
+        name: for the log.
+        select: leave out the samples for which it says False; None takes all. `made_with` has to tell it.
+
+    Raises:
+        Mistake: the folder holds parts of another pass, or too many samples are unusable.
+    """
+    folder = place(folder)
+    made_with = {**made_with, "chunk_size": chunk_size, "limits": limits.model_dump(), "image_size": image_size}
+    claim_parts(folder, made_with, shards)
+    reading = Reading(folder, image_size, chunk_size, limits, select)
+    todo = unfinished(folder, shards)
+    if todo:
+        skipped = len(shards) - len(todo)
+        if skipped or any(todo.values()):
+            logger.info("%s: continuing; %d of %d shards stand", name, skipped, len(shards))
+        pool = resources.on(ray.cluster_resources())
+        watch = _Watch(name, len(todo), max_error_fraction, folder / "timing.json")
+        actor = partial(Worker, folder, work, work_arguments, pool.threads_per_actor or 1, name)
+        try:
+            watch.follow(_stream(todo, reading, actor, pool))
+            left = unfinished(folder, todo)
+            if left:
+                watch.follow(one_by_one(left, reading, actor, pool.of_actor(), pool.min_actors or 1, name))
+                left = unfinished(folder, left)
+        finally:
+            watch.tell()
+        if left:
+            lacking = [shard.name for shard in left][:5]
+            raise RuntimeError(f"{name}: chunks are missing in {lacking}; run the same command again")
+    return summarise(shards, folder, max_error_fraction, name)
+
+
+def run_over_parts(
+    shards: list[Shard],
+    source: Place,
+    folder: Named,
+    work: type[PartWork],
+    work_arguments: dict[str, Any],
+    *,
+    made_with: dict[str, Any],
+    resources: PassResources,
+    max_error_fraction: float,
+    name: str,
+) -> PassSummary:
+    """Do a pass over the parts of a finished one instead of over images; a rerun does what remains.
+
+    Args:
+        shards: those of the finished pass, see `standing_shards`.
+        source: its folder.
+        work: built in each actor as `work(**work_arguments)`, then called with one part's readable rows at a time.
+
+    Raises:
+        Mistake: the source is not finished, the folder holds parts of another pass, or too many samples are unusable.
+    """
+    folder = place(folder)
+    claim_parts(folder, made_with, shards)
+    for shard in unfinished(source, shards):
+        raise Mistake(f"{source} is not finished: {shard.name} lacks parts; run the job that wrote it again")
+    todo = [
+        {"shard": shard.name, "number": number}
+        for shard, standing in unfinished(folder, shards).items()
+        for number in sorted(standing_chunks(source, shard) - standing)
+    ]
+    if todo:
+        pool = resources.on(ray.cluster_resources())
+        data = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+            PartWorker,
+            fn_constructor_args=(source, folder, work, work_arguments, pool.threads_per_actor, name),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+            **pool.of_actor(),
+        )
+        watch = _Watch(name, len(shards), max_error_fraction, None)
+        watch.follow(_receipts(data))
+        watch.tell()
+    for shard in shards:
+        write_json(end_path(folder, shard.name), asdict(read_end(source, shard.name)))
+    return summarise(shards, folder, max_error_fraction, name)
+
+
+# ------------------------------------------------------------------------------------------------ the stream
+
+
+def _stream(
+    todo: dict[Shard, set[int]],
+    reading: Reading,
+    actor: partial[Worker],
+    pool: PassResources,
+) -> Iterator[Receipt]:
+    """Read, decode and work, overlapping. Chunks that keep ending the processes that touch them are left out."""
+    readers = max(1, math.ceil(2 * ray.cluster_resources().get("CPU", 1) / len(todo)))
+    source = ChunkSource(todo, reading, readers if readers > 2 else 1)
+    context = ray.data.DataContext.get_current()
+    kept = context.target_max_block_size, context.max_errored_blocks
+    # Chunks leave a shard's read task as soon as there are a few, not when the shard is through.
+    chunk_bytes = reading.chunk_size * reading.image_size**2 * 3
+    context.target_max_block_size = max(chunk_bytes, min(BYTES_PER_BLOCK, 8 * chunk_bytes))
+    context.max_errored_blocks = -1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray has no other words yet for how often what died is tried again
+            data = ray.data.read_datasource(
+                source,
+                override_num_blocks=len(source),
+                num_cpus=pool.decode_cpus,
+                ray_remote_args={"max_retries": TRIES - 1},
+            ).map_batches(
+                actor.func,
+                fn_constructor_args=actor.args,
+                batch_size=1 if pool.gpus_per_actor else None,  # Ray wants to be told one beside a GPU
+                batch_format="pyarrow",
+                compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+                max_restarts=-1,
+                max_task_retries=TRIES - 1,
+                **pool.of_actor(),
+            )
+        yield from _receipts(data)
+    finally:
+        context.target_max_block_size, context.max_errored_blocks = kept
+
+
+def _receipts(data: ray.data.Dataset) -> Iterator[Receipt]:
+    for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for told in batch["receipt"].to_pylist():  # type: ignore[union-attr, call-overload]
+            yield Receipt(**json.loads(told))
+
+
+class _Watch:
+    """Counts receipts, logs progress, and stops a pass that fails or is reading rubbish."""
+
+    def __init__(self, name: str, num_shards: int, max_error_fraction: float, timing: Place | None):
+        self.name, self.num_shards, self.max_error_fraction, self.timing = name, num_shards, max_error_fraction, timing
+        self.started = self.last = time.monotonic()
+        self.num_samples = self.num_chunks = 0
+        self.errors: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+
+    def follow(self, receipts: Iterable[Receipt]) -> None:
+        for receipt in receipts:
+            if receipt.failure:
+                raise cloudpickle.loads(base64.b64decode(receipt.failure))
+            self.num_chunks += 1
+            self.num_samples += receipt.num_samples
+            self.errors.update(receipt.errors)
+            self.seconds.update(receipt.seconds)
+            num_errors = sum(self.errors.values())
+            if self.num_samples >= 1000 and num_errors > self.max_error_fraction * self.num_samples:
+                raise Mistake(too_many_errors(self.errors, self.num_samples, self.max_error_fraction, self.name))
+            now = time.monotonic()
+            if now - self.last > 5:
+                self.last = now
+                logger.info(
+                    "%s: %s samples in %d chunks of %d shards, %d unreadable, %s samples/s; %s",
+                    self.name, f"{self.num_samples:,}", self.num_chunks, self.num_shards, num_errors,
+                    f"{self.num_samples / (now - self.started):,.0f}", stage_shares(self.seconds),
+                )  # fmt: skip
+
+    def tell(self) -> None:
+        """The last line, and timing.json."""
+        took_s = time.monotonic() - self.started
+        logger.info(
+            "%s: %s samples done in %.1f s, %d unreadable; %s",
+            self.name, f"{self.num_samples:,}", took_s, sum(self.errors.values()), stage_shares(self.seconds),
+        )  # fmt: skip
+        if self.timing is not None:
+            stages = {stage: round(duration, 3) for stage, duration in sorted(self.seconds.items())}
+            write_json(self.timing, {"num_samples": self.num_samples, "seconds": round(took_s, 3), "stages": stages})
+
+
+READER_STAGES = ("read", "decode")
+
+
+def stage_shares(seconds: Mapping[str, float]) -> str:
+    """`actors: encode 61 %, score 30 %, ...; readers: decode 80 %, read 20 %, 0.4 s ...`, of their time each."""
+    parts = []
+    spent = {who: {s: t for s, t in seconds.items() if (s in READER_STAGES) == (who == "readers") and s != "start"}
+             for who in ("actors", "readers")}  # fmt: skip
+    for who, own in spent.items():
+        total = sum(own.values())
+        if total > 0:
+            shares = sorted(own.items(), key=lambda one: -one[1])
+            parts.append(f"{who}: " + ", ".join(f"{stage} {duration / total:.0%}" for stage, duration in shares))
+    busy = sum(spent["actors"].values()) - spent["actors"].get("wait", 0.0)
+    if len(parts) == 2 and busy > 0:
+        parts[1] += f", {sum(spent['readers'].values()) / busy:.2f} s for each second that actors work"
+    return "; ".join(parts)
+
+
+_DEATHS = (RayActorError, OutOfMemoryError)
+
+
+def one_by_one(
+    left: dict[Shard, set[int]],
+    reading: Reading,
+    actor: partial[Worker],
+    asked: dict[str, Any],
+    at_once: int,
+    name: str,
+) -> Iterator[Receipt]:
+    """Do the chunks that are still missing.
+
+    Args:
+        left: the shards that lack chunks, with those that stand.
+        actor: makes what works.
+        asked: the resources that each process reserves.
+        at_once: shards that are done at the same time.
+    """
+    logger.warning("%s: processes kept dying in %d shards; trying one by one what they lack", name, len(left))
+    start = partial(ray.remote(_Alone).options(**asked).remote, reading, actor)  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(at_once) as threads:
+        for receipts in threads.map(lambda one: _Careful(start, *one).finish(), left.items()):
+            yield from receipts
+
+
+class _Careful:
+    """Finishes one shard from outside of the process that does it."""
+
+    def __init__(self, start: Callable[[], Any], shard: Shard, standing: set[int]):
+        self.start, self.shard, self.standing = start, shard, standing
+        self.actor: Any = None
+
+    def finish(self) -> list[Receipt]:
+        """Do what is missing; lethal samples become rows with that reason."""
+        [num_chunks] = self._ask("end") or [None]
+        if num_chunks is None:
+            raise RuntimeError(
+                f"reading {self.shard.url} to its end ends the process that does it; leave that shard out"
+            )
+        return [self._chunk(number) for number in range(num_chunks) if number not in self.standing]
+
+    def _chunk(self, number: int) -> Receipt:
+        told = self._ask("chunk", number, (), tries=1)
+        if not told:
+            lethal = self._lethal(number)
+            logger.warning("chunk %d of %s: %d samples end the process that touches them", number, self.shard.name,
+                           len(lethal))  # fmt: skip
+            told = self._ask("chunk", number, lethal) or self._ask("chunk", number, _ALL)
+        if not told:
+            raise RuntimeError(f"chunk {number} of {self.shard.url} cannot be read; leave that shard out")
+        return Receipt(**json.loads(told[0]))
+
+    def _lethal(self, number: int) -> list[int]:
+        """Places within a chunk of the samples that twice ended the process that had nothing else to do."""
+        lethal: list[int] = []
+        suspected, first = -1, 0
+        while True:
+            for survived in self._survived(number, first, lethal):
+                if survived < 0:
+                    return lethal
+                first = survived + 1
+            if first in lethal:
+                raise RuntimeError(f"chunk {number} of {self.shard.url}: processes die before they touch a sample")
+            if first == suspected:
+                lethal.append(first)
+            suspected = first
+
+    def _survived(self, number: int, first: int, lethal: list[int]) -> Iterator[int]:
+        """The places that were survived, then -1 if it was the last."""
+        try:
+            places = self._living().samples.options(
+                num_returns="streaming", _generator_backpressure_num_objects=1
+            ).remote(self.shard, number, first, lethal)  # fmt: skip
+            for at in places:
+                yield ray.get(at)
+        except _DEATHS:
+            self.actor = None
+
+    def _living(self) -> Any:
+        self.actor = self.actor or self.start()
+        return self.actor
+
+    def _ask(self, method: str, *arguments: Any, tries: int = 2) -> list[Any] | None:
+        """What the process answers; None where it died of the question."""
+        for _ in range(tries):
+            try:
+                return ray.get(getattr(self._living(), method).remote(self.shard, *arguments))
+            except _DEATHS:
+                self.actor = None
+        return None
+
+
+class _Alone:
+    """Does one chunk at a time in a process that may die of it."""
+
+    def __init__(self, reading: Reading, actor: partial[Worker]):
+        self.reading, self.worker = reading, actor()
+
+    def end(self, shard: Shard) -> list[int]:
+        """Read a shard to its end, which writes its end marker; how many chunks there are."""
+        for _ in read_and_decode(shard, _ALL, self.reading, Share()):
+            pass
+        return [read_end(self.reading.folder, shard.name).num_chunks]
+
+    def chunk(self, shard: Shard, number: int, lethal: Container[int]) -> list[str]:
+        """Do a chunk but for its lethal samples; its receipt."""
+        told = self.worker(decode(shard, number, self._samples(shard, number), self.reading, lethal))
+        return told["receipt"].to_pylist()
+
+    def samples(self, shard: Shard, number: int, first: int, lethal: list[int]) -> Iterator[int]:
+        """Try the samples of a chunk one by one from the `first` on; yields the place of each it survived, then -1."""
+        for at, sample in enumerate(self._samples(shard, number)):
+            if at >= first:
+                if at not in lethal and not self.worker.broken:
+                    [row] = decode(shard, number, [sample], self.reading).to_pylist()
+                    self.worker.compute(row)
+                yield at
+        yield -1
+
+    def _samples(self, shard: Shard, number: int) -> Iterator[Sample]:
+        for found, chunk in numbered_chunks(shard, self.reading, ShardEnd()):
+            if found == number:
+                yield from chunk
+                return
+            chunk.finish()
+
+
+class _All:
+    """Contains every chunk, and every place."""
+
+    def __contains__(self, chunk: object) -> bool:
+        return True
+
+
+_ALL = _All()

@@ -1,0 +1,125 @@
+"""Evaluation: hold a manifest against the truth, and show what came out in numbers, figures and one page.
+
+`evaluate` answers three questions in the order in which a reader should ask them. Is the victim backdoored at all
+(the activation gate of activation.py)? What was flagged, and how much of it is poisoned? And does the detector see the
+backdoor, or only the stamp: the honest victim, scored on the same images, stands beside every number.
+
+It writes `metrics.json` (everything: findings.py), `table.md` and `report.html` (both made from it, the latter and
+`figures/` by page.py). Equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from dede_ray.evaluation.measure import Examination, Verdict, VictimRecord, read_record
+from dede_ray.evaluation.page import draw_page, make_gallery
+from dede_ray.evaluation.results import join, measure, table
+from dede_ray.models.victims import Victim, best_device
+from dede_ray.poisoning.poison import PoisonConfig, read_attack
+from dede_ray.runtime.config import Mistake, write_atomically, write_json
+from dede_ray.runtime.session import check_output
+from dede_ray.scan.manifest import Manifest, read_manifest
+from dede_ray.scan.score import settings_of, victim_of
+
+
+class EvaluateConfig(Examination):
+    """Which manifest to hold against which truth."""
+
+    manifest: str
+    """Folder that score.py wrote for the victim."""
+    honest_manifest: str | None = None
+    """The same shards scored with the honest victim; without it the evaluation is void."""
+    truth: str
+    """truth.parquet of the poisoned shards."""
+    attack: str
+    """Folder of the poisoned shards; its run.json tells the trigger and the target."""
+    output: str
+    """Folder for the page, the table, the numbers and the figures; overwritten."""
+    num_gallery: int = Field(8, ge=1)
+    """Poisoned samples in the gallery, and as many clean ones."""
+
+
+def evaluate(config: EvaluateConfig) -> str:
+    """Evaluate a manifest; see the module's first paragraph.
+
+    Returns:
+        The table, and the path of the page.
+
+    Raises:
+        Mistake: manifest, truth and honest manifest are not about the same samples, a victim is no longer the one that
+            scored, or something is missing.
+    """
+    check_output(config)
+    manifest = read_manifest(config.manifest)
+    honest = read_manifest(config.honest_manifest) if config.honest_manifest else None
+    scan = join(manifest, honest, _read_truth(config.truth), config.truth)
+    attack = read_attack(config.attack)
+    victim = _load_victim(manifest)
+    record = read_record(victim, settings_of(manifest).victim)
+    verdict, target_name = _gate(config, attack, victim, _load_victim(honest) if honest else None, record)
+    metrics = {
+        **measure(scan, manifest.info, verdict),
+        "victim_record": record and record.model_dump(mode="json"),
+        "attack": {"trigger": attack.trigger.kind, "rate": attack.rate, "target": target_name},
+        "made": {
+            "settings": config.model_dump(mode="json"),
+            **{
+                role: {name: one.info[name] for name in ("victim", "detectors", "versions", "settings")}
+                for role, one in (("victim", manifest), ("honest", honest))
+                if one is not None
+            },
+        },
+    }
+    settings, judged = settings_of(manifest), manifest.info["decision"]["score"]
+    gallery = make_gallery(scan, settings, victim, judged, config.num_gallery, config.seed)
+    page, figures = draw_page(scan, metrics, gallery)
+    output = Path(config.output)
+    for stale in (output / "figures").glob("*.png"):
+        stale.unlink()
+    for name, picture in figures.items():
+        write_atomically(output / "figures" / f"{name}.png", picture)
+    write_json(output / "metrics.json", metrics)
+    write_atomically(output / "table.md", table(metrics) + "\n")
+    write_atomically(output / "report.html", page)
+    write_json(output / "run.json", {"settings": config.model_dump(mode="json")})
+    return f"{table(metrics)}\n\npage: {output / 'report.html'}"
+
+
+def _read_truth(path: str) -> pa.Table:
+    columns = ["sample_id", "is_poisoned", "caption", "poisoned_caption"]
+    try:
+        return pq.read_table(path, columns=columns)
+    except FileNotFoundError:
+        raise Mistake(f"no truth at {path}; poison.py writes truth.parquet beside the poisoned shards") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise Mistake(f"{path} is no truth.parquet with the columns {', '.join(columns)}: {error}") from None
+
+
+def _load_victim(manifest: Manifest) -> Victim:
+    return victim_of(manifest).to(best_device())
+
+
+def _gate(
+    config: EvaluateConfig,
+    attack: PoisonConfig,
+    victim: Victim,
+    honest: Victim | None,
+    record: VictimRecord | None,
+) -> tuple[Verdict, str]:
+    """Measure both victims on the same test images; also the target's name.
+
+    A victim that failed its gate when it was made fails here, whatever these test images say.
+    """
+    examined = config.examine(
+        victim, honest, attack.trigger, attack.target_label, record.attack if record else attack.trigger.kind
+    )
+    verdict, classes = examined.verdict, examined.classes
+    if record and not record.passes:
+        verdict = replace(verdict, passes=False, reason=f"victim.json: {record.reason}")
+    return verdict, classes.names[attack.target_label] if classes else f"label {attack.target_label}"

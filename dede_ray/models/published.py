@@ -1,0 +1,250 @@
+"""Strangers' checkpoints: which of the published layouts a file has is seen in the names of its tensors.
+
+The papers of this field wrote the same few networks under many names, and normalise pixels each in its own way.
+`LAYOUTS` is the table: the first row whose `has` are all among a file's tensors says where the encoder is, what it is
+and what pixels it expects. What is taken must then fit exactly: a loose loading can leave a random encoder behind.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from dede_ray.models.encoders import (
+    Architecture,
+    CifarResNet,
+    ClipResNet,
+    Described,
+    ResNet,
+    Timm,
+    WideResNet,
+    encoder_of,
+    load_strictly,
+)
+from dede_ray.models.weights import read_tensors
+from dede_ray.runtime.config import Mistake, explain
+from dede_ray.runtime.libraries import timm
+
+logger = logging.getLogger(__name__)
+
+Channels = tuple[float, float, float]
+Normaliser = Literal["cifar", "stl", "imagenet", "clip", "none"]
+
+NORMALISERS: dict[str, tuple[Channels, Channels]] = {
+    "cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "stl": ((0.44087798, 0.42790666, 0.38678814), (0.25507198, 0.24801506, 0.25641308)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+"""Mean and standard deviation per RGB channel of pixels in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row of the table."""
+
+    name: str
+    has: tuple[str, ...]
+    """Tensors that tell it, after a `module.` before every name is gone."""
+    network: Literal["cifar stem", "imagenet stem", "clip tower", "whole clip", "option a", "wide"]
+    image_size: int
+    normaliser: Normaliser | None
+    """What its first users fed it; None where two did differently, so that a person has to say."""
+    prefix: str = ""
+    """Of the encoder's tensors; all others (heads, momentum encoders, queues) are left."""
+    classifier: str | None = None
+    """Prefix of the linear layer on top, within the encoder's."""
+    dropped: str | None = None
+    """Prefix of a head that is no linear layer, within the encoder's."""
+    is_sequence: bool = False
+    """The modules bear numbers for names."""
+
+
+LAYOUTS = (
+    # BadEncoder, DRUPE, DECREE; on STL-10 with the normaliser `stl`.
+    Layout("SimCLR, with its head", ("f.f.0.weight",), "cifar stem", 32, "cifar", "f.f.", is_sequence=True),
+    Layout("SimCLR, the encoder alone", ("f.0.weight",), "cifar stem", 32, "cifar", "f.", is_sequence=True),
+    Layout("CTRL", ("backbone.conv1.weight",), "cifar stem", 32, "none", "backbone."),
+    Layout("MoCo", ("encoder_q.conv1.weight",), "imagenet stem", 224, "imagenet", "encoder_q.", dropped="fc"),
+    # BadCLIP normalises as CLIP does, the CC3M victims of Detect-CLIP-Backdoor-Samples not at all.
+    Layout("CLIP", ("visual.conv1.weight", "token_embedding.weight"), "whole clip", 224, None),
+    Layout("CLIP's image tower, wrapped", ("visual.attnpool.c_proj.weight",), "clip tower", 224, "clip", "visual."),
+    Layout("ImageNet SimCLR, wrapped", ("visual.fc.weight",), "imagenet stem", 224, "none", "visual.", "fc."),
+    # BadEncoder's clean tower is normalised as CLIP is, DECREE's victims as ImageNet.
+    Layout("CLIP's image tower", ("attnpool.c_proj.weight",), "clip tower", 224, None),
+    Layout("ImageNet SimCLR", ("fc.weight", "layer4.2.bn3.weight"), "imagenet stem", 224, "none", "", "fc."),
+    # Networks of supervised learning: the CIFAR ResNets of He et al., and the wide ones of NAD's repository.
+    Layout("CIFAR ResNet", ("linear.weight", "layer3.0.conv1.weight"), "option a", 32, "imagenet", "", "linear."),
+    Layout("Wide ResNet", ("block1.layer.0.conv1.weight", "fc.weight"), "wide", 32, "none", "", "fc."),
+)
+
+NUM_PARAMETERS: dict[Architecture, int] = {
+    ResNet(depth=18): 11_168_832,
+    ResNet(depth=34): 21_276_992,
+    ResNet(depth=50): 23_500_352,
+    ResNet(depth=18, stem="imagenet"): 11_176_512,
+    ResNet(depth=34, stem="imagenet"): 21_284_672,
+    ResNet(depth=50, stem="imagenet"): 23_508_032,
+    ClipResNet(): 38_316_896,
+}
+"""Of the published networks, without classifier."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A stranger's encoder."""
+
+    layout: str
+    model: nn.Module
+    described: Described
+    classifier: nn.Linear | None
+    """The linear layer that stood on the embedding, where there was one."""
+
+
+def read_published(
+    path: str | Path,
+    architecture: Timm | None = None,
+    image_size: int | None = None,
+    normaliser: Normaliser | None = None,
+    mean: Channels | None = None,
+    std: Channels | None = None,
+) -> Published:
+    """Read an image encoder out of a published checkpoint, executing nothing in it.
+
+    Args:
+        path: the file, tensor-only.
+        architecture: for tensors that bear the names of timm's own; None finds the network by `LAYOUTS`.
+        image_size: instead of the layout's.
+        normaliser: instead of the layout's.
+        mean: instead of the normaliser's.
+        std: instead of the normaliser's.
+
+    Raises:
+        Mistake: no layout fits, tensors are missing, left over or of another shape, the file would have to be
+            unpickled, or nobody can know which normaliser its author used.
+    """
+    path = Path(path)
+    state = _bare(path)
+    found: Architecture
+    if architecture is not None:
+        if image_size is None:
+            raise Mistake(f"set image_size, the side in pixels of the images that {path} was trained on")
+        name, found = architecture.name, architecture
+        classifier_name = timm.get_pretrained_cfg_value(architecture.name, "classifier")
+        classifier_prefix = f"{classifier_name}." if isinstance(classifier_name, str) else None
+    else:
+        layout = find_layout(state, path)
+        if layout.network == "whole clip":
+            raise Mistake(
+                f"{path} is a whole CLIP; set `clip` to its architecture, such as RN50 or, where OpenAI's weights "
+                "were the beginning, RN50-quickgelu, and the normaliser that its author used"
+            )
+        state = _taken(state, layout)
+        name, found, classifier_prefix = layout.name, _architecture(state, layout, path), layout.classifier
+        if isinstance(found, ClipResNet) and image_size not in (None, found.image_size):
+            raise Mistake(f"image_size is {image_size}, but {path} is a CLIP tower for {found.image_size} px")
+        own_size = found.image_size if isinstance(found, ClipResNet) else layout.image_size
+        normaliser, image_size = normaliser or layout.normaliser, image_size or own_size
+    described = Described(found, image_size, *pixel_statistics(path, name, normaliser, mean, std))
+    head_state = {n: t for n, t in state.items() if classifier_prefix and n.startswith(classifier_prefix)}
+    model: Any = encoder_of(found, {n: t for n, t in state.items() if n not in head_state}, path)
+    num = sum(parameter.numel() for parameter in model.parameters())
+    assert num == NUM_PARAMETERS.get(found, num), (found, num)
+    logger.info("%s: %s, %s", path, name, described)
+    classifier = _classifier(head_state, classifier_prefix or "", model.embedding_dim, path) if head_state else None
+    return Published(name, model, described, classifier)
+
+
+def _bare(path: Path) -> dict[str, Tensor]:
+    """A checkpoint's tensors, without the `module.` that distributed training puts before every name."""
+    state = read_tensors(path)
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
+
+
+def find_layout(state: dict[str, Tensor], path: Path) -> Layout:
+    """The first layout of the table that fits."""
+    for layout in LAYOUTS:
+        if all(name in state for name in layout.has):
+            return layout
+    raise Mistake(
+        f"{path} has none of the published layouts ({', '.join(layout.name for layout in LAYOUTS)}); its tensors are "
+        f"{sorted(state)[:4]} ... If they bear the names of a network of timm's (torchvision's ResNets among them), "
+        "set `architecture`"
+    )
+
+
+def _taken(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """The encoder's tensors, under our names."""
+    taken = {name.removeprefix(layout.prefix): state[name] for name in state if name.startswith(layout.prefix)}
+    if layout.dropped:
+        taken = {name: tensor for name, tensor in taken.items() if not name.startswith(layout.dropped)}
+    if layout.is_sequence:
+        taken = {_SEQUENCE.get(name[:2], name[:2]) + name[2:]: tensor for name, tensor in taken.items()}
+    return {name.replace(".shortcut.", ".downsample."): tensor for name, tensor in taken.items()}  # CTRL's word
+
+
+# Modules by their places; the ReLU, the third, and the pooling, the last, have no tensors.
+_SEQUENCE = {"0.": "conv1.", "1.": "bn1.", "3.": "layer1.", "4.": "layer2.", "5.": "layer3.", "6.": "layer4."}
+
+
+def _architecture(state: dict[str, Tensor], layout: Layout, path: Path) -> Architecture:
+    def size(name: str, axis: int = 0) -> int:
+        if name not in state or state[name].ndim <= axis:
+            raise Mistake(f"{path} looks like {layout.name}, but has no tensor {name} of {axis + 1} dimensions or more")
+        return state[name].shape[axis]
+
+    def depth(stage: str) -> int:
+        return len({name.split(".")[1] for name in state if name.startswith(f"{stage}.")})
+
+    try:
+        if layout.network == "clip tower":
+            tokens = size("attnpool.positional_embedding")
+            layers = depth("layer1"), depth("layer2"), depth("layer3"), depth("layer4")
+            side = round(max(0, tokens - 1) ** 0.5) * 32
+            return ClipResNet(
+                layers=layers,
+                width=size("layer1.0.conv1.weight"),
+                embed_dim=size("attnpool.c_proj.weight"),
+                image_size=side,
+            )
+        if layout.network == "option a":
+            return CifarResNet(depth=6 * depth("layer3") + 2)
+        if layout.network == "wide":
+            blocks = {name.split(".")[2] for name in state if name.startswith("block1.layer.")}
+            return WideResNet(depth=6 * len(blocks) + 4, widen=size("block1.layer.0.conv1.weight") // 16)
+        num_layers = 50 if "layer1.0.conv3.weight" in state else 34 if depth("layer3") == 6 else 18
+        stem = "cifar" if layout.network == "cifar stem" else "imagenet"
+        return ResNet(depth=num_layers, stem=stem, width=size("conv1.weight"))  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise Mistake(
+            f"{path} looks like {layout.name}, but no such network is known:\n{explain(error, ResNet)}"
+        ) from None
+
+
+def pixel_statistics(
+    path: Path, layout: str, normaliser: Normaliser | None, mean: Channels | None, std: Channels | None
+) -> tuple[Channels, Channels]:
+    if normaliser is None and (mean is None or std is None):
+        raise Mistake(
+            f"{path} ({layout}) was published with more than one way of normalising pixels, and nothing in the file "
+            f"tells which; set normaliser to one of {', '.join(NORMALISERS)}, or mean and std"
+        )
+    known = NORMALISERS[normaliser or "none"]
+    return mean or known[0], std or known[1]
+
+
+def _classifier(state: dict[str, Tensor], prefix: str, embedding_dim: int, path: Path) -> nn.Linear:
+    weight = state.get(f"{prefix}weight")
+    if weight is None or weight.ndim != 2 or not 1 <= len(weight) <= 100_000:
+        raise Mistake(f"{path}: {prefix}weight should be a classifier's (classes, {embedding_dim})")
+    classifier = nn.Linear(embedding_dim, len(weight))
+    load_strictly(classifier, {name.removeprefix(prefix): tensor for name, tensor in state.items()}, path)
+    return classifier.requires_grad_(False)

@@ -1,0 +1,650 @@
+"""Decisions: from scores to a list of flagged samples whose error rate was declared before.
+
+Every rule answers `decide(scores, calibration, sample_ids)` with a `Verdict`. `scores` is float (N,), higher means
+more likely poisoned, NaN where a sample has no score: such samples are never flagged and not counted in N.
+`calibration` is float (n,), the scores of clean samples that nothing was fitted on, under the same detector and in
+the same precision. No rule ever sees a label; a rule that still knows what only labels could tell, such as how much
+of the pool is poisoned, says `oracle` in its report.
+
+`Conformal` is the rule that keeps a promise about the list: among what it flags, the expected share of clean samples
+is at most q, as long as the clean samples of the corpus look like the calibration samples (exchangeability; domain
+shift between the two is what breaks it, see shift.py) and copies count once (`About.groups`). Beside the list, a
+verdict ranks all samples and says of each prefix of the ranking how many poisoned samples it holds at least, for
+readers who choose their own threshold afterwards. The other rules are simpler and promise less; `CleanMean` and
+`PoolMedian` are the two thresholds of DeDe's publication, to compare with its tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
+
+from dede_ray.metrics import ROUNDING_SLACK, threshold_at_fpr
+from dede_ray.runtime.config import Config, Mistake
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # Python 3.10 lacks it
+
+# Shapes: N samples to judge, n calibration samples, M distinct samples among the N: those with a score, copies once.
+
+CONFIDENCE = 0.9
+"""Of the lower bounds on the number of poisoned samples: all of them hold at once with this probability."""
+
+
+class About(TypedDict, total=False):
+    """What a caller may know of the samples beside their scores. Only `Conformal` uses it; the simpler rules judge
+    every sample by itself."""
+
+    groups: Sequence[str | None] | None
+    """N names, equal for copies of one sample and None for others. Copies must be equal in all that the score looks at
+    (`groups.copies`): whoever makes a poisoned sample a "copy" of a clean one hides it."""
+    calibration_groups: Sequence[str | None] | None
+    """n names, likewise; of each group only the first is used."""
+    strata: ArrayLike | None
+    """int (N,): the number of the bin that each sample is compared in, see `Conformal.strata`."""
+    calibration_strata: ArrayLike | None
+    """int (n,), likewise; -1 for those that are not used."""
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What a rule made of the scores."""
+
+    p_value: NDArray[np.float64]
+    """(N,): how often a clean sample scores as high, by `conformal_p_values`; NaN without a score or without
+    calibration, which the rules that set no threshold by it can do without."""
+    flagged: NDArray[np.bool_]
+    """(N,): True for the samples on the list."""
+    threshold: float | None
+    """No sample below it is flagged and every sample above it is; copies follow the one that stands for them. None
+    where no threshold exists, for example when nothing was flagged, or where bins have their own. Samples exactly at it
+    may fall on either side under the two rules that break ties, `Conformal` and `AssumedPoisonRate`."""
+    rank: NDArray[np.int64]
+    """(N,): place in the ranking by p-value, then score, then id, from 1; copies share theirs; 0 without p-value."""
+    poisoned_at_least: NDArray[np.int64]
+    """(N,): of the distinct samples up to this rank, at least so many are poisoned (`true_discoveries`); 0 without
+    p-value. With probability `CONFIDENCE` this is true of all ranks at once, so of any that is chosen afterwards."""
+    report: dict[str, Any]
+    """The same in numbers and words, ready for JSON: rule, score, declared (the rule's settings), counts, threshold,
+    how (it was found), certified (the declared false discovery rate holds for this list), oracle (the rule knows what
+    only labels tell), message, and the smallest achievable_q (at the expected poison rate, or where everything is
+    poisoned if none is expected) and achievable_poison_rate (at the declared q and false_alarm) of this many
+    calibration samples; None where nothing is.
+    `num_distinct` counts M, and `num_calibration_unused` the calibration samples left out as copies or as borders of
+    bins; `alarm` is the p-value of there being no poison at all, `null_share` Storey's estimate of the share of clean
+    samples, `bins` the strata and calibration samples of each bin, `poisoned_at_least` the bound for the flagged."""
+
+    def refused(self, message: str) -> Verdict:
+        """The same without a list, because what it rests on does not hold; `message` says why."""
+        report = {**self.report, "num_flagged": 0, "threshold": None, "certified": False, "how": "none: refused"}
+        flagged = np.zeros_like(self.flagged)
+        return replace(self, flagged=flagged, threshold=None, report={**report, "message": message})
+
+
+class Rule(Config):
+    """What the rules share: the score they judge."""
+
+    is_oracle: ClassVar[bool] = False
+    """Whether it knows what only labels could tell; its lists are no evidence that a detector works."""
+    score: str = "dede_reverse"
+    """Score column to judge."""
+
+
+class Conformal(Rule):
+    """Conformal p-values, then Benjamini-Hochberg: a declared false discovery rate.
+
+    Benjamini-Hochberg can reject only where 1 / (n + 1) <= q R / N for R rejections, so finding a poison rate r needs
+    n + 1 >= 1 / (q r) calibration samples, with `false_alarm` in the place of a larger q. With fewer, nothing is
+    flagged and the verdict says how many it takes.
+
+    Source: Bates et al., Testing for outliers with conformal p-values, Ann. Stat. 2023, arXiv:2104.08279; they show
+    that p-values which share a calibration set depend positively, which is what Benjamini-Hochberg and Simes need.
+    """
+
+    kind: Literal["conformal"] = "conformal"
+    q: float = Field(0.1, gt=0, lt=1)
+    """False discovery rate: the expected share of clean samples among the flagged, at most."""
+    false_alarm: float | None = Field(0.05, gt=0, lt=1)
+    """Chance that a corpus without poison gets a list at all, at most. Without it that chance is q."""
+    expected_poison_rate: float | None = Field(None, gt=0, lt=1)
+    """Smallest poison rate that must be found; a calibration set too small for it is refused."""
+    storey: bool = False
+    """Estimate the share of clean samples and use q to the full; matters where much is poisoned."""
+    storey_lambda: float = Field(0.5, gt=0, lt=1)
+    """P-values above it are taken to be of clean samples."""
+    mondrian_bins: int = Field(1, ge=1, le=20)
+    """Bins of difficulty within which samples are compared with calibration samples, so that the odd but clean ones
+    of a difficult bin are not held against it. Each bin needs as many calibration samples as one would alone."""
+    seed: int = 0
+    """Seed of the tie-breaking, and of who stands for a group of copies."""
+
+    def decide(
+        self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
+    ) -> Verdict:
+        level = self.q if self.false_alarm is None else min(self.q, self.false_alarm)
+        needed = _num_needed(level, self.expected_poison_rate or 1.0)
+        if self.mondrian_bins > 1 and (about.get("strata") is None or about.get("calibration_strata") is None):
+            raise Mistake(
+                f"mondrian_bins is {self.mondrian_bins}, and there is no difficulty to make bins of; give this "
+                "decision the strata of samples and calibration samples, or set mondrian_bins to 1"
+            )
+        if self.mondrian_bins == 1:
+            about = {**about, "strata": None}
+        evidence = _weigh(self, scores, calibration, sample_ids, about, self.seed, needed)
+        evidence.require_calibration()
+        num_calibration = min(num for _, num in evidence.bins)
+        least_q = _least_achievable(self.expected_poison_rate or 1.0, num_calibration)
+        least_rate = _least_achievable(level, num_calibration)
+        distinct_p = evidence.p_value[evidence.is_distinct]
+        null_share = _storey(distinct_p, self.storey_lambda) if self.storey else None
+        facts: dict[str, float | None] = {
+            "alarm": _simes(distinct_p),
+            "null_share": null_share,
+            "achievable_q": least_q,
+            "achievable_poison_rate": least_rate,
+        }
+        nothing = np.zeros(evidence.scores.size, bool)
+        declared = f"q = {self.q:g}" + (f" and false_alarm = {level:g}" if level < self.q else "")
+        if num_calibration < needed:
+            rate = f" and a poison rate of {self.expected_poison_rate:g}" if self.expected_poison_rate else ""
+            larger = "q" if self.false_alarm is None else "q and a false_alarm"
+            larger_q = f", or declare a {larger} of about {least_q:.2g} or more" if least_q and least_q < 1 else ""
+            return evidence.verdict(
+                nothing,
+                threshold=None,
+                how="none: refused, because no score could reach the declared q with so few calibration samples",
+                message=f"cannot certify: need at least {needed:,} calibration samples, have {num_calibration:,} (for "
+                f"{declared}{rate}); score more clean samples that nothing was fitted on{larger_q}",
+                facts=facts,
+            )
+        sizes = [num for _, num in evidence.bins]
+        within = f", within {len(sizes)} bins of {min(sizes):,} to {max(sizes):,} calibration samples"
+        if len(sizes) < self.mondrian_bins:
+            within += (
+                f" (not the {self.mondrian_bins} declared: they were merged until each had the {needed:,} it takes)"
+            )
+        within = within if self.mondrian_bins > 1 else ""
+        cutoff = _benjamini_hochberg_cutoff(distinct_p, self.q / (null_share or 1.0))
+        flagged = evidence.p_value <= cutoff
+        if flagged.any() and _benjamini_hochberg_cutoff(distinct_p, level) < 0:
+            num_withheld, flagged = int(flagged.sum()), nothing
+            how = f"none: the list is withheld, because Simes' test does not reject at false_alarm = {level:g}{within}"
+            message = (
+                f"flagged none of {evidence.num_scored:,} samples: {num_withheld:,} would be on a list at "
+                f"q = {self.q:g}, but a corpus without any poison looks like this with probability "
+                f"{facts['alarm']:.2g}, and at most {level:g} is allowed (false_alarm)"
+            )
+        elif flagged.any():
+            copies = ", copies counted once" if distinct_p.size < evidence.num_scored else ""
+            how = f"lowest score that Benjamini-Hochberg rejects at q = {self.q:g}: p-values up to {cutoff:.3g}{within}"
+            message = (
+                f"flagged {flagged.sum():,} of {evidence.num_scored:,} samples; on average at most {self.q:g} of such "
+                f"a list is clean{copies}, if the clean samples of the corpus resemble the calibration samples"
+            )
+        else:
+            how = f"none: Benjamini-Hochberg rejects no p-value at q = {self.q:g}{within}"
+            message = (
+                f"flagged none of {evidence.num_scored:,} samples; {num_calibration:,} calibration samples can certify "
+                f"a poison rate of {least_rate:.2g} or more at {declared}, so rarer poison would have gone unseen; "
+                "more calibration samples see further"
+            )
+        judged = flagged & evidence.is_distinct
+        return evidence.verdict(
+            flagged,
+            threshold=float(evidence.scores[judged].min()) if judged.any() and len(evidence.bins) == 1 else None,
+            how=how,
+            message=message,
+            certified=True,
+            facts=facts,
+        )
+
+    def strata(
+        self, difficulty: ArrayLike, calibration_difficulty: ArrayLike
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Number the `mondrian_bins` bins of samples and calibration samples, the least difficult first.
+
+        Borders are calibration samples at even quantiles. Given the borders, those in between are a fair sample of
+        their bin, but the borders themselves are not, so they get -1 and take no part.
+
+        Args:
+            difficulty: (N,), any number that is not the score; without ties, if the above is to be exact.
+            calibration_difficulty: (n,).
+
+        Returns:
+            int64 (N,) and (n,), for `decide`, which merges bins of too few calibration samples with their neighbours.
+
+        Source: Vovk et al., Mondrian confidence machine, 2003.
+        """
+        clean = np.asarray(calibration_difficulty, np.float64)
+        place = np.arange(1, self.mondrian_bins) * clean.size // self.mondrian_bins
+        borders = np.argsort(clean, kind="stable")[place] if clean.size else np.empty(0, np.int64)
+        edges = clean[borders]
+        calibration_strata = np.searchsorted(edges, clean, side="right")
+        calibration_strata[borders] = -1
+        return np.searchsorted(edges, np.asarray(difficulty, np.float64), side="right"), calibration_strata
+
+
+class CleanQuantile(Rule):
+    """A false positive rate, set on clean samples.
+
+    It bounds the share of the clean samples that is flagged, not the share of the list that is clean: at a poison rate
+    below `fpr`, most of the list is clean.
+    """
+
+    kind: Literal["clean_quantile"] = "clean_quantile"
+    fpr: float = Field(0.01, gt=0, lt=1)
+    """Share of the calibration samples at or above the threshold, at most."""
+
+    def decide(
+        self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
+    ) -> Verdict:
+        evidence = _weigh(self, scores, calibration, sample_ids)
+        num_calibration = evidence.require_calibration()
+        threshold = threshold_at_fpr(evidence.clean, self.fpr)
+        num_above = int((evidence.clean >= threshold).sum())
+        # A new clean sample is equally likely to take any rank among the calibration samples.
+        chance = (num_above + 1) / (num_calibration + 1)
+        return evidence.verdict(
+            evidence.scores >= threshold,
+            threshold=threshold,
+            how=f"smallest threshold with at most {self.fpr:g} of the calibration samples at or above it: "
+            f"{num_above:,} of {num_calibration:,} are",
+            message=f"flags a further clean sample with probability at most {chance:.2g}; promises nothing about the "
+            "share of clean samples in the list",
+        )
+
+
+class FixedThreshold(Rule):
+    """A threshold that somebody chose."""
+
+    kind: Literal["fixed"] = "fixed"
+    threshold: float = Field(allow_inf_nan=False)
+    """Samples with this score or more are flagged."""
+
+    def decide(
+        self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
+    ) -> Verdict:
+        evidence = _weigh(self, scores, calibration, sample_ids)
+        return evidence.verdict(
+            evidence.scores >= self.threshold,
+            threshold=self.threshold,
+            how="given in the settings",
+            message="promises nothing about errors: the threshold was given",
+        )
+
+
+class AssumedPoisonRate(Rule):
+    """The highest scores, as many as the poison rate that somebody assumes.
+
+    Flags `round(rate * N)` samples even where there is no poison at all. Equal scores go by sample id.
+    """
+
+    kind: Literal["assumed_rate"] = "assumed_rate"
+    rate: float = Field(gt=0, lt=1)
+    """Share of the scored samples to flag."""
+
+    def decide(
+        self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
+    ) -> Verdict:
+        evidence = _weigh(self, scores, calibration, sample_ids)
+        scores, count = evidence.scores, round(self.rate * evidence.num_scored)
+        flagged, threshold = np.zeros(scores.size, bool), None
+        if count:
+            threshold = float(np.partition(-scores, count - 1)[count - 1] * -1)  # NaN sorts last
+            flagged = scores > threshold
+            at_threshold = sorted(np.flatnonzero(scores == threshold).tolist(), key=lambda i: sample_ids[i])
+            flagged[at_threshold[: count - int(flagged.sum())]] = True
+        return evidence.verdict(
+            flagged,
+            threshold=threshold,
+            how=f"the {count:,} highest of {evidence.num_scored:,} scores, equal scores by sample id",
+            message="promises nothing about errors: the length of the list was given",
+        )
+
+
+class CleanMean(Rule):
+    """The threshold of DeDe's text: the decoder's average error on what it was trained on.
+
+    Taken literally the rule compares unlike things: training hides fewer patches than scoring and divides by their
+    share, a score may be a sum. Here it is the mean *score* of the calibration samples: held-out, under the masks that
+    scores are made with. Errors lean to the right, so somewhat less than half of all clean samples are flagged.
+
+    Source: Hou et al., DeDe, CVPR 2025, arXiv:2411.16154.
+    """
+
+    kind: Literal["paper_mean"] = "paper_mean"
+    score: str = "dede_mean"
+    """Score column to judge; the publication's is the reconstruction error."""
+
+    def decide(
+        self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
+    ) -> Verdict:
+        evidence = _weigh(self, scores, calibration, sample_ids)
+        num_calibration = evidence.require_calibration()
+        threshold = math.fsum(evidence.clean.tolist()) / num_calibration  # in any order
+        num_above = int((evidence.clean >= threshold).sum())
+        return evidence.verdict(
+            evidence.scores >= threshold,
+            threshold=threshold,
+            how=f"mean of {num_calibration:,} calibration scores, {num_above:,} of which are at or above it",
+            message=f"flags about {num_above / num_calibration:.0%} of the clean samples; promises nothing about the "
+            "share of clean samples in the list",
+        )
+
+
+class PoolMedian(Rule):
+    """The threshold of DeDe's published evaluation: the median of the scores that it judges.
+
+    It always flags half. There the pool was as many triggered as clean test images, so that half was the right answer,
+    known beforehand: the rates of true and false positives in the publication's tables add up to one. Marked `oracle`,
+    and for comparing with those tables only.
+
+    Source: Hou et al., DeDe, CVPR 2025, arXiv:2411.16154, their published code.
+    """
+
+    kind: Literal["compat_median"] = "compat_median"
+    is_oracle: ClassVar[bool] = True
+    score: str = "dede_mean"
+    """Score column to judge; the publication's is the reconstruction error."""
+
+    def decide(
+        self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
+    ) -> Verdict:
+        evidence = _weigh(self, scores, calibration, sample_ids)
+        threshold = float(np.nanmedian(evidence.scores)) if evidence.num_scored else None
+        return evidence.verdict(
+            np.zeros(evidence.scores.size, bool) if threshold is None else evidence.scores >= threshold,
+            threshold=threshold,
+            how=f"median of the {evidence.num_scored:,} scores that are judged",
+            message="an oracle: it flags half of any pool, which is right only where half of it is known to be "
+            "poisoned; promises nothing about errors",
+        )
+
+
+Decision = Annotated[
+    Conformal | CleanQuantile | FixedThreshold | AssumedPoisonRate | CleanMean | PoolMedian,
+    Field(discriminator="kind"),
+]
+
+
+def conformal_p_values(
+    scores: ArrayLike, calibration: ArrayLike, sample_ids: Sequence[str], seed: int = 0
+) -> NDArray[np.float64]:
+    """p = (1 + how many of n calibration samples score at least as high) / (n + 1); ties are broken at random.
+
+    A score that equals t calibration scores takes one of the t + 1 places around them, drawn from (seed, sample_id):
+    p depends on the sample and the calibration set, not on their order nor on what else is judged.
+
+    Clean p-values are then uniform on the grid k / (n + 1), ties or not. They also stay positively dependent: a higher
+    calibration score never lowers any p, whatever was drawn, and that is all the proof for continuous scores uses.
+
+    Args:
+        scores: (N,), NaN where a sample has no score.
+        calibration: (n,), NaN are ignored.
+        sample_ids: N of them.
+        seed: of the tie-breaking.
+
+    Returns:
+        float64 (N,) in [1 / (n + 1), 1]; NaN where the score is NaN.
+
+    Source: Bates et al., Ann. Stat. 2023, arXiv:2104.08279.
+    """
+    scores, clean = np.asarray(scores, np.float64), np.asarray(calibration, np.float64)
+    clean = np.sort(clean[~np.isnan(clean)])
+    above = clean.size - np.searchsorted(clean, scores, side="right")
+    num_equal = clean.size - np.searchsorted(clean, scores, side="left") - above
+    tied = np.flatnonzero(num_equal)  # few; only they need a draw, and drawing is what costs
+    draw = np.array([_uniform(seed, sample_ids[i]) for i in tied.tolist()], np.float64)
+    above[tied] += np.floor(draw * (num_equal[tied] + 1)).astype(np.int64)
+    return np.where(np.isnan(scores), np.nan, (1 + above) / (clean.size + 1))
+
+
+def true_discoveries(p_value: ArrayLike, confidence: float = CONFIDENCE) -> NDArray[np.int64]:
+    """Lower bounds on the number of poisoned samples among the 1, 2, ..., M smallest p-values, all valid at once.
+
+    Closed testing: a set of samples holds poison if Simes' test rejects it and every set that contains it. Among any
+    samples, at least as many are poisoned as can not be in one set that is not rejected. Simes' test holds for
+    conformal p-values, because they depend positively. For h, the size of the largest set that is not rejected, the
+    bound is max over u of 1 - u + #{i <= k: h p_(i) <= u alpha}; in O(M log M).
+
+    Args:
+        p_value: (M,), in any order; each of a distinct sample, and without NaN.
+        confidence: probability that all bounds hold.
+
+    Returns:
+        int64 (M,), rising; the k-th is for the k smallest p-values.
+
+    Source: Goeman, Meijer, Krebs & Solari, Simultaneous control of all false discovery proportions in large-scale
+    multiple hypothesis testing, Biometrika 2019, arXiv:1611.06739, theorem 1; Goeman & Solari, Stat. Sci. 2011.
+    """
+    p_value, alpha = np.sort(np.asarray(p_value, np.float64)), (1 - confidence) * (1 + ROUNDING_SLACK)
+    assert not np.isnan(p_value).any()
+    num, rank = p_value.size, np.arange(1, p_value.size + 1)
+    # Of the sets of one size, the one with the largest p-values is rejected last; and if it is, so is any larger one.
+    accepted, rejected = 0, num + 1
+    while rejected - accepted > 1:
+        size = (accepted + rejected) // 2
+        if (size * p_value[num - size :] > alpha * rank[:size]).all():
+            accepted = size
+        else:
+            rejected = size
+    least_u = np.maximum(1, np.ceil(accepted * p_value / alpha))
+    return np.maximum(0, np.maximum.accumulate(1 - least_u + rank)).astype(np.int64)
+
+
+def _uniform(seed: int, sample_id: str) -> float:
+    """A number in [0, 1), uniform, the same on every machine."""
+    digest = hashlib.blake2b(f"{seed} {sample_id}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _benjamini_hochberg_cutoff(p_value: NDArray[np.float64], q: float) -> float:
+    """Largest p-value that is rejected at false discovery rate q, or -1; NaN are not hypotheses.
+
+    Source: Benjamini & Hochberg, JRSS B 1995: the largest p_(k) with p_(k) <= q k / N.
+    """
+    p_value = np.sort(p_value[~np.isnan(p_value)])
+    rank = np.arange(1, p_value.size + 1)
+    passes = np.flatnonzero(p_value * p_value.size <= q * rank * (1 + ROUNDING_SLACK))
+    return float(p_value[passes[-1]]) if passes.size else -1.0
+
+
+def _simes(p_value: NDArray[np.float64]) -> float | None:
+    """P-value of Simes' test that all samples are clean: the q from which Benjamini-Hochberg rejects something.
+
+    Source: Simes, Biometrika 1986.
+    """
+    rank = np.arange(1, p_value.size + 1)
+    return float((np.sort(p_value) * p_value.size / rank).min()) if p_value.size else None
+
+
+def _storey(p_value: NDArray[np.float64], bound: float) -> float:
+    """Share of clean samples, from the p-values above a bound: (1 + #{p > bound}) / (N (1 - bound)), at most 1.
+
+    Source: Storey, JRSS B 2002; Bates et al. show that with it the false discovery rate of conformal p-values holds.
+    """
+    return min(1.0, float((1 + (p_value > bound).sum()) / (max(1, p_value.size) * (1 - bound))))
+
+
+def _num_needed(q: float, poison_rate: float) -> int:
+    """Smallest n with 1 / (n + 1) <= q * poison_rate."""
+    return math.ceil(1 / (q * poison_rate)) - 1
+
+
+def _least_achievable(given: float, num_calibration: int) -> float | None:
+    """The smallest q at a given poison rate, or poison rate at a given q; None where even 1 is too little."""
+    least = 1 / (given * (num_calibration + 1))
+    return min(least, 1.0) if least <= 1 + ROUNDING_SLACK else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Evidence:
+    """What a rule looks at, checked and cleaned, and the one place where verdicts are written."""
+
+    rule: Rule
+    sample_ids: Sequence[str]
+    scores: NDArray[np.float64]  # (N,)
+    p_value: NDArray[np.float64]  # (N,), copies have that of the one that stands for them
+    stand_in: NDArray[np.int64]  # (N,), who stands for its group: oneself, if in none
+    clean: NDArray[np.float64]  # calibration scores that are used
+    bins: list[tuple[list[int], int]]  # strata of each bin, and its calibration samples
+    num_unscored_calibration: int
+    num_unused_calibration: int
+
+    @property
+    def num_scored(self) -> int:
+        return int((~np.isnan(self.scores)).sum())
+
+    @property
+    def is_distinct(self) -> NDArray[np.bool_]:
+        """(N,), M True: those with a score that stand for themselves."""
+        return ~np.isnan(self.scores) & (self.stand_in == np.arange(self.scores.size))
+
+    def require_calibration(self) -> int:
+        """Number of calibration samples, if there are any."""
+        if not self.clean.size:
+            found = (
+                f"{self.num_unscored_calibration:,}, all without a score" if self.num_unscored_calibration else "none"
+            )
+            raise Mistake(
+                f"this decision needs {self.rule.score} scores of calibration samples, found {found}; score a set of "
+                "clean samples that nothing was fitted on and name it as calibration, or choose a decision that needs "
+                "none: kind fixed (a threshold) or assumed_rate (a poison rate)"
+            )
+        return self.clean.size
+
+    def verdict(
+        self,
+        flagged: NDArray[np.bool_],
+        threshold: float | None,
+        how: str,
+        message: str,
+        certified: bool = False,
+        facts: dict[str, float | None] | None = None,
+    ) -> Verdict:
+        rank, at_least = self._ranking()
+        settings = self.rule.model_dump(mode="json")
+        report = {
+            "rule": settings.pop("kind"),
+            "score": settings.pop("score"),
+            "declared": settings,
+            "num_calibration": self.clean.size,
+            "num_calibration_unscored": self.num_unscored_calibration,
+            "num_calibration_unused": self.num_unused_calibration,
+            "bins": [{"strata": strata, "num_calibration": num} for strata, num in self.bins],
+            "num_scored": self.num_scored,
+            "num_unscored": self.scores.size - self.num_scored,
+            "num_distinct": int(self.is_distinct.sum()),
+            "num_flagged": int(flagged.sum()),
+            "poisoned_at_least": int(at_least[flagged].max(initial=0)) if self.clean.size else None,
+            "threshold": threshold,
+            "how": how,
+            **dict.fromkeys(("achievable_q", "achievable_poison_rate", "alarm", "null_share")),
+            **(facts or {}),
+            "certified": certified,
+            "oracle": self.rule.is_oracle,
+            "message": message,
+        }
+        return Verdict(self.p_value, flagged, threshold, rank, at_least, report)
+
+    def _ranking(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """`Verdict.rank` and `Verdict.poisoned_at_least`."""
+        rank, at_least = np.zeros(self.scores.size, np.int64), np.zeros(self.scores.size, np.int64)
+        distinct = np.flatnonzero(self.is_distinct & ~np.isnan(self.p_value))
+        names = np.array([self.sample_ids[i] for i in distinct.tolist()], dtype=np.str_)
+        ranked = distinct[np.lexsort((names, -self.scores[distinct], self.p_value[distinct]))]
+        rank[ranked] = np.arange(1, ranked.size + 1)
+        at_least[ranked] = true_discoveries(self.p_value[ranked])
+        return rank[self.stand_in], at_least[self.stand_in]
+
+
+def _weigh(
+    rule: Rule,
+    scores: ArrayLike,
+    calibration: ArrayLike | None,
+    sample_ids: Sequence[str],
+    about: About | None = None,
+    seed: int = 0,
+    least_in_bin: int = 1,
+) -> _Evidence:
+    about = about or {}
+    scores = np.asarray(scores, np.float64)
+    given = np.empty(0) if calibration is None else np.asarray(calibration, np.float64)
+    assert scores.ndim == given.ndim == 1, (scores.shape, given.shape)
+    assert len(sample_ids) == scores.size, (len(sample_ids), scores.size)
+    assert not np.isinf(scores).any(), "a detector gives finite scores, or NaN where it has none"
+    assert not np.isinf(given).any(), "a detector gives finite scores, or NaN where it has none"
+    strata, given_strata = np.zeros(scores.size, np.int64), np.zeros(given.size, np.int64)
+    if about.get("strata") is not None and about.get("calibration_strata") is not None:
+        strata, given_strata = np.asarray(about["strata"]), np.asarray(about["calibration_strata"])
+        assert strata.shape == scores.shape, (strata.shape, scores.shape)
+        assert given_strata.shape == given.shape, (given_strata.shape, given.shape)
+
+    is_scored = ~np.isnan(given)
+    is_used = is_scored & (given_strata >= 0)
+    is_used[is_used] = _is_first_of_its_group(about.get("calibration_groups"), np.flatnonzero(is_used), given.size)
+    clean, clean_strata = given[is_used], given_strata[is_used]
+    stand_in = _stand_ins(about.get("groups"), scores, sample_ids, seed)
+
+    bins = _merge_bins(clean_strata, least_in_bin)
+    last_stratum = np.array([numbers[-1] for numbers, _ in bins], np.int64)
+    p_value = np.full(scores.size, np.nan)
+    for number in range(len(bins)):
+        here = np.flatnonzero(np.searchsorted(last_stratum[:-1], strata) == number)
+        reference = clean[np.searchsorted(last_stratum[:-1], clean_strata) == number]
+        names = sample_ids if here.size == scores.size else [sample_ids[i] for i in here.tolist()]
+        p_value[here] = conformal_p_values(scores[here], reference, names, seed)
+    num_unused = int(is_scored.sum()) - clean.size
+    p_value = np.where(np.isnan(scores), np.nan, p_value[stand_in])
+    return _Evidence(rule, sample_ids, scores, p_value, stand_in, clean, bins, int((~is_scored).sum()), num_unused)
+
+
+def _is_first_of_its_group(
+    groups: Sequence[str | None] | None, rows: NDArray[np.int64], size: int
+) -> NDArray[np.bool_]:
+    """Whether no earlier one of these rows is in the same group."""
+    if groups is None:
+        return np.ones(rows.size, bool)
+    assert len(groups) == size, (len(groups), size)
+    first: dict[str, int] = {}
+    return np.array([(name := groups[i]) is None or first.setdefault(name, i) == i for i in rows.tolist()], bool)
+
+
+def _stand_ins(
+    groups: Sequence[str | None] | None, scores: NDArray[np.float64], sample_ids: Sequence[str], seed: int
+) -> NDArray[np.int64]:
+    """For each sample, who stands for its group: itself if alone, else one that is drawn by id, blind to the scores."""
+    stand_in = np.arange(scores.size)
+    if groups is None:
+        return stand_in
+    assert len(groups) == scores.size, (len(groups), scores.size)
+    members: dict[str, list[int]] = {}
+    for i in np.flatnonzero(~np.isnan(scores)).tolist():
+        if (name := groups[i]) is not None:
+            members.setdefault(name, []).append(i)
+    for rows in members.values():
+        if len(rows) > 1:
+            # Not the draw that breaks ties, or whoever stands for a group would break them in its favour.
+            stand_in[rows] = min(rows, key=lambda i: (_uniform(seed, f"stands in: {sample_ids[i]}"), sample_ids[i]))
+    return stand_in
+
+
+def _merge_bins(strata: NDArray[np.int64], least: int) -> list[tuple[list[int], int]]:
+    """Strata of each bin and its number of calibration samples: neighbours together until there are enough."""
+    bins: list[tuple[list[int], int]] = []
+    for stratum, num in zip(*(part.tolist() for part in np.unique(strata, return_counts=True)), strict=True):
+        if bins and bins[-1][1] < least:
+            bins[-1] = ([*bins[-1][0], stratum], bins[-1][1] + num)
+        else:
+            bins.append(([stratum], num))
+    if len(bins) > 1 and bins[-1][1] < least:
+        (before, num_before), (last, num_last) = bins[-2:]
+        bins[-2:] = [(before + last, num_before + num_last)]
+    return bins

@@ -1,0 +1,129 @@
+"""The manifest: one row per sample, and everything that says what the rows mean.
+
+    <folder>/manifest.json            settings, fingerprints, versions, decision, counts; no clock time
+    <folder>/manifest/<shard>.parquet rows in the order of their sample ids; the files' order is theirs too
+    <folder>/flagged.txt              sample ids of the flagged, one a line
+
+Equal runs give equal bytes. This is the interface to everybody else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, Field, ValidationError
+
+from dede_ray.data.ledger import at_once, read_parquet, write_parquet
+from dede_ray.runtime.config import Mistake, explain, read_json, write_atomically, write_json
+from dede_ray.runtime.store import Named, Place, place
+
+DECISION_COLUMNS = (
+    ("combined_score", pa.float32()),
+    ("p_value", pa.float64()),
+    ("rank", pa.int64()),
+    ("poisoned_at_least", pa.int64()),
+    ("flagged", pa.bool_()),
+    ("group_id", pa.string()),
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A written manifest; rows are read when they are first asked for."""
+
+    folder: Place
+    info: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.info["settings"]
+
+    @property
+    def score_columns(self) -> list[str]:
+        return self.info["score_columns"]
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """All rows, sorted by sample id."""
+        paths = [self.folder / "manifest" / f"{name}.parquet" for name in self.info["shards"]]
+        kinds = {name: pa.float32() for name in self.score_columns}
+        kinds |= {"sample_id": pa.string(), "flagged": pa.bool_(), "error": pa.string()}
+        try:
+            table = pa.concat_tables(at_once(self.folder, read_parquet, paths))
+            for name, kind in kinds.items():
+                if table.column(name).type != kind:
+                    raise ValueError(f"column {name} is of type {table.column(name).type}, not {kind}")
+        except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+            raise Mistake(f"the manifest at {self.folder} is damaged: {error}; run the scoring job again") from None
+        return table
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the description and all rows."""
+        digest = hashlib.sha256((self.folder / "manifest.json").read_bytes())
+        try:
+            for name in self.info["shards"]:
+                digest.update((self.folder / "manifest" / f"{name}.parquet").read_bytes())
+        except FileNotFoundError as error:
+            raise Mistake(f"the manifest at {self.folder} is damaged: {error}; run the scoring job again") from None
+        return digest.hexdigest()
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """The one line that a person came for."""
+        counts, decision = self.info["counts"], self.info["decision"]
+        unreadable = sum(counts["unreadable"].values())
+        cut = f", {len(counts['truncated_shards']):,} shards end early" if counts["truncated_shards"] else ""
+        return (
+            f"{counts['flagged']:,} of {counts['scored']:,} samples flagged by {decision['score']} "
+            f"({decision['rule']}); {unreadable:,} unreadable{cut} -> {self.folder}\n{decision['message']}"
+        )
+
+
+def write_manifest(folder: Place, shards: Iterable[tuple[str, pa.Table]], info: dict[str, Any]) -> Manifest:
+    """Write rows and description; `shards` gives each shard's rows, in the order of the shards' sample ids."""
+    names, flagged = [], []
+    for name, table in shards:
+        table = table.sort_by("sample_id")
+        write_parquet(table, folder / "manifest" / f"{name}.parquet")
+        flagged += table.filter(pc.fill_null(table["flagged"], False))["sample_id"].to_pylist()
+        names.append(name)
+    write_atomically(folder / "flagged.txt", "".join(f"{json.dumps(i)[1:-1]}\n" for i in flagged))
+    info = {"manifest": 1, **info, "shards": names}
+    write_json(folder / "manifest.json", info)
+    return Manifest(folder, info)
+
+
+def read_manifest(folder: Named) -> Manifest:
+    """Open a manifest.
+
+    Raises:
+        Mistake: nothing there, or not a manifest of ours.
+    """
+    folder = place(folder)
+    info = read_json(folder / "manifest.json", "manifest (manifest.json)")
+    if info.get("manifest") != 1:
+        raise Mistake(f"{folder / 'manifest.json'} is no manifest that this version reads")
+    try:
+        _Info.model_validate(info)
+    except ValidationError as error:
+        raise Mistake(f"{folder / 'manifest.json'} is damaged:\n{explain(error, _Info)}") from None
+    return Manifest(folder, info)
+
+
+class _Info(BaseModel):
+    """What every reader of a manifest.json relies on."""
+
+    shards: list[Annotated[str, Field(pattern="^[^/]+$")]] = Field(min_length=1)
+    settings: dict[str, Any]
+    victim: dict[str, str]
+    decision: dict[str, Any]
+    score_columns: list[str]

@@ -1,0 +1,594 @@
+"""The score pass: shards x victim x detectors -> manifest.
+
+First, detectors that learn from the corpus are fitted on a keyed sample of it. Then one decode, one forward of the
+victim, and every detector (ledger.py does the passing, and the recovery); calibration shards go through the same pass.
+Costly detectors look at the worst candidates only, in a second stage. The decision turns scores into a list with a
+declared error rate.
+
+    <output>/fitting/       embeddings of the fitting sets, one state file per detector
+    <output>/calibration/   parts of the calibration shards
+    <output>/scores/        parts of the shards
+    <output>/second_stage/  parts of the candidates
+    <output>/findings.json  copies, near-copies and clumps, one finding each
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from pydantic import Field, ValidationError
+from ray.exceptions import RayTaskError
+from safetensors.torch import save
+
+from dede_ray.data.ledger import BASE_SCHEMA, Chosen, KeyedShare, PassSummary, read_end, read_parts, standing_shards
+from dede_ray.data.near_duplicates import perceptual_hash
+from dede_ray.data.passes import PassResources, run_over_parts, run_pass
+from dede_ray.data.shards import Limits, Shard, count_samples, list_shards
+from dede_ray.data.workers import Chunk, Laps
+from dede_ray.detectors.contract import DetectorSettings, Scorer, State, open_scorer
+from dede_ray.detectors.kinds import Detector
+from dede_ray.models.embedding import (
+    Batch,
+    Encoders,
+    Encoding,
+    Need,
+    fitting_set,
+    gathered,
+    restored,
+    stored,
+    with_embeddings,
+)
+from dede_ray.models.victims import OptionalVictimConfig, Victim, VictimConfig, load_victim
+from dede_ray.models.weights import read_tensors
+from dede_ray.runtime.config import Config, Mistake, explain, read_json, write_json
+from dede_ray.runtime.session import start_ray
+from dede_ray.runtime.store import Place, place, write_atomically
+from dede_ray.scan.decisions import Conformal, Decision
+from dede_ray.scan.judge import Judged, Judging, Scored, judge
+from dede_ray.scan.manifest import DECISION_COLUMNS, Manifest, write_manifest
+
+logger = logging.getLogger(__name__)
+
+BYTES_PER_DECIDED = 500
+"""Memory that deciding takes for each sample: its id, hashes, caption, scores."""
+NUM_KEPT = 10_000
+"""About so many samples keep their embeddings in any case; two domains are compared on them."""
+
+EMBEDDING_OF: dict[Need, str] = {"reference": "reference", "caption": "caption_embedding"}
+"""The column that stored embeddings must have for what a detector needs."""
+VERSIONS_OF = ("torch", "open_clip_torch", "timm", "numpy", "pillow", "pyarrow")
+
+
+class Fitting(Config):
+    """What detectors with statistics learn from, before anything is scored."""
+
+    shards: str | list[str] | None = None
+    """The suspected corpus; None takes what is scored."""
+    clean: str | list[str] | None = None
+    """Clean samples for detectors that want some; neither the victim's training data nor the calibration set."""
+    num_samples: int = Field(20_000, ge=1)
+    """About so many are drawn from each, every sample by its own key."""
+    seed: int = 0
+
+
+class SecondStage(Config):
+    """Detectors that take many forward passes for each sample, for those that look worst."""
+
+    detectors: list[Detector] = Field(min_length=1)
+    num_candidates: int = Field(1000, ge=1)
+    """Samples with the highest scores."""
+
+
+class ScoreConfig(Config):
+    """Settings of jobs/score.py."""
+
+    writes_to_stores: ClassVar[bool] = True
+    shards: str | list[str] = Field([])
+    """What to score: paths, folders, patterns or URLs."""
+    embeddings: str | None = None
+    """The output of an earlier run with `store_embeddings`, whose shards and calibration are then scored in the place
+    of `shards` and `calibration`. No image is read again, so only detectors that need none can score; scores differ by
+    the rounding to float16."""
+    output: str
+    """A folder that all machines see, or a URL."""
+    victim: VictimConfig
+    reference: OptionalVictimConfig = None
+    """An encoder that the user trusts, from other hands and other data, for the detectors that compare."""
+    detectors: list[Detector] = Field(min_length=1)
+    fitting: Fitting = Fitting()
+    second_stage: SecondStage | None = None
+    calibration: str | list[str] | None = None
+    """Clean shards for conformal decisions. What has seen the corpus must have seen them alike: where the victim and
+    the decoder learnt the corpus, they learnt these too, unmarked; where they did not, they did not."""
+    decision: Decision = Field(Conformal(), discriminator="kind")
+    judging: Judging = Judging()
+    known_embeddings: str | None = None
+    """Folder of a decoder that this victim's train_clip or train_simclr run trained on some of these shards
+    (<output>/decoder): what the victim embedded then is read there. Nothing but the time changes."""
+    store_embeddings: bool = False
+    """Keep each sample's embeddings as float16 beside its scores, to score it again without its image."""
+    chunk_size: int = Field(256, ge=1)
+    """Samples that are scored, written and recovered together."""
+    limits: Limits = Limits()
+    max_error_fraction: float = Field(0.1, ge=0, le=1)
+    """Stop when more than this share of the samples cannot be used."""
+    resources: PassResources = PassResources()
+
+
+def score(config: ScoreConfig) -> Manifest:
+    """Score every sample and write the manifest. A rerun does what remains.
+
+    Raises:
+        Mistake: settings, shards, victim, decoder or output folder that do not fit.
+    """
+    start_ray(config)
+    run = _Run(config)
+    run.fit()
+    summary = run.score()
+    return run.decide(summary)
+
+
+class _Run:
+    """One run of the score job: its settings resolved, its folders, its three steps."""
+
+    def __init__(self, config: ScoreConfig):
+        self.config, self.output = config, place(config.output)
+        self.detectors: list[DetectorSettings] = [*config.detectors]
+        self.second: list[DetectorSettings] = [*(config.second_stage.detectors if config.second_stage else [])]
+        self.all_detectors = [*self.detectors, *self.second]
+        twice = [name for name, count in Counter(one.label for one in self.all_detectors).items() if count > 1]
+        if twice:  # they would share a state file
+            raise Mistake(f"two detectors of this run are called {twice[0]}; set `name` of one, which ends its columns")
+        needs: frozenset[Need] = frozenset().union(*(one.needs for one in self.all_detectors))
+        reference = config.reference and config.reference.located()
+        self.victim = load_victim(config.victim)
+        self.encoding = Encoding(config.victim.located(), reference, needs, self._known())
+        self.encoding.check(self.victim)
+        self.encoded_with = self.encoding.made_with(self.victim)
+        self.source = place(config.embeddings) if config.embeddings else None
+        if self.source is None and not config.shards:
+            raise Mistake("nothing to score: name `shards` to read, or `embeddings` of an earlier run")
+        self.shards = list_shards(config.shards) if self.source is None else standing_shards(self.source / "scores")
+        self.calibration = self._calibration_shards()
+        if self.source is not None and "image" in needs:
+            lacking = [one.label for one in self.all_detectors if "image" in one.needs]
+            raise Mistake(f"{', '.join(lacking)} look at images, and stored embeddings have none; name shards instead")
+        if self.source is not None:
+            self._check_source(self.source / "scores")
+
+    def _known(self) -> str | None:
+        """The folder of the pass whose embeddings are used."""
+        if self.config.known_embeddings is None:
+            return None
+        folder = place(self.config.known_embeddings) / "embeddings" / "train"
+        made_with = read_json(folder / "pass.json", "record of the pass that embedded a decoder's training data")
+        if made_with.get("victim") != self.victim.fingerprint:
+            raise Mistake(
+                f"known_embeddings: {folder} holds embeddings of another victim: {made_with.get('victim')!r} there, "
+                f"{self.victim.fingerprint!r} now; name the folder of a decoder of this victim, or leave it out"
+            )
+        if made_with.get("chunk_size") != self.config.chunk_size:
+            raise Mistake(
+                f"known_embeddings: {folder} was written in chunks of {made_with.get('chunk_size')} samples, this run "
+                f"scores chunks of {self.config.chunk_size}; set chunk_size to {made_with.get('chunk_size')}"
+            )
+        return str(folder)
+
+    def _check_source(self, folder: Place) -> None:
+        """Embeddings are of the victim and the reference encoder that made them, and of no other."""
+        made_with, now = read_json(folder / "pass.json", "record of a pass"), self.encoded_with
+        for role in ("victim", "reference"):
+            there = made_with.get(role)
+            if there != now[role] and (role == "victim" or "reference" in self.encoding.needs):
+                raise Mistake(
+                    f"{folder} holds embeddings of another {role} encoder: {there!r} there, {now[role]!r} now; name "
+                    "the one that made them, or score the shards"
+                )
+        needed = {"embedding", *(EMBEDDING_OF[need] for need in self.encoding.needs if need != "image")}
+        share = made_with.get("embeddings_kept", 0)
+        lacking = sorted(needed - set(read_parts(folder, self.shards[0].name).column_names))
+        if share != 1:
+            raise Mistake(
+                f"{folder} keeps the embeddings of {share:.0%} of its samples only; score the shards with "
+                "store_embeddings: true, or name shards instead of embeddings"
+            )
+        if lacking:
+            raise Mistake(
+                f"{folder} holds no {', '.join(lacking)} of its samples; score the shards with store_embeddings: "
+                "true, and with a detector that needs the same, or name shards instead of embeddings"
+            )
+
+    def _calibration_shards(self) -> list[Shard]:
+        if self.source is not None:
+            stands = (self.source / "calibration" / "pass.json").is_file()
+            return standing_shards(self.source / "calibration") if stands else []
+        return list_shards(self.config.calibration) if self.config.calibration else []
+
+    # ---------------------------------------------------------------------------------------------- fitting
+
+    def fit(self) -> None:
+        """Let every detector that fits something leave its state; then open them all, which checks them."""
+        config = self.config
+        fits = [one for one in self.all_detectors if one.fits]
+        if fits:
+            suspected, clean = self._suspected(), None
+            if config.fitting.clean is not None:
+                clean = self._fitting_set("clean", list_shards(config.fitting.clean))
+            inputs = _digest(suspected) + (_digest(clean) if clean else "")
+            for detector in fits:
+                fit_state(detector, suspected, clean, inputs, self._state_path(detector))
+        self.scorers = [open_scorer(one, self.victim, self._state(one)) for one in self.detectors]
+        self.second_scorers = [open_scorer(one, self.victim, self._state(one)) for one in self.second]
+        self.columns = [column for scorer in self.scorers for column in scorer.columns]
+        self.controls = [column for scorer in self.scorers for column in scorer.controls]
+        everything = [*self.columns, *(column for scorer in self.second_scorers for column in scorer.columns)]
+        twice = [name for name, count in Counter(everything).items() if count > 1]
+        if twice:
+            raise Mistake(f"two detectors give the column {twice[0]}; set `name` of one")
+        judged = [column for column in [*self.columns, *config.judging.made] if column not in self.controls]
+        if config.decision.score not in judged:
+            raise Mistake(
+                f"decision.score is {config.decision.score!r}; the detectors of this run give {', '.join(judged)}"
+            )
+
+    def _suspected(self) -> Batch:
+        fitting = self.config.fitting
+        if fitting.shards is not None:
+            return self._fitting_set("suspected", list_shards(fitting.shards))
+        if self.source is None:
+            return self._fitting_set("suspected", self.shards)
+        folder = self.source / "scores"
+        num_samples = sum(read_end(folder, shard.name).num_samples for shard in self.shards)
+        share = KeyedShare(min(1.0, fitting.num_samples / num_samples), fitting.seed)  # as `fitting_set` draws them
+        return gathered(folder, self.shards, share)
+
+    def _fitting_set(self, name: str, shards: list[Shard]) -> Batch:
+        config = self.config
+        return fitting_set(
+            shards, self.output / "fitting" / name, self.encoding, config.fitting.num_samples, config.fitting.seed,
+            chunk_size=config.chunk_size, limits=config.limits, resources=config.resources,
+            max_error_fraction=config.max_error_fraction, name=f"fitting, {name}",
+        )  # fmt: skip
+
+    def _state_path(self, detector: DetectorSettings) -> Place:
+        return self.output / "fitting" / f"{detector.label}.safetensors"
+
+    def _state(self, detector: DetectorSettings) -> State:
+        return read_tensors(self._state_path(detector)) if detector.fits else {}
+
+    # ---------------------------------------------------------------------------------------------- scoring
+
+    def score(self) -> PassSummary:
+        """Pass over calibration shards and shards; then the second stage over what looks worst."""
+        passes = [("calibration", self.calibration), ("scores", self.shards)]
+        summary = [self._pass(name, shards) for name, shards in passes if shards][-1]
+        if self.config.second_stage:
+            chosen = self._candidates(self.config.second_stage.num_candidates)
+            run_pass(
+                self.shards, self.output / "second_stage", ScoreWork, self._work(self.second),
+                image_size=self.victim.image_size, chunk_size=self.config.chunk_size, limits=self.config.limits,
+                made_with={**self.made_with(self.second, self.second_scorers), "candidates": hash_of_ids(chosen)},
+                resources=self.config.resources, max_error_fraction=self.config.max_error_fraction,
+                name="second stage", select=Chosen(frozenset(chosen)),
+            )  # fmt: skip
+        return summary
+
+    def _pass(self, name: str, shards: list[Shard]) -> PassSummary:
+        config, work = self.config, self._work(self.detectors)
+        common: dict[str, Any] = {
+            "made_with": self.made_with(self.detectors, self.scorers),
+            "resources": config.resources,
+            "max_error_fraction": config.max_error_fraction,
+            "name": name,
+        }
+        if self.source is not None:
+            return run_over_parts(shards, self.source / name, self.output / name, RescoreWork, work, **common)
+        keep = self._kept(shards)
+        common["made_with"] |= {"embeddings_kept": keep.share}
+        return run_pass(
+            shards, self.output / name, ScoreWork, {**work, "keep": keep},
+            image_size=self.victim.image_size, chunk_size=config.chunk_size, limits=config.limits, **common,
+        )  # fmt: skip
+
+    def _kept(self, shards: list[Shard]) -> KeyedShare:
+        """Whose embeddings are written beside the scores: everybody's, or as many as comparing two domains takes."""
+        if self.config.store_embeddings:
+            return KeyedShare(1.0, 0)
+        return KeyedShare(min(1.0, NUM_KEPT / max(1, count_samples(shards))), 0)
+
+    def _work(self, detectors: list[DetectorSettings]) -> dict[str, Any]:
+        states = [str(self._state_path(one)) if one.fits else None for one in detectors]
+        return {"encoding": self.encoding, "detectors": [one.located() for one in detectors], "states": states}
+
+    def made_with(self, detectors: Sequence[DetectorSettings], scorers: Sequence[Scorer]) -> dict[str, Any]:
+        """What scores depend on."""
+        return {
+            **self.encoded_with,
+            "detectors": {one.label: scorer.fingerprint for one, scorer in zip(detectors, scorers, strict=True)},
+            "versions": versions(),
+        }
+
+    def _candidates(self, num: int) -> list[str]:
+        """Ids of the samples with the highest scores, equal scores by id; no more than those are kept in memory."""
+        name, best = self.config.decision.score, None
+        for shard in self.shards:
+            table = read_parts(self.output / "scores", shard.name, ["sample_id", name]).drop_null()
+            table = table if best is None else pa.concat_tables([best, table])
+            best = table.sort_by([(name, "descending"), ("sample_id", "ascending")]).slice(0, num).combine_chunks()
+        assert best is not None
+        return sorted(best["sample_id"].to_pylist())
+
+    # ---------------------------------------------------------------------------------------------- deciding
+
+    def decide(self, summary: PassSummary) -> Manifest:
+        """Turn scores into a list, and write the manifest: in a task, as it takes memory for every sample."""
+        work = _Deciding(
+            config=self.config, output=self.output, source=self.source, shards=self.shards,
+            calibration=self.calibration, columns=self.columns, controls=self.controls,
+            second_columns=[column for scorer in self.second_scorers for column in scorer.columns],
+            looks_at_captions="caption" in self.encoding.needs,
+            made_with=self.made_with(self.detectors, self.scorers), summary=summary,
+        )  # fmt: skip
+        memory = summary.num_samples * BYTES_PER_DECIDED
+        largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        if memory > largest:
+            logger.warning("deciding takes about %.1f GB, no node has more than %.1f", memory / 1e9, largest / 1e9)
+        decide = ray.remote(_Deciding.manifest).options(num_cpus=1, memory=min(memory, int(largest)))
+        try:
+            return Manifest(self.output, ray.get(decide.remote(work)))
+        except RayTaskError as error:
+            raise error.cause from None
+
+
+def settings_of(manifest: Manifest) -> ScoreConfig:
+    """The settings that a manifest was scored with.
+
+    Raises:
+        Mistake: another version wrote it, with settings that this one does not know.
+    """
+    try:
+        return ScoreConfig.model_validate(manifest.settings)
+    except ValidationError as error:
+        where = manifest.folder / "manifest.json"
+        raise Mistake(f"{where} was written with other settings than these:\n{explain(error, ScoreConfig)}") from None
+
+
+def victim_of(manifest: Manifest) -> Victim:
+    """Load the victim that made a manifest, and no other.
+
+    Raises:
+        Mistake: it is gone, or has changed since.
+    """
+    victim = load_victim(settings_of(manifest).victim)
+    scored = manifest.info["victim"]["fingerprint"]
+    if victim.fingerprint != scored:
+        raise Mistake(
+            f"victim {victim.name} has changed since it scored: its fingerprint is {victim.fingerprint[:12]}, the "
+            f"manifest has {scored[:12]}; score again, or put the old weights back"
+        )
+    return victim
+
+
+def fit_state(detector: DetectorSettings, suspected: Batch, clean: Batch | None, inputs: str, path: Place) -> None:
+    """Fit one detector and write its state, unless the same one stands there."""
+    fitted_with = hashlib.sha256(f"{detector.label}{detector.model_dump_json()}{inputs}".encode()).hexdigest()
+    record = path.with_suffix(".json")
+    if record.is_file() and path.is_file() and read_json(record, "record of a fit").get("fitted_with") == fitted_with:
+        return
+    logger.info("fitting %s on %s samples", detector.label, f"{len(suspected):,}")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.fit(suspected, clean).items()}
+    record.unlink(missing_ok=True)
+    write_atomically(path, save(state))
+    write_json(record, {"fitted_with": fitted_with, "num_samples": len(suspected)})
+
+
+def _digest(batch: Batch) -> str:
+    digest = hashlib.sha256("\n".join(batch.sample_ids).encode("utf-8", "surrogateescape"))
+    for tensor in (batch.embedding_BE, batch.reference_BR, batch.caption_BE, batch.reference_caption_BR):
+        digest.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_of_ids(sample_ids: Sequence[str]) -> str:
+    """SHA-256 of ids, in this order."""
+    return hashlib.sha256("\n".join(sample_ids).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+class _Scoring:
+    """What a scoring actor holds: every detector, opened."""
+
+    def __init__(self, victim: Victim, detectors: list[DetectorSettings], states: list[str | None]):
+        self.scorers = [
+            open_scorer(detector, victim, read_tensors(state) if state else {})
+            for detector, state in zip(detectors, states, strict=True)
+        ]
+        self.columns: dict[str, pa.DataType] = {
+            column: pa.float32() for scorer in self.scorers for column in scorer.columns
+        }
+        self.laps = Laps()
+
+    def lap(self, stage: str) -> None:
+        """Book a stage; what a device still computes belongs to it."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.laps.mark(stage)
+
+    def score(self, batch: Batch) -> dict[str, Any]:
+        return {name: column for scorer in self.scorers for name, column in scorer.score(batch).items()}
+
+
+class ScoreWork(_Scoring):
+    """What a scoring actor does with a chunk: one forward of each encoder, then every detector."""
+
+    def __init__(
+        self,
+        encoding: Encoding,
+        detectors: list[DetectorSettings],
+        states: list[str | None],
+        keep: KeyedShare | None = None,
+    ):
+        """`keep` says whose embeddings are written; None writes nothing but the scores."""
+        self.encoders = Encoders(encoding)
+        super().__init__(self.encoders.victim, detectors, states)
+        self.image_size, self.keep = self.encoders.image_size, keep
+        if keep is not None:
+            self.columns |= {**self.encoders.columns("float16"), **LOOKS}
+
+    def __call__(self, chunk: Chunk) -> dict[str, Any]:
+        batch = self.encoders(chunk)
+        self.lap("encode")
+        columns = self.score(batch)
+        self.lap("score")
+        if self.keep is not None:
+            is_kept = [self.keep(name) for name in chunk.sample_ids]
+            for name, rows in stored(batch, "float16").items():
+                columns[name] = [row if keep else None for row, keep in zip(rows, is_kept, strict=True)]
+            columns["caption"] = chunk.captions
+            columns["perceptual_hash"] = [perceptual_hash(image_HWC) for image_HWC in chunk.image_BHWC]
+        return columns
+
+
+class RescoreWork(_Scoring):
+    """The same from stored embeddings; what else was stored is carried over."""
+
+    def __init__(self, encoding: Encoding, detectors: list[DetectorSettings], states: list[str | None]):
+        super().__init__(load_victim(encoding.victim), detectors, states)
+        self.columns |= LOOKS
+
+    def __call__(self, table: pa.Table) -> dict[str, Any]:
+        missing = [None] * len(table)
+        looks = {name: table[name].to_pylist() if name in table.column_names else missing for name in LOOKS}
+        columns = self.score(restored(table))
+        self.lap("score")
+        return {**columns, **looks}
+
+
+LOOKS: dict[str, pa.DataType] = {"caption": pa.string(), "perceptual_hash": pa.uint64()}
+"""What findings are made of."""
+
+
+@dataclass(frozen=True)
+class _Deciding:
+    """What turns the parts of a finished pass into a manifest; runs wherever the cluster has the memory."""
+
+    config: ScoreConfig
+    output: Place
+    source: Place | None
+    shards: list[Shard]
+    calibration: list[Shard]
+    columns: list[str]
+    controls: list[str]
+    second_columns: list[str]
+    looks_at_captions: bool
+    made_with: dict[str, Any]
+    summary: PassSummary
+
+    def manifest(self) -> dict[str, Any]:
+        """Judge, and write the findings and the manifest; the manifest's description."""
+        config = self.config
+        corpus = self._scored("scores", self.shards)
+        calibration = self._scored("calibration", self.calibration) if self.calibration else None
+        covariates = [name for name in self.controls if name.startswith("stat_")]
+        judged = judge(config.judging, config.decision, corpus, calibration, covariates, self.looks_at_captions)
+        made_with = self.made_with
+        info = {
+            "settings": config.model_dump(mode="json", exclude={"resources"}),
+            "victim": {"path": config.victim.path, "fingerprint": made_with["victim"]},
+            "reference": made_with["reference"],
+            "detectors": made_with["detectors"],
+            "versions": made_with["versions"],
+            "score_columns": [*self.columns, *judged.made],
+            "second_stage_columns": self.second_columns,
+            "controls": self.controls,
+            "decision": judged.report,
+            "counts": {
+                "samples": self.summary.num_samples,
+                "scored": self.summary.num_samples - sum(self.summary.errors.values()),
+                "unreadable": self.summary.errors,
+                "flagged": int(judged.verdict.flagged.sum()),
+                "truncated_shards": self.summary.truncated_shards,
+                "duplicated_images": sum(name is not None for name in judged.group_id),
+                "findings": len(judged.findings),
+                "flagged_findings": sum(one.share_flagged > 0 for one in judged.findings),
+            },
+        }
+        write_json(self.output / "findings.json", {"findings": [asdict(one) for one in judged.findings]})
+        return write_manifest(self.output, self._rows(judged), info).info
+
+    def _scored(self, name: str, shards: list[Shard]) -> Scored:
+        """All that a pass wrote, but for the embeddings of those that were not drawn."""
+        folder = self.output / name
+        texts: dict[str, list[Any]] = {column: [] for column in ("sample_id", "content_hash", *LOOKS)}
+        scores: dict[str, list[np.ndarray]] = {column: [] for column in self.columns}
+        kept: list[pa.Table] = []
+        for shard in shards:
+            table = read_parts(folder, shard.name)
+            for column, found in texts.items():
+                found += table[column].to_pylist() if column in table.column_names else [None] * len(table)
+            for column, values in scores.items():
+                values.append(table[column].to_numpy(zero_copy_only=False).astype(np.float64))
+            if self.source is None and "embedding" in table.column_names:
+                kept.append(with_embeddings(table))
+        batch = None
+        if self.source is not None:
+            batch = gathered(self.source / name, shards)
+        elif kept and sum(map(len, kept)):
+            batch = restored(pa.concat_tables(kept))
+        seen = None if batch is None else batch.embedding_BE if batch.reference_BR is None else batch.reference_BR
+        return Scored(
+            sample_ids=texts["sample_id"],
+            content_hash=texts["content_hash"],
+            captions=texts["caption"],
+            perceptual_hash=texts["perceptual_hash"],
+            columns={column: np.concatenate(values) for column, values in scores.items()},
+            embedding_ids=batch.sample_ids if batch else [],
+            embedding_ME=None if seen is None else seen.numpy(),
+        )
+
+    def _rows(self, judged: Judged) -> Iterator[tuple[str, pa.Table]]:
+        verdict, second, start = judged.verdict, self._second_scores(), 0
+        for shard in self.shards:
+            table = read_parts(self.output / "scores", shard.name).select([*BASE_SCHEMA.names, *self.columns])
+            here = slice(start, start + len(table))
+            start += len(table)
+            error = table["error"]
+            values = (
+                judged.score_N[here], verdict.p_value[here], verdict.rank[here], verdict.poisoned_at_least[here],
+                verdict.flagged[here], judged.group_id[here],
+            )  # fmt: skip
+            table = table.drop_columns(["error"])
+            for column, made_N in judged.made.items():
+                table = table.append_column(
+                    pa.field(column, pa.float32()), pa.array(made_N[here], pa.float32(), from_pandas=True)
+                )
+            for column in self.second_columns:
+                found = [second.get((name, column)) for name in table["sample_id"].to_pylist()]
+                table = table.append_column(pa.field(column, pa.float32()), pa.array(found, pa.float32()))
+            for (name, kind), value in zip(DECISION_COLUMNS, values, strict=True):
+                table = table.append_column(pa.field(name, kind), pa.array(value, kind, from_pandas=True))
+            yield shard.name, table.append_column("error", error)
+
+    def _second_scores(self) -> dict[tuple[str, str], float]:
+        """(sample id, column) -> score of the candidates."""
+        found: dict[tuple[str, str], float] = {}
+        if self.second_columns:
+            for shard in self.shards:
+                table = read_parts(self.output / "second_stage", shard.name, ["sample_id", *self.second_columns])
+                for row in table.to_pylist():
+                    found |= {(row["sample_id"], column): row[column] for column in self.second_columns}
+        return found
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that scores depend on."""
+    return {name: importlib.metadata.version(name) for name in VERSIONS_OF}

@@ -1,0 +1,667 @@
+"""The list keeps the promise that was declared, and says so when it cannot."""
+
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+from scipy import stats
+
+from dede_ray.evaluation.results import rule_text
+from dede_ray.metrics import false_discovery_proportion
+from dede_ray.runtime.config import Config, Mistake, load
+from dede_ray.scan.decisions import (
+    AssumedPoisonRate,
+    CleanMean,
+    CleanQuantile,
+    Conformal,
+    Decision,
+    FixedThreshold,
+    PoolMedian,
+    conformal_p_values,
+    true_discoveries,
+)
+
+WITH_CALIBRATION = [Conformal(q=0.2), CleanQuantile(fpr=0.05), CleanMean()]
+WITHOUT_CALIBRATION = [FixedThreshold(threshold=1.0), AssumedPoisonRate(rate=0.1), PoolMedian()]
+RULES = [*WITH_CALIBRATION, *WITHOUT_CALIBRATION]
+REPORT_KEYS = {
+    *("rule", "score", "declared", "num_calibration", "num_calibration_unscored", "num_scored", "num_unscored"),
+    *("num_flagged", "threshold", "how", "achievable_q", "achievable_poison_rate", "certified", "message"),
+    *("num_calibration_unused", "bins", "num_distinct", "poisoned_at_least", "alarm", "null_share"),
+    "oracle",
+}
+
+
+def names(count, prefix="train-00000.tar"):
+    return [f"{prefix}/{i:06d}" for i in range(count)]
+
+
+# --- conformal p-values
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.lists(st.integers(0, 5), min_size=1, max_size=30))
+def test_a_p_value_lies_between_strictly_above_and_at_or_above(scores, calibration):
+    p_value = conformal_p_values(scores, calibration, names(len(scores)))
+    rank = p_value * (len(calibration) + 1)
+    np.testing.assert_allclose(rank, rank.round(), atol=1e-9)
+    for s, r in zip(scores, rank.round(), strict=True):
+        assert 1 + sum(c > s for c in calibration) <= r <= 1 + sum(c >= s for c in calibration)
+
+
+@pytest.mark.parametrize("decimals", [None, 0], ids=["continuous", "many ties"])
+def test_p_values_of_clean_samples_are_uniform(decimals):
+    rng = np.random.default_rng(0)
+    rank = []
+    for trial in range(4000):
+        scores = rng.normal(size=10)
+        if decimals is not None:
+            scores = scores.round(decimals)
+        rank.append(10 * conformal_p_values(scores[:1], scores[1:], names(1, f"trial-{trial}"))[0])
+    counts = np.bincount(np.rint(rank).astype(int), minlength=11)[1:]
+    assert counts.sum() == 4000
+    assert stats.chisquare(counts).pvalue > 0.001
+
+
+def test_equal_scores_everywhere_still_give_uniform_p_values():
+    rank = np.rint(100 * conformal_p_values(np.ones(20_000), np.ones(99), names(20_000))).astype(int)
+    assert stats.chisquare(np.bincount(rank, minlength=101)[1:]).pvalue > 0.001
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.integers(0, 29), st.integers(1, 5), st.integers(0, 9))
+def test_raising_a_calibration_score_never_lowers_a_p_value(calibration, which, lift, seed):
+    """The monotonicity that makes p-values positively dependent, also where they tie."""
+    raised = np.array(calibration)
+    raised[which % raised.size] += lift
+    scores, ids = np.arange(12) % 6, names(12)
+    before = conformal_p_values(scores, calibration, ids, seed)
+    assert (conformal_p_values(scores, raised, ids, seed) >= before).all()
+
+
+def test_a_p_value_depends_on_the_sample_and_the_calibration_only():
+    rng = np.random.default_rng(1)
+    scores, calibration, ids = rng.integers(0, 20, 500) / 7, rng.integers(0, 20, 300) / 7, names(500)
+    whole = conformal_p_values(scores, calibration, ids)
+    order, some = rng.permutation(500), rng.permutation(500)[:40]
+    shuffled = conformal_p_values(scores[order], rng.permutation(calibration), [ids[i] for i in order])
+    np.testing.assert_array_equal(shuffled, whole[order])
+    np.testing.assert_array_equal(conformal_p_values(scores[some], calibration, [ids[i] for i in some]), whole[some])
+    np.testing.assert_array_equal(conformal_p_values(scores, calibration, ids), whole)
+    assert (conformal_p_values(scores, calibration, ids, seed=1) != whole).any()
+    assert (conformal_p_values(scores, calibration, names(500, "other.tar")) != whole).any()
+
+
+def test_a_million_scores_take_about_a_second():
+    rng = np.random.default_rng(2)
+    scores, ids = rng.normal(size=1_000_000).astype(np.float32), names(1_000_000)
+    calibration = rng.normal(size=100_000).astype(np.float32)
+    start = time.process_time()
+    Conformal().decide(scores, calibration, ids)
+    assert time.process_time() - start < 3  # 0.3 s; generous, because other work may share the machine
+
+
+# --- the promise of the conformal rule
+
+
+@pytest.mark.parametrize("decimals", [None, 1], ids=["continuous", "ties"])
+@pytest.mark.parametrize("num_poisoned", [0, 30])
+@pytest.mark.parametrize("q", [0.1, 0.3])
+def test_the_realised_false_discovery_rate_keeps_to_q(q, num_poisoned, decimals):
+    rng = np.random.default_rng(3)
+    is_poisoned = np.arange(1000) < num_poisoned
+    proportions, found = [], []
+    for trial in range(300):
+        scores, calibration = rng.normal(size=1000) + 3.5 * is_poisoned, rng.normal(size=999)
+        if decimals is not None:
+            scores, calibration = scores.round(decimals), calibration.round(decimals)
+        verdict = Conformal(q=q, false_alarm=None, seed=trial).decide(scores, calibration, names(1000))
+        proportions.append(false_discovery_proportion(verdict.flagged, is_poisoned))
+        found.append(verdict.flagged[is_poisoned].sum())
+    standard_error = np.std(proportions, ddof=1) / math.sqrt(len(proportions))
+    assert np.mean(proportions) <= q + 2 * standard_error
+    if num_poisoned:
+        assert np.mean(found) > 0.4 * num_poisoned  # and it does find poison
+        assert np.mean(proportions) > q / 4  # the promise is used, not merely kept
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 80), st.integers(20, 200), st.sampled_from([0.05, 0.1, 0.2, 0.5]))
+def test_flags_are_the_benjamini_hochberg_rejections_of_scipy(seed, size, num_calibration, q):
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=size) + 3 * (rng.random(size) < 0.3)
+    verdict = Conformal(q=q, false_alarm=None).decide(scores, rng.normal(size=num_calibration), names(size))
+    np.testing.assert_array_equal(verdict.flagged, stats.false_discovery_control(verdict.p_value) <= q * (1 + 1e-9))
+
+
+def test_a_poison_rate_is_certified_from_exactly_as_many_calibration_samples_as_it_takes():
+    rule = Conformal(q=0.1, false_alarm=None, expected_poison_rate=0.01)
+    scores = np.concatenate([np.full(10, 9.0), np.zeros(990)])
+    calibration = np.random.default_rng(4).normal(size=999)
+    enough = rule.decide(scores, calibration, names(1000))  # ten p-values of 1/1000 = 0.1 * 10 / 1000
+    assert enough.report["certified"]
+    np.testing.assert_array_equal(enough.flagged, scores == 9)
+    assert enough.threshold == 9
+
+    short = rule.decide(scores, calibration[:998], names(1000))
+    assert not short.flagged.any()
+    assert (short.report["certified"], short.threshold) == (False, None)
+    assert "cannot certify: need at least 999 calibration samples, have 998" in short.report["message"]
+    assert short.report["achievable_q"] == pytest.approx(0.1, rel=0.01)
+    assert np.isfinite(short.p_value).all()  # they are true all the same
+
+    # Without the expectation the same samples are judged as they are: ten p-values of 1/999 are just too many.
+    blind = Conformal(q=0.1, false_alarm=None).decide(scores, calibration[:998], names(1000))
+    assert not blind.flagged.any()
+    assert blind.report["certified"]
+    assert "a poison rate of 0.01 or more" in blind.report["message"]
+    assert blind.report["achievable_poison_rate"] == pytest.approx(1 / (0.1 * 999))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(1, 99), st.integers(1, 400))
+def test_the_needed_calibration_is_not_off_by_one(percent, per_thousand):
+    """Checked in whole numbers: 1/(n+1) <= (percent/100) (per_thousand/1000)."""
+    needed = next(n for n in range(10**6) if (n + 1) * percent * per_thousand >= 100_000)
+    rule = Conformal(q=percent / 100, false_alarm=None, expected_poison_rate=per_thousand / 1000)
+    assert rule.decide([0.0], np.zeros(max(1, needed)), ["a"]).report["certified"]
+    if needed > 1:
+        report = rule.decide([0.0], np.zeros(needed - 1), ["a"]).report
+        assert not report["certified"]
+        assert f"at least {needed:,} calibration samples, have {needed - 1:,}" in report["message"]
+
+
+def test_what_is_exactly_enough_is_enough():
+    scores = np.where(np.arange(300) < 3, 9.0, -9.0)
+    verdict = Conformal(q=0.01).decide(scores, np.zeros(9999), names(300))
+    assert verdict.p_value[0] * 300 > 0.01 * 3  # by a rounding error: 1/10000 = 0.01 * 3 / 300
+    assert verdict.flagged.sum() == 3
+
+
+def test_a_calibration_that_could_certify_nothing_says_so_even_without_an_expected_rate():
+    verdict = Conformal(q=0.1, false_alarm=None).decide(np.full(50, 9.0), np.zeros(8), names(50))
+    assert not verdict.flagged.any()
+    assert not verdict.report["certified"]
+    assert "need at least 9 calibration samples, have 8" in verdict.report["message"]
+    assert verdict.report["achievable_poison_rate"] is None
+    assert Conformal(q=0.1, false_alarm=None).decide(np.full(50, 9.0), np.zeros(9), names(50)).flagged.all()
+
+
+# --- no list without poison
+
+
+def share_of_alarms(rule, draw, trials=300):
+    """How often a rule flags anything; `draw(rng)` gives scores, calibration and what is known about them."""
+    rng = np.random.default_rng(20)
+    alarms = 0
+    for trial in range(trials):
+        scores, calibration, about = draw(rng)
+        rule = rule.model_copy(update={"seed": trial})
+        alarms += rule.decide(scores, calibration, names(len(scores)), **about).flagged.any()
+    return alarms / trials
+
+
+def clean_only(rng):
+    return rng.normal(size=300), rng.normal(size=499), {}
+
+
+def test_a_corpus_without_poison_seldom_gets_a_list_whatever_q_is():
+    alarm = 0.05 + 2 * math.sqrt(0.05 * 0.95 / 300)
+    assert share_of_alarms(Conformal(q=0.5), clean_only) <= alarm
+    assert share_of_alarms(Conformal(q=0.5, storey=True), clean_only) <= alarm
+    assert share_of_alarms(Conformal(q=0.5, false_alarm=None), clean_only) > 0.2  # it is not q that does it
+
+
+def test_a_list_is_whole_or_withheld_with_the_reason():
+    scores = np.r_[np.full(5, 9.0), np.zeros(95)]
+    calibration = np.linspace(-1, 1, 199)
+    free = Conformal(q=0.2, false_alarm=None).decide(scores, calibration, names(100))
+    lenient = Conformal(q=0.2, false_alarm=0.1).decide(scores, calibration, names(100))
+    strict = Conformal(q=0.2, false_alarm=0.09).decide(scores, calibration, names(100))
+    assert free.flagged.sum() == 5
+    assert free.report["alarm"] == pytest.approx(0.1)  # five p-values of 1/200 among 100: 100 / 200 / 5
+    np.testing.assert_array_equal(lenient.flagged, free.flagged)
+    assert not strict.flagged.any()
+    assert "5 would be on a list" in strict.report["message"]
+    assert strict.report["certified"]
+    assert strict.report["poisoned_at_least"] == 0
+
+
+def test_a_false_alarm_rate_below_q_is_what_takes_calibration_samples():
+    rule = Conformal(q=0.1, false_alarm=0.01, expected_poison_rate=0.1)
+    message = rule.decide(np.zeros(50), np.zeros(998), names(50)).report["message"]
+    assert "need at least 999 calibration samples, have 998 (for q = 0.1 and false_alarm = 0.01 and a poison" in message
+    assert rule.decide(np.zeros(50), np.zeros(999), names(50)).report["certified"]
+
+
+# --- Storey
+
+
+def test_storey_keeps_to_q_and_finds_more_where_much_is_poisoned():
+    rng = np.random.default_rng(21)
+    is_poisoned = np.arange(500) < 250
+    proportions, found = {False: [], True: []}, {False: [], True: []}
+    for trial in range(200):
+        scores, calibration = rng.normal(size=500) + 1.5 * is_poisoned, rng.normal(size=499)
+        for storey in (False, True):
+            flagged = Conformal(q=0.2, storey=storey, seed=trial).decide(scores, calibration, names(500)).flagged
+            proportions[storey].append(false_discovery_proportion(flagged, is_poisoned))
+            found[storey].append(flagged[is_poisoned].mean())
+    for storey, values in proportions.items():
+        assert np.mean(values) <= 0.2 + 2 * np.std(values) / math.sqrt(200), storey
+    assert np.mean(found[True]) > np.mean(found[False]) + 0.1
+
+
+def test_the_share_of_clean_samples_is_counted_above_lambda():
+    scores, calibration = np.r_[np.full(60, 9.0), np.full(40, -9.0)], np.zeros(99)
+    rule = Conformal(storey=True, storey_lambda=0.2)
+    assert rule.decide(scores, calibration, names(100)).report["null_share"] == pytest.approx(41 / 80)
+    assert rule.decide(-np.abs(scores), calibration, names(100)).report["null_share"] == 1
+    assert Conformal().decide(scores, calibration, names(100)).report["null_share"] is None
+
+
+# --- copies
+
+
+def test_copies_in_the_calibration_cause_false_alarms_unless_they_count_once():
+    def draw(rng, known):
+        copies = np.where(np.arange(300) < 10, 200, 1)  # ten calibration samples that come 200 times each
+        calibration = np.repeat(rng.normal(size=300), copies)
+        groups = [str(i) if copies[i] > 1 else None for i in np.repeat(np.arange(300), copies)]
+        return rng.normal(size=300), calibration, {"calibration_groups": groups} if known else {}
+
+    alarm = 0.05 + 2 * math.sqrt(0.05 * 0.95 / 200)
+    assert share_of_alarms(Conformal(q=0.3), lambda rng: draw(rng, True), 200) <= alarm
+    assert share_of_alarms(Conformal(q=0.3), lambda rng: draw(rng, False), 200) > 0.15
+
+
+def test_with_copies_in_the_corpus_the_list_keeps_to_q_and_copies_share_their_fate():
+    rng = np.random.default_rng(22)
+    copies = np.where(np.arange(400) % 20 == 0, 8, 1)  # of poisoned and clean samples alike
+    who = np.repeat(np.arange(400), copies)
+    groups = [f"picture {i}" if copies[i] > 1 else None for i in who]
+    first = np.unique(who, return_index=True)[1]
+    proportions, found = [], []
+    for trial in range(200):
+        scores = (rng.normal(size=400) + 3.5 * (np.arange(400) < 40))[who] + 1e-3 * rng.normal(size=who.size)
+        rule = Conformal(q=0.2, seed=trial)
+        verdict = rule.decide(scores, rng.normal(size=999), names(who.size), groups=groups)
+        assert verdict.report["num_distinct"] == 400
+        for values in (verdict.flagged, verdict.p_value, verdict.rank, verdict.poisoned_at_least):
+            np.testing.assert_array_equal(values, values[first][who])
+        proportions.append(false_discovery_proportion(verdict.flagged[first], np.arange(400) < 40))
+        found.append(verdict.flagged[first][:40].mean())
+    assert np.mean(proportions) <= 0.2 + 2 * np.std(proportions) / math.sqrt(200)
+    assert np.mean(found) > 0.4
+
+
+def test_who_stands_for_a_group_is_drawn_without_a_look_at_the_scores():
+    """Each of three copies with three scores is the one that counts a third of the time, whatever tie-breaking does."""
+    scores, ids = np.tile([0.5, 1.5, 2.5], 600), names(1800)
+    groups = [str(i // 3) for i in range(1800)]
+    verdict = Conformal().decide(scores, [0.0, 1.0, 2.0, 3.0], ids, groups=groups)
+    counts = np.unique(verdict.p_value[::3], return_counts=True)[1]
+    assert stats.chisquare(counts).pvalue > 0.001
+    order = np.random.default_rng(23).permutation(1800)
+    again = Conformal().decide(scores[order], range(4), [ids[i] for i in order], groups=[groups[i] for i in order])
+    np.testing.assert_array_equal(again.p_value, verdict.p_value[order])
+    ties = Conformal().decide(np.ones(1800), np.ones(1), ids, groups=groups)
+    assert 0.42 < (ties.p_value[::3] == 0.5).mean() < 0.58  # its draw among equal scores is a fair one, too
+
+
+def test_a_copy_without_a_score_neither_counts_nor_is_flagged():
+    scores = [np.nan, 9.0, 9.0, 0.0]
+    verdict = Conformal().decide(scores, np.zeros(99), names(4), groups=["a", "a", "a", None])
+    assert verdict.flagged.tolist() == [False, True, True, False]
+    assert (verdict.report["num_scored"], verdict.report["num_distinct"]) == (3, 2)
+    assert "copies counted once" in verdict.report["message"]
+
+
+# --- bins of difficulty
+
+
+def test_bins_keep_the_promise_where_the_corpus_is_more_difficult_than_the_calibration():
+    def draw(rng):
+        level, given = rng.integers(0, 3, 400), rng.choice(3, 3000, p=[0.9, 0.06, 0.04])
+        scores, calibration = rng.normal(size=400) * (1 + level), rng.normal(size=3000) * (1 + given)
+        return scores, calibration, {"strata": level, "calibration_strata": given}
+
+    assert share_of_alarms(Conformal(mondrian_bins=3), draw, 200) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 200)
+    assert share_of_alarms(Conformal(), draw, 200) > 0.1  # without bins it is broken
+
+
+def test_bins_find_what_is_odd_only_for_its_kind_and_keep_to_q():
+    rng = np.random.default_rng(24)
+    is_poisoned = np.arange(600) < 40
+    proportions, found, unbinned = [], [], []
+    for trial in range(200):
+        difficulty, given = rng.random(600), rng.random(4000)
+        difficulty[is_poisoned] /= 4
+        scores = rng.normal(size=600) * (0.2 + difficulty) + 2 * is_poisoned
+        calibration = rng.normal(size=4000) * (0.2 + given)
+        rule = Conformal(mondrian_bins=4, seed=trial)
+        strata, calibration_strata = rule.strata(difficulty, given)
+        about = {"strata": strata, "calibration_strata": calibration_strata}
+        flagged = rule.decide(scores, calibration, names(600), **about).flagged
+        proportions.append(false_discovery_proportion(flagged, is_poisoned))
+        found.append(flagged[is_poisoned].mean())
+        unbinned.append(Conformal().decide(scores, calibration, names(600)).flagged[is_poisoned].mean())
+    assert np.mean(proportions) <= 0.1 + 2 * np.std(proportions) / math.sqrt(200)
+    assert np.mean(found) > np.mean(unbinned) + 0.2
+
+
+def test_a_p_value_in_a_bin_is_the_one_that_the_bin_alone_would_give():
+    rng = np.random.default_rng(25)
+    scores, calibration = rng.integers(0, 30, 300) / 3, rng.integers(0, 30, 600) / 3
+    strata, given = rng.integers(0, 3, 300), rng.integers(-1, 3, 600)
+    ids = names(300)
+    verdict = Conformal(mondrian_bins=3).decide(scores, calibration, ids, strata=strata, calibration_strata=given)
+    for stratum in range(3):
+        here = np.flatnonzero(strata == stratum)
+        alone = conformal_p_values(scores[here], calibration[given == stratum], [ids[i] for i in here])
+        np.testing.assert_array_equal(verdict.p_value[here], alone)
+    assert verdict.report["bins"] == [{"strata": [b], "num_calibration": int((given == b).sum())} for b in range(3)]
+    assert verdict.report["num_calibration_unused"] == (given == -1).sum()
+
+
+def test_bins_are_quantiles_of_the_calibration_and_their_borders_take_no_part():
+    rng = np.random.default_rng(26)
+    given = rng.random(1003)
+    strata, calibration_strata = Conformal(mondrian_bins=5).strata([-1.0, 0.5, 2.0], given)
+    assert strata.tolist() == [0, 2, 4]
+    values, counts = np.unique(calibration_strata, return_counts=True)
+    assert values.tolist() == [-1, 0, 1, 2, 3, 4]
+    assert counts[0] == 4
+    assert counts[1:].min() >= 199
+    for stratum in range(4):
+        assert given[calibration_strata == stratum].max() < given[calibration_strata == stratum + 1].min()
+
+
+@pytest.mark.parametrize(
+    ("counts", "merged"),
+    [
+        ([99, 99, 99], [[0], [1], [2]]),
+        ([98, 99, 99], [[0, 1], [2]]),
+        ([99, 10, 98], [[0], [1, 2]]),
+        ([99, 99, 10], [[0], [1, 2]]),
+        ([40, 40, 40], [[0, 1, 2]]),
+    ],
+)
+def test_bins_with_too_few_calibration_samples_join_a_neighbour_and_the_verdict_says_so(counts, merged):
+    rule = Conformal(mondrian_bins=3, expected_poison_rate=0.2)  # 99 = 1 / (0.05 * 0.2) - 1
+    given = np.repeat(range(3), counts)
+    report = rule.decide(np.zeros(9), np.zeros(sum(counts)), names(9), strata=[1] * 9, calibration_strata=given).report
+    assert [one["strata"] for one in report["bins"]] == merged
+    assert report["certified"]
+    verdict = rule.decide([9.0] * 9, np.zeros(sum(counts)), names(9), strata=[1] * 9, calibration_strata=given)
+    assert verdict.flagged.all()
+    assert (verdict.threshold is None) == (len(merged) > 1)  # bins have their own
+    assert ("merged until each had the 99 it takes" in report["how"]) == (len(merged) < 3)
+
+
+def test_bins_that_cannot_be_made_are_refused():
+    rule = Conformal(mondrian_bins=3, expected_poison_rate=0.2)
+    report = rule.decide([0.0], np.zeros(98), ["a"], strata=[2], calibration_strata=[0] * 50 + [1] * 48).report
+    assert "need at least 99 calibration samples, have 98" in report["message"]
+    with pytest.raises(Mistake, match="set mondrian_bins to 1"):
+        rule.decide([0.0], np.zeros(98), ["a"])
+
+
+# --- lower bounds for every prefix
+
+
+def closed_testing(p_value, confidence):
+    """The definition, by going through all sets of samples."""
+    num, alpha = len(p_value), (1 - confidence) * (1 + 1e-9)
+    order = np.argsort(p_value)
+    rejected = [True] * (1 << num)
+    for members in range((1 << num) - 1, 0, -1):
+        p = [p_value[i] for i in order if members >> i & 1]
+        local = any(len(p) * p[k] <= alpha * (k + 1) for k in range(len(p)))
+        rejected[members] = local and all(rejected[members | 1 << i] for i in range(num) if not members >> i & 1)
+    accepted = [members for members in range(1 << num) if not members or not rejected[members]]
+    prefixes = np.cumsum([1 << int(i) for i in order]).tolist()
+    largest = [max(bin(one).count("1") for one in accepted if not one & ~prefix) for prefix in prefixes]
+    return [size - largest[size - 1] for size in range(1, num + 1)]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from([1, 2, 3, 5, 8, 20, 60, 100]), min_size=1, max_size=7), st.sampled_from([0.9, 0.7, 0.5])
+)
+def test_bounds_are_those_of_closed_testing(hundredths, confidence):
+    p_value = np.array(hundredths) / 100
+    assert true_discoveries(p_value, confidence).tolist() == closed_testing(p_value, confidence)
+
+
+def test_bounds_are_those_of_closed_testing_for_ten_samples():
+    rng = np.random.default_rng(27)
+    bounds = []
+    for _ in range(6):
+        p_value = np.r_[rng.random(6) / 25, rng.random(4)]
+        bounds.append(true_discoveries(p_value).tolist())
+        assert bounds[-1] == closed_testing(p_value, 0.9)
+    assert len({max(bound) for bound in bounds}) > 1  # they differ, so something was compared
+
+
+@pytest.mark.parametrize("num_poisoned", [0, 20, 200])
+def test_all_bounds_hold_at_once_nine_times_out_of_ten(num_poisoned):
+    rng = np.random.default_rng(28)
+    is_poisoned = np.arange(600) < num_poisoned
+    held, reached = [], []
+    for trial in range(300):
+        scores, calibration = rng.normal(size=600) + 3 * is_poisoned, rng.normal(size=999)
+        verdict = Conformal(seed=trial).decide(scores, calibration, names(600))
+        order = np.argsort(verdict.rank)
+        assert (np.diff(verdict.p_value[order]) >= 0).all()
+        bound = verdict.poisoned_at_least[order]
+        held.append((bound <= is_poisoned[order].cumsum()).all())
+        reached.append(bound.max())
+    assert np.mean(held) >= 0.9 - 2 * math.sqrt(0.09 / 300)
+    if num_poisoned:
+        assert np.mean(reached) > 0.2 * num_poisoned
+
+
+def test_equal_p_values_are_ranked_by_score_and_equal_scores_by_id():
+    verdict = Conformal().decide([5.0, 7.0, np.nan, 5.0, -1.0, 6.0], [0.0, 1.0], ["b", "e", "d", "a", "f", "c"])
+    assert verdict.p_value[[0, 1, 3, 5]].tolist() == [1 / 3] * 4
+    assert verdict.rank.tolist() == [4, 1, 0, 3, 5, 2]
+
+
+def test_no_p_values_have_no_bounds_and_hopeless_ones_prove_nothing():
+    assert true_discoveries([]).tolist() == []
+    assert true_discoveries(np.ones(5)).tolist() == [0] * 5
+    assert true_discoveries(np.full(5, 1e-9)).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_the_report_proves_as_much_poison_as_the_last_rank_of_the_list():
+    rng = np.random.default_rng(29)
+    scores = rng.normal(size=1000) + 5 * (np.arange(1000) < 100)
+    verdict = Conformal().decide(scores, rng.normal(size=2000), names(1000))
+    last = np.flatnonzero(verdict.flagged)[verdict.rank[verdict.flagged].argmax()]
+    assert verdict.rank[last] == verdict.flagged.sum()
+    assert 50 < verdict.report["poisoned_at_least"] == verdict.poisoned_at_least[last] <= 100
+
+
+# --- what all rules share
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
+def test_samples_without_a_score_are_as_if_they_were_not_there(rule):
+    rng = np.random.default_rng(5)
+    scores, calibration, ids = rng.normal(size=400), rng.normal(size=300), names(400)
+    scores[:40] += 5
+    scores[::7] = np.nan
+    kept = ~np.isnan(scores)
+    verdict = rule.decide(scores, np.concatenate([calibration, [np.nan] * 3]), ids)
+    alone = rule.decide(scores[kept], calibration, [i for i, k in zip(ids, kept, strict=True) if k])
+    assert not verdict.flagged[~kept].any()
+    assert np.isnan(verdict.p_value[~kept]).all()
+    assert verdict.flagged.any()
+    np.testing.assert_array_equal(verdict.flagged[kept], alone.flagged)
+    np.testing.assert_array_equal(verdict.p_value[kept], alone.p_value)
+    assert verdict.threshold == alone.threshold
+    counts = {"num_scored": kept.sum(), "num_unscored": (~kept).sum(), "num_calibration": 300}
+    assert {key: verdict.report[key] for key in counts} == counts
+    assert verdict.report["num_calibration_unscored"] == 3
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
+def test_the_order_of_the_samples_does_not_matter(rule):
+    rng = np.random.default_rng(6)
+    scores, calibration, ids = rng.integers(0, 15, 300) / 5, rng.integers(0, 12, 200) / 5, names(300)
+    order = rng.permutation(300)
+    verdict = rule.decide(scores, calibration, ids)
+    shuffled = rule.decide(scores[order], rng.permutation(calibration), [ids[i] for i in order])
+    np.testing.assert_array_equal(shuffled.flagged, verdict.flagged[order])
+    np.testing.assert_array_equal(shuffled.p_value, verdict.p_value[order])
+    np.testing.assert_array_equal(shuffled.rank, verdict.rank[order])
+    assert shuffled.report == verdict.report
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
+@pytest.mark.parametrize("size", [0, 1, 200])
+def test_a_report_is_json_and_agrees_with_the_verdict(rule, size):
+    rng = np.random.default_rng(7)
+    verdict = rule.decide(rng.normal(1.0, size=size).astype(np.float32), rng.normal(size=100), names(size))
+    assert verdict.p_value.dtype == np.float64
+    assert verdict.flagged.dtype == bool
+    assert json.loads(json.dumps(verdict.report, allow_nan=False)) == verdict.report
+    assert verdict.report.keys() == REPORT_KEYS
+    assert verdict.report["rule"] == rule.kind
+    assert verdict.report["num_flagged"] == verdict.flagged.sum()
+    assert verdict.report["threshold"] == verdict.threshold
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
+def test_the_threshold_parts_the_flagged_from_the_rest(rule):
+    rng = np.random.default_rng(8)
+    scores = (rng.normal(size=500) + 4 * (rng.random(500) < 0.1)).round(1)
+    verdict = rule.decide(scores, rng.normal(size=400).round(1), names(500))
+    assert verdict.flagged.any()
+    assert (scores[verdict.flagged] >= verdict.threshold).all()
+    assert (scores[~verdict.flagged] <= verdict.threshold).all()
+
+
+@pytest.mark.parametrize("rule", WITH_CALIBRATION, ids=lambda rule: rule.kind)
+@pytest.mark.parametrize("calibration", [None, [], [math.nan]], ids=["none", "empty", "unscored"])
+def test_missing_calibration_is_a_mistake_that_says_what_to_do(rule, calibration):
+    with pytest.raises(Mistake, match="score a set of clean samples"):
+        rule.decide([1.0, 2.0], calibration, names(2))
+
+
+@pytest.mark.parametrize("rule", WITHOUT_CALIBRATION, ids=lambda rule: rule.kind)
+def test_rules_that_need_no_calibration_give_p_values_when_they_get_one(rule):
+    assert np.isnan(rule.decide([0.5, 2.0], None, names(2)).p_value).all()
+    np.testing.assert_allclose(rule.decide([0.5, 2.0], [0.0, 1.0, 1.5], names(2)).p_value, [3 / 4, 1 / 4])
+
+
+def test_only_the_conformal_rule_certifies():
+    rng = np.random.default_rng(9)
+    scores, calibration = rng.normal(size=100), rng.normal(size=100)
+    reports = [rule.decide(scores, calibration, names(100)).report for rule in RULES]
+    assert [report["rule"] for report in reports if report["certified"]] == ["conformal"]
+    assert [report["rule"] for report in reports if report["oracle"]] == ["compat_median"]
+
+
+def test_every_rule_has_words_of_its_own():
+    words = [rule_text(rule.decide([0.5, 2.0], [0.0, 1.0], names(2)).report) for rule in RULES]
+    assert len(set(words)) == len(RULES)
+    assert not any("_" in text for text in words), "a kind is no words"
+    assert "oracle" in words[-1]
+
+
+# --- the simpler rules
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.sampled_from([0.01, 0.1, 0.29, 0.5]))
+def test_a_clean_quantile_flags_no_more_of_its_calibration_than_declared_and_all_it_may(calibration, fpr):
+    clean = np.array(calibration, float)
+    threshold = CleanQuantile(fpr=fpr).decide(clean, clean, names(clean.size)).threshold
+    assert (clean >= threshold).sum() <= fpr * clean.size + 1e-9
+    assert (clean >= np.nextafter(threshold, -np.inf)).sum() > fpr * clean.size + 1e-9
+
+
+def test_a_clean_quantile_that_cannot_be_resolved_admits_its_true_rate():
+    report = CleanQuantile(fpr=0.01).decide([0.0], np.arange(9.0), ["a"]).report
+    assert "with probability at most 0.1;" in report["message"]
+
+
+def test_a_fixed_threshold_includes_itself():
+    verdict = FixedThreshold(threshold=1.0).decide([0.9, 1.0, np.nan, 1.1], None, names(4))
+    assert verdict.flagged.tolist() == [False, True, False, True]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from([0.0, 0.5, 1.0, math.nan]), max_size=40),
+    st.sampled_from([0.01, 0.1, 0.5, 0.9]),
+    st.randoms(),
+)
+def test_an_assumed_rate_flags_exactly_that_many_the_highest_first_then_by_id(scores, rate, random):
+    ids = names(len(scores))
+    random.shuffle(ids)
+    verdict = AssumedPoisonRate(rate=rate).decide(scores, None, ids)
+    ranked = sorted((-s, sample_id) for s, sample_id in zip(scores, ids, strict=True) if not math.isnan(s))
+    expected = {sample_id for _, sample_id in ranked[: round(rate * len(ranked))]}
+    assert {sample_id for sample_id, flagged in zip(ids, verdict.flagged, strict=True) if flagged} == expected
+
+
+# --- the thresholds of DeDe's publication
+
+
+def test_the_papers_mean_is_that_of_the_calibration_scores_and_not_of_what_is_judged():
+    verdict = CleanMean().decide([0.0, 2.9, 3.0, 50.0, math.nan], [1.0, 2.0, 6.0, math.nan], names(5))
+    assert verdict.threshold == 3.0
+    assert verdict.flagged.tolist() == [False, False, True, True, False]
+    assert "flags about 33% of the clean samples" in verdict.report["message"]
+
+
+def test_the_median_of_the_pool_flags_half_whatever_is_in_it_and_admits_to_be_an_oracle():
+    rng = np.random.default_rng(10)
+    clean, triggered = rng.normal(size=200), rng.normal(size=200) + 1.5
+    for pool in (clean, np.concatenate([clean, triggered])):
+        verdict = PoolMedian().decide(pool, None, names(pool.size))
+        assert verdict.flagged.sum() == pool.size / 2
+        assert verdict.report["oracle"]
+        assert "half" in verdict.report["message"]
+    caught, alarms = verdict.flagged[200:].mean(), verdict.flagged[:200].mean()
+    assert caught + alarms == pytest.approx(1)  # the mark that this threshold leaves in the publication's tables
+    assert PoolMedian().decide([math.nan], None, ["a"]).threshold is None
+
+
+# --- settings
+
+
+def test_a_decision_is_chosen_by_its_kind_and_overridden_from_the_command_line(tmp_path):
+    class JobConfig(Config):
+        decision: Decision = Conformal()
+
+    (tmp_path / "run.yaml").write_text("decision: {kind: conformal, q: 0.05, score: lid}")
+    config = load(JobConfig, [str(tmp_path / "run.yaml"), "--decision.expected-poison-rate", "0.001"])
+    assert config.decision == Conformal(q=0.05, score="lid", expected_poison_rate=0.001)
+    assert JobConfig().decision.score == "dede_reverse"
+    adapter = TypeAdapter(Decision)
+    for rule in RULES:
+        assert adapter.validate_python(rule.model_dump(mode="json")) == rule
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kind": "conformal", "q": 0},
+        {"kind": "conformal", "expected_poison_rate": 1.5},
+        {"kind": "fixed", "threshold": math.inf},
+        {"kind": "assumed_rate"},
+        {"kind": "median"},
+    ],
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        TypeAdapter(Decision).validate_python(wrong)
