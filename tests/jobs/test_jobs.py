@@ -23,9 +23,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from dede_ray.evaluation.zoo import ZooConfig
 from dede_ray.runtime.cli import JOBS, Steps, parse_steps
 from dede_ray.runtime.config import load
+from tests.benchmarks.speed import SpeedConfig
 
 ROOT = Path(__file__).parents[2]
 SMOKE = "configs/smoke.yaml"
@@ -65,27 +65,31 @@ def work_in(folder: Path) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------ configs
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS)
 def test_every_config_loads_and_opens_with_its_command(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    command = re.search(rf"python jobs/(\w+)\.py configs/{path.name}", path.read_text().split("\n\n")[0])
+    command = re.search(rf"(?:python jobs/(\w+)\.py|dede-ray (\w+)) {path}", (ROOT / path).read_text().split("\n\n")[0])
     assert command, "a config opens with the command that runs it"
-    job = command[1]
-    assert path.name.startswith(job)
+    job = command[1] or command[2]
     assert (ROOT / "jobs" / f"{job}.py").is_file()
+    settings = load(JOBS[job].settings_class(), [path])
     if job == "demo":
-        steps = parse_steps(load(Steps, [str(path)]))
+        steps = parse_steps(settings)
         assert [step.name for step in steps][:3] == ["ingest", "poison", "train_clip"]
         assert steps[-1].name == "evaluate"
-    elif job in ("chaos", "scale", "speed"):
-        from tests.benchmarks import chaos, scale, speed
-
-        load({"chaos": chaos.ChaosConfig, "scale": scale.ScaleConfig, "speed": speed.SpeedConfig}[job], [str(path)])
-    elif job == "zoo":
-        for branch in load(ZooConfig, [str(path)]).branches.values():
+    if job == "zoo":
+        for branch in settings.branches.values():
             parse_steps(Steps(steps=list(branch.steps)))
-    else:
-        load(JOBS[job].settings_class(), [str(path)])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "benchmarks").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_of_a_measurement_loads_and_opens_with_its_command(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert f"python -m tests.benchmarks.speed tests/benchmarks/{path.name}" in path.read_text().split("\n\n")[0]
+    load(SpeedConfig, [str(path)])
 
 
 # ------------------------------------------------------------------------------------------------ running

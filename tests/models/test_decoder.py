@@ -173,7 +173,7 @@ def test_plain_and_fused_attention_differ_by_rounding_only(decoder, batch, monke
     image_BCHW, embedding_BE, mask_BL = batch
     found = []
     for most_tokens in (256, 0):
-        monkeypatch.setattr("dede_ray.decoder.MOST_PLAIN_TOKENS", most_tokens)
+        monkeypatch.setattr("dede_ray.models.decoder.MOST_PLAIN_TOKENS", most_tokens)
         with torch.autocast("cpu", torch.bfloat16):
             found.append(decoder(image_BCHW, embedding_BE, mask_BL).float())
         assert decoder.decoder[0].attn.fused_attn == (most_tokens == 0)

@@ -161,7 +161,7 @@ def test_the_worst_comes_first_and_the_order_given_does_not_matter():
 
 
 def test_a_caption_of_many_different_pictures_costs_no_more_than_its_bound(monkeypatch, caplog):
-    monkeypatch.setattr("dede_ray.groups.MOST_LEADERS", 20)
+    monkeypatch.setattr("dede_ray.scan.groups.MOST_LEADERS", 20)
     rows = make(100, captions=["photo"] * 100)
     assert findings(rows) == []
     assert "80 samples of very common captions" in caplog.text

@@ -407,7 +407,7 @@ def test_a_killed_job_run_again_gives_the_same_bytes(tmp_path):
 
 def snippet(word: str) -> str:
     """The code with this word in the module's documentation."""
-    blocks = re.findall(r"\n\n((?: {4}.*\n)+)", dede_ray.sift.__doc__)
+    blocks = re.findall(r"\n\n((?: {4}.*\n)+)", dede_ray.scan.sift.__doc__)
     (code,) = [block for block in blocks if word in block and "=" in block]
     return "\n".join(line[4:] for line in code.splitlines())
 
@@ -467,7 +467,7 @@ def test_links_without_the_listed_ones_are_what_img2dataset_gets(lists):
 
 def test_open_clips_trainer_reads_the_sifted_shards(corpus, local_ray):
     pytest.importorskip("webdataset")
-    importlib.import_module("dede_ray.vision_libraries")  # repairs torchvision for the next line
+    importlib.import_module("dede_ray.runtime.libraries")  # repairs torchvision for the next line
     data = pytest.importorskip("open_clip_train.data")
     sift(config(corpus))
     shards = [{"url": str(path)} for path in sorted((corpus / "out").glob("*.tar"))]

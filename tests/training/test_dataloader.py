@@ -238,7 +238,7 @@ def test_a_samples_place_is_its_number_over_all_chunks(index):
 def test_batches_through_ray_are_the_windows_and_resume_in_the_middle_of_one(
     index, rank, world, first_step, monkeypatch
 ):
-    monkeypatch.setattr("dede_ray.feed.BYTES_PER_DATASET", 1)
+    monkeypatch.setattr("dede_ray.training.dataloader.BYTES_PER_DATASET", 1)
     plan = plan_of(index, batch_size=8, lanes=4, steps_per_window=5, epochs=2)
     assert plan.num_steps == 13
     lanes = list(range(rank, 4, world))

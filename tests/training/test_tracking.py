@@ -124,7 +124,7 @@ def test_a_killed_driver_goes_on_with_each_step_told_once(folder):
     (folder / "validation.jsonl").write_text('{"step": 4, "top1": 0.5}\n')
     script = f"""
 import os, pathlib, time
-from dede_ray.tracking import Follower, Tracking
+from dede_ray.training.tracking import Follower, Tracking
 folder = pathlib.Path({str(folder)!r})
 Follower(folder, Tracking(trackers=["tensorboard"]), {{}}).__enter__()
 while not (folder / "tracking.json").exists():
