@@ -120,6 +120,11 @@ def list_shards(patterns: str | Sequence[str]) -> list[Shard]:
     Raises:
         Mistake: nothing found, two shards of one file name (their sample ids would clash), or a file that
             cannot be opened as a tar.
+
+    Example:
+        >>> import dede_ray
+        >>> [shard.name for shard in dede_ray.list_shards("runs/digits/poisoned/train-*.tar")][:1]
+        ['train-00000.tar']
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:

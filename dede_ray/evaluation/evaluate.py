@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +23,7 @@ from dede_ray.evaluation.page import draw_page, make_gallery
 from dede_ray.evaluation.results import join, measure, table
 from dede_ray.models.victims import Victim, best_device
 from dede_ray.poisoning.poison import PoisonConfig, read_attack
-from dede_ray.runtime.config import Mistake, write_atomically, write_json
+from dede_ray.runtime.config import Mistake, as_settings, write_atomically, write_json
 from dede_ray.runtime.session import check_output
 from dede_ray.scan.manifest import Manifest, read_manifest
 from dede_ray.scan.score import settings_of, victim_of
@@ -45,7 +46,7 @@ class EvaluateConfig(Examination):
     """Poisoned samples in the gallery, and as many clean ones."""
 
 
-def evaluate(config: EvaluateConfig) -> str:
+def evaluate(config: EvaluateConfig | dict[str, Any] | str | Path) -> str:
     """Evaluate a manifest; see the module's first paragraph.
 
     Returns:
@@ -54,7 +55,20 @@ def evaluate(config: EvaluateConfig) -> str:
     Raises:
         Mistake: manifest, truth and honest manifest are not about the same samples, a victim is no longer the one that
             scored, or something is missing.
+
+    Example:
+        >>> import dede_ray
+        >>> said = dede_ray.evaluate({
+        ...     "manifest": "runs/digits/scores",
+        ...     "truth": "runs/digits/poisoned/truth.parquet",
+        ...     "attack": "runs/digits/poisoned",
+        ...     "test_shards": "runs/digits/clean/test-*.tar",
+        ...     "output": "runs/mine_report",
+        ... })
+        >>> said.splitlines()[-1]
+        'page: runs/mine_report/report.html'
     """
+    config = as_settings(EvaluateConfig, config)
     check_output(config)
     manifest = read_manifest(config.manifest)
     honest = read_manifest(config.honest_manifest) if config.honest_manifest else None

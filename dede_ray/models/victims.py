@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from dede_ray.models import clip
 from dede_ray.models.encoders import Timm, load_encoder
 from dede_ray.models.published import Normaliser, pixel_statistics, read_published
-from dede_ray.runtime.config import Config, Mistake
+from dede_ray.runtime.config import Config, Mistake, explain
 
 
 class OpenClipVictim(Config):
@@ -169,12 +169,27 @@ class ClipVictim(Victim):
         return clip.encode_captions(self.model, self.tokenize, captions)
 
 
-def load_victim(config: VictimConfig) -> Victim:
+def load_victim(config: VictimConfig | dict[str, Any] | str | Path) -> Victim:
     """Load a victim without executing anything from its files.
+
+    Args:
+        config: settings, a dict of them, or the path (or hub id) of a CLIP.
 
     Raises:
         Mistake: nothing there, a checkpoint that needs unpickling, or weights that do not fit the architecture.
+
+    Example:
+        >>> import dede_ray, torch
+        >>> victim = dede_ray.load_victim("runs/digits/victim/clip")
+        >>> victim(torch.rand(2, 3, victim.image_size, victim.image_size)).shape[0]
+        2
     """
+    if not isinstance(config, _Known):
+        given = config if isinstance(config, dict) else {"path": str(config)}
+        try:
+            config = TypeAdapter(VictimConfig).validate_python(given)
+        except ValidationError as error:
+            raise Mistake(f"these settings do not describe a victim:\n{explain(error, OpenClipVictim)}") from None
     if isinstance(config, OpenClipVictim):
         return _load_clip(config)
     if isinstance(config, PublishedVictim) and config.clip is not None:

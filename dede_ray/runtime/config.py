@@ -38,7 +38,16 @@ _BUNDLED = [folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "confi
 
 
 class Mistake(ValueError):
-    """A person's mistake. The message says what we got, what we expected and what to do."""
+    """A person's mistake. The message says what we got, what we expected and what to do.
+
+    Example:
+        >>> import dede_ray
+        >>> try:
+        ...     dede_ray.read_manifest("runs/nothing")
+        ... except dede_ray.Mistake as mistake:
+        ...     print(mistake)
+        no manifest (manifest.json) at runs/nothing/manifest.json; run the job that writes it, or correct the path
+    """
 
 
 def _are_seeds(seeds: list[int]) -> list[int]:
@@ -114,6 +123,22 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Mistake(f"{path} must hold `key: value` settings, found {type(content).__name__}")
     return content
+
+
+def as_settings(kind: type[C], given: C | dict[str, Any] | str | Path) -> C:
+    """Settings as people give them in Python: ready ones, a dict of them, or the path of a YAML file.
+
+    Raises:
+        Mistake: as `load`.
+    """
+    if isinstance(given, kind):
+        return given
+    if isinstance(given, str | Path):
+        return load(kind, [str(given)])
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise Mistake(f"these settings do not describe a {kind.__name__}:\n{explain(error, kind)}") from None
 
 
 def explain(error: ValidationError, kind: type[BaseModel]) -> str:

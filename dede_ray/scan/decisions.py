@@ -106,6 +106,15 @@ class Conformal(Rule):
 
     Source: Bates et al., Testing for outliers with conformal p-values, Ann. Stat. 2023, arXiv:2104.08279; they show
     that p-values which share a calibration set depend positively, which is what Benjamini-Hochberg and Simes need.
+
+    Example:
+        >>> import dede_ray, numpy
+        >>> draw = numpy.random.default_rng(0)
+        >>> calibration, scores = draw.normal(size=2000), draw.normal(size=500)
+        >>> scores[:50] += 9  # the poisoned ones
+        >>> verdict = dede_ray.Conformal(q=0.1).decide(scores, calibration, [str(i) for i in range(500)])
+        >>> int(verdict.flagged[:50].sum()), bool(verdict.flagged[50:].mean() < 0.05)
+        (50, True)
     """
 
     kind: Literal["conformal"] = "conformal"

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,6 +23,9 @@ from pydantic import BaseModel, Field, ValidationError
 from dede_ray.data.ledger import at_once, read_parquet, write_parquet
 from dede_ray.runtime.config import Mistake, explain, read_json, write_atomically, write_json
 from dede_ray.runtime.store import Named, Place, place
+
+if TYPE_CHECKING:
+    import pandas
 
 DECISION_COLUMNS = (
     ("combined_score", pa.float32()),
@@ -36,7 +39,17 @@ DECISION_COLUMNS = (
 
 @dataclass(frozen=True)
 class Manifest:
-    """A written manifest; rows are read when they are first asked for."""
+    """A written manifest; rows are read when they are first asked for.
+
+    Example:
+        >>> import dede_ray
+        >>> manifest = dede_ray.read_manifest("runs/digits/scores")
+        >>> frame = manifest.to_pandas()
+        >>> frame.columns[:5].tolist()
+        ['sample_id', 'content_hash', 'shard', 'index', 'error']
+        >>> frame.query("flagged").sample_id.tolist() == manifest.flagged
+        True
+    """
 
     folder: Place
     info: dict[str, Any]
@@ -63,6 +76,19 @@ class Manifest:
         except (OSError, ValueError, LookupError, pa.ArrowException) as error:
             raise Mistake(f"the manifest at {self.folder} is damaged: {error}; run the scoring job again") from None
         return table
+
+    @property
+    def flagged(self) -> list[str]:
+        """Ids of the samples on the list, sorted."""
+        return self.table.filter(pc.fill_null(self.table["flagged"], False))["sample_id"].to_pylist()
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """All rows as a data frame, one for each sample: its scores, p-value, whether it is flagged, or its error.
+
+        `flagged` is False where a sample could not be scored.
+        """
+        flagged = pc.fill_null(self.table["flagged"], False)
+        return self.table.set_column(self.table.column_names.index("flagged"), "flagged", flagged).to_pandas()
 
     def fingerprint(self) -> str:
         """SHA-256 over the description and all rows."""
@@ -107,6 +133,12 @@ def read_manifest(folder: Named) -> Manifest:
 
     Raises:
         Mistake: nothing there, or not a manifest of ours.
+
+    Example:
+        >>> import dede_ray
+        >>> manifest = dede_ray.read_manifest("runs/digits/scores")
+        >>> manifest.table.num_rows
+        1000
     """
     folder = place(folder)
     info = read_json(folder / "manifest.json", "manifest (manifest.json)")

@@ -20,6 +20,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,7 +51,7 @@ from dede_ray.models.embedding import (
 )
 from dede_ray.models.victims import OptionalVictimConfig, Victim, VictimConfig, load_victim
 from dede_ray.models.weights import read_tensors
-from dede_ray.runtime.config import Config, Mistake, explain, read_json, write_json
+from dede_ray.runtime.config import Config, Mistake, as_settings, explain, read_json, write_json
 from dede_ray.runtime.session import start_ray
 from dede_ray.runtime.store import Place, place, write_atomically
 from dede_ray.scan.decisions import Conformal, Decision
@@ -90,7 +91,16 @@ class SecondStage(Config):
 
 
 class ScoreConfig(Config):
-    """Settings of jobs/score.py."""
+    """Settings of `dede-ray score`.
+
+    Example:
+        >>> import dede_ray
+        >>> config = dede_ray.ScoreConfig(
+        ...     shards="shards/*.tar", output="runs/mine", victim={"path": "my/clip"}, detectors=[{"kind": "density"}]
+        ... )
+        >>> config.decision.kind, config.decision.q
+        ('conformal', 0.1)
+    """
 
     writes_to_stores: ClassVar[bool] = True
     shards: str | list[str] = Field([])
@@ -125,12 +135,28 @@ class ScoreConfig(Config):
     resources: PassResources = PassResources()
 
 
-def score(config: ScoreConfig) -> Manifest:
-    """Score every sample and write the manifest. A rerun does what remains.
+def score(config: ScoreConfig | dict[str, Any] | str | Path) -> Manifest:
+    """Score every sample and write the manifest. Joins Ray, or starts it; a rerun does what remains.
+
+    Args:
+        config: settings, a dict of them, or the path of a YAML file.
 
     Raises:
         Mistake: settings, shards, victim, decoder or output folder that do not fit.
+
+    Example:
+        >>> import dede_ray
+        >>> manifest = dede_ray.score({
+        ...     "shards": "runs/digits/poisoned/train-*.tar",
+        ...     "calibration": "runs/digits/clean/calibration-*.tar",
+        ...     "victim": {"path": "runs/digits/victim/clip"},
+        ...     "detectors": [{"kind": "dede", "decoder": "runs/digits/victim/decoder"}],
+        ...     "output": "runs/mine",
+        ... })
+        >>> "dede_reverse" in manifest.score_columns
+        True
     """
+    config = as_settings(ScoreConfig, config)
     start_ray(config)
     run = _Run(config)
     run.fit()

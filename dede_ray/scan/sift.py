@@ -48,7 +48,17 @@ from dede_ray.data.captions import read_classes
 from dede_ray.data.ledger import read_parquet, write_parquet
 from dede_ray.data.shards import IMAGE_SUFFIXES, Limits, Shard, list_shards, open_shard, sample_id, split_name
 from dede_ray.data.tar import Tar, open_tar, write_whole
-from dede_ray.runtime.config import Config, Mistake, claim, finish, parse_json, read_json, write_atomically, write_json
+from dede_ray.runtime.config import (
+    Config,
+    Mistake,
+    as_settings,
+    claim,
+    finish,
+    parse_json,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from dede_ray.runtime.session import start_ray
 from dede_ray.runtime.store import Place
 from dede_ray.scan.decisions import AssumedPoisonRate, FixedThreshold
@@ -99,7 +109,7 @@ class SiftConfig(Config):
     compared anyhow. SHA-256 nearly halves the speed."""
 
 
-def sift(config: SiftConfig) -> str:
+def sift(config: SiftConfig | dict[str, Any] | str | Path) -> str:
     """Copy shards without the samples to drop, and list those. A rerun does what remains.
 
     Kept samples keep their order and their bytes: tar headers, contents and members nobody knows. With a dropped sample
@@ -114,7 +124,16 @@ def sift(config: SiftConfig) -> str:
     Raises:
         Mistake: the shards are not those of the manifest, the output folder is theirs or belongs to another run, or
             the list names samples that do not exist.
+
+    Example:
+        >>> import dede_ray
+        >>> said = dede_ray.sift({
+        ...     "shards": "runs/digits/poisoned/train-*.tar", "manifest": "runs/digits/scores", "output": "runs/sifted"
+        ... })
+        >>> len(dede_ray.list_shards("runs/sifted")) > 0
+        True
     """
+    config = as_settings(SiftConfig, config)
     start_ray(config)
     output = Path(config.output).absolute()  # Ray's workers have another working folder
     shards = list_shards(config.shards)

@@ -123,6 +123,15 @@ def test_finished_work_is_not_done_again(smoke, checkout, argv):
     assert expected[argv[0]] in job.stdout
 
 
+def test_the_examples_of_the_python_surface_run(smoke, checkout, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(checkout / "runs" / "smoke")
+    command = [sys.executable, str(ROOT / "tests" / "fixtures" / "examples.py")]
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 # ------------------------------------------------------------------------------------------------ mistakes
 
 
