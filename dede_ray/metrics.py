@@ -13,9 +13,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import sklearn.metrics
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from scipy import special
 
 # 0.29 * 100 is 28.999999999999996 in floating point. Where a share times a count is compared with a count,
 # this relative slack keeps the answer that the person who wrote 0.29 expects.
@@ -72,10 +72,10 @@ def auroc(scores: ArrayLike, is_poisoned: ArrayLike, confidence: float = 0.95) -
     clean, poisoned = _split(scores, is_poisoned)
     if not clean.size or not poisoned.size:
         return Interval(math.nan, math.nan, math.nan)
-    rank = stats.rankdata(np.concatenate([poisoned, clean]))
+    rank = scipy.stats.rankdata(np.concatenate([poisoned, clean]))
     # For each poisoned sample, how many clean ones it outscores; for each clean one, how many outscore it.
-    num_beaten = rank[: poisoned.size] - stats.rankdata(poisoned)
-    num_above = poisoned.size - (rank[poisoned.size :] - stats.rankdata(clean))
+    num_beaten = rank[: poisoned.size] - scipy.stats.rankdata(poisoned)
+    num_above = poisoned.size - (rank[poisoned.size :] - scipy.stats.rankdata(clean))
     value = float(num_beaten.sum() / (poisoned.size * clean.size))
     variance = _variance_of_mean(num_beaten / clean.size) + _variance_of_mean(num_above / poisoned.size)
     if not 0 < value < 1 or not variance > 0:  # the last also catches NaN
@@ -101,9 +101,9 @@ def auroc_difference(
 
     def beaten(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """For each poisoned sample the share of clean ones below it; for each clean one, of poisoned ones above."""
-        rank, poisoned, clean = stats.rankdata(values), values[is_poisoned], values[~is_poisoned]
-        below = (rank[is_poisoned] - stats.rankdata(poisoned)) / num_clean
-        return below, 1 - (rank[~is_poisoned] - stats.rankdata(clean)) / num_poisoned
+        rank, poisoned, clean = scipy.stats.rankdata(values), values[is_poisoned], values[~is_poisoned]
+        below = (rank[is_poisoned] - scipy.stats.rankdata(poisoned)) / num_clean
+        return below, 1 - (rank[~is_poisoned] - scipy.stats.rankdata(clean)) / num_poisoned
 
     of_poisoned, of_clean = (one - other for one, other in zip(beaten(scores), beaten(others), strict=True))
     value = float(of_poisoned.mean())
@@ -118,7 +118,9 @@ def average_precision(scores: ArrayLike, is_poisoned: ArrayLike) -> float:
     clean, poisoned = _split(scores, is_poisoned)
     if not clean.size or not poisoned.size:
         return math.nan
-    return float(sklearn.metrics.average_precision_score(np.asarray(is_poisoned), np.asarray(scores)))
+    from sklearn.metrics import average_precision_score  # seconds of import, which scoring actors need not pay
+
+    return float(average_precision_score(np.asarray(is_poisoned), np.asarray(scores)))
 
 
 def tpr_at_fpr(scores: ArrayLike, is_poisoned: ArrayLike, fpr: float) -> float:
@@ -174,11 +176,13 @@ def roc_curve(
     Returns:
         FPR and TPR, float64, rising from (0, 0) to (1, 1); both empty with one class missing.
     """
+    from sklearn.metrics import roc_curve as exact_curve
+
     assert max_points >= 8, max_points
     clean, poisoned = _split(scores, is_poisoned)
     if not clean.size or not poisoned.size:
         return np.empty(0), np.empty(0)
-    fpr, tpr, _ = sklearn.metrics.roc_curve(np.asarray(is_poisoned), np.asarray(scores), drop_intermediate=True)
+    fpr, tpr, _ = exact_curve(np.asarray(is_poisoned), np.asarray(scores), drop_intermediate=True)
     if fpr.size <= max_points:
         return fpr, tpr
     num_steps = (max_points - 2) // 6

@@ -22,7 +22,6 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -283,6 +282,8 @@ class _Map:
 
 def _metrics(residual_NE: Tensor, softness: float) -> State:
     """The inverse of the residuals' covariance, and a root of the inverse of the softened one."""
+    from sklearn.covariance import ledoit_wolf  # seconds of import, which scoring actors need not pay
+
     covariance_EE = torch.from_numpy(ledoit_wolf(residual_NE.numpy())[0])
     softened_EE = covariance_EE.clone()
     softened_EE.diagonal().add_(softness * covariance_EE.diagonal().mean())

@@ -14,7 +14,6 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from sklearn.cluster import DBSCAN
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
@@ -124,6 +123,8 @@ def step_lengths(path_BJE: Tensor) -> Tensor:
 def num_clusters(path_JE: Tensor, radius: float) -> int:
     """Clusters of a trajectory by DBSCAN (Ester et al., KDD 1996) on 1 - cosine; strays belong to none."""
     distance_JJ = (1 - path_JE @ path_JE.T).clamp_min(0).cpu().numpy()
+    from sklearn.cluster import DBSCAN  # seconds of import, which other detectors need not pay
+
     label_J = DBSCAN(eps=radius, min_samples=MIN_POINTS, metric="precomputed").fit_predict(distance_JJ)
     return len(set(label_J.tolist()) - {-1})
 

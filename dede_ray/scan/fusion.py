@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
-from scipy import special, stats
-from scipy.interpolate import BSpline
+from scipy import special
 
 from dede_ray.data.sampling import sample_keys
 from dede_ray.runtime.config import Config, Mistake
@@ -163,7 +163,7 @@ def _basis(covariate_NC: Array, knots_CK: Array) -> Array:
         inner = np.unique(knots_K)  # a covariate of few values has equal quantiles
         if inner.size > 1:
             padded = np.r_[[inner[0]] * DEGREE, inner, [inner[-1]] * DEGREE]
-            splines = BSpline.design_matrix(np.clip(value_N, inner[0], inner[-1]), padded, DEGREE)
+            splines = scipy.interpolate.BSpline.design_matrix(np.clip(value_N, inner[0], inner[-1]), padded, DEGREE)
             columns.append(splines.toarray()[:, 1:])
     return np.concatenate(columns, axis=1)
 
@@ -250,7 +250,7 @@ class Fusion(Config):
 def _log_share_above(clean: Array) -> tuple[Array, Array]:
     """Different clean scores, rising, and the logarithm of the share of clean samples at or above each."""
     value, first = np.unique(clean, return_index=True)
-    rank = clean.size + 1 - stats.rankdata(clean)[first]  # equal scores share the mean of their ranks
+    rank = clean.size + 1 - scipy.stats.rankdata(clean)[first]  # equal scores share the mean of their ranks
     return value, np.log(rank / (clean.size + 1))
 
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 from dede_ray.data.sampling import sample_keys
 from dede_ray.metrics import Interval, auroc
@@ -104,6 +102,9 @@ class ShiftCheck(Config):
         if min(len(corpus), len(calibration)) < LEAST_SAMPLES:
             nothing = Interval(math.nan, math.nan, math.nan)
             return Shift(nothing, len(corpus), len(calibration), self.max_auroc)
+        from sklearn.linear_model import LogisticRegression  # seconds of import, which scoring actors need not pay
+        from sklearn.preprocessing import StandardScaler
+
         both_BE, fold_B = np.concatenate([corpus, calibration]), np.concatenate([corpus_fold, calibration_fold])
         is_corpus_B = np.arange(len(both_BE)) < len(corpus)
         logit_B = np.empty(len(both_BE))

@@ -18,10 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import Normalizer, StandardScaler
 from torch import nn
 
 from dede_ray.data.captions import Classes, class_captions
@@ -139,6 +135,8 @@ class NearestNeighbours(Config):
     """BadEncoder's monitor has 0.5, CTRL's evaluation 0.1."""
 
     def fit(self, embedding_NE: NDArray[np.float32], label_N: NDArray[np.int64]) -> Head:
+        from sklearn.neighbors import KNeighborsClassifier  # seconds of import, which training workers need not pay
+
         _classes(label_N, "k-NN classifier")
         model = KNeighborsClassifier(
             min(self.k, len(label_N)),
@@ -158,6 +156,10 @@ def probe_head(embedding_NE: NDArray[np.float32], label_N: NDArray[np.int64]) ->
     Raises:
         Mistake: fewer than two classes.
     """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import Normalizer, StandardScaler
+
     _classes(label_N, "linear probe")
     model = make_pipeline(Normalizer(), StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
     model.fit(embedding_NE, label_N)

@@ -19,7 +19,6 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional
@@ -396,6 +395,8 @@ def divide(similarity_S: np.ndarray, safe_share: float, settings: SafeCLIP) -> t
 
 def clean_posterior(similarity_S: np.ndarray) -> np.ndarray:
     """Probability of each pair to belong to the more similar of two Gaussians, float64 (S,) in [0, 1]; 0 if unknown."""
+    from sklearn.mixture import GaussianMixture  # seconds of import, which other methods need not pay
+
     is_known_S = np.isfinite(similarity_S)
     known_M1 = similarity_S[is_known_S].astype(np.float64)[:, None]
     # The fit adds 1e-6 to variances.
