@@ -5,13 +5,17 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint bench chaos clean
+.PHONY: demo test test-fast test-all lint bench chaos clean
 
 demo: .venv/installed
 	$(BIN)/dede-ray demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+# The inner loop: what needs no Ray and no job of its own.
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -m "not slow and not gpu and not ray"
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -71,6 +72,51 @@ def s3() -> Iterator[str]:
     yield "s3://bucket"
     server.terminate()
     server.wait()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What uses Ray, or starts jobs that do, is left out by `make test-fast`."""
+    for item in items:
+        if {"local_ray", "s3"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("ray")
+
+
+@pytest.fixture(autouse=True)
+def what_is_waited_for(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that waits for Ray to place something says what, every 20 seconds."""
+    if "local_ray" not in request.fixturenames:
+        yield
+        return
+    done = threading.Event()
+    reporter, capture = (
+        request.config.pluginmanager.get_plugin(name) for name in ("terminalreporter", "capturemanager")
+    )
+
+    def watch() -> None:
+        started = time.monotonic()
+        while not done.wait(20):
+            waiting = _not_placed()
+            if waiting:
+                took = time.monotonic() - started
+                with capture.global_and_fixture_disabled():
+                    reporter.write_line(f"\n{request.node.nodeid}: {took:.0f} s so far; Ray cannot place {waiting}")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+
+
+def _not_placed() -> str:
+    """What tasks and actors of the local Ray ask for and have not got; empty where nothing waits."""
+    from ray._private.worker import global_worker
+    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+
+    state = get_cluster_resource_state(global_worker.gcs_client)
+    asked = [f"{one.count} x {dict(one.request.resources_bundle)}" for one in state.pending_resource_requests]
+    free = [dict(node.available_resources).get("CPU", 0) for node in state.node_states]
+    return f"{', '.join(asked)} ({sum(free):g} CPUs are free)" if asked else ""
 
 
 @pytest.fixture(scope="session")
