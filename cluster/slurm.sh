@@ -2,8 +2,8 @@
 # One job on a Ray of its own, over all nodes of a Slurm allocation:
 #   sbatch --nodes 4 --gpus-per-node 1 --time 12:00:00 cluster/slurm.sh python jobs/score.py my_score.yaml
 # Submit from the repository's root, with the environment that has dede_ray active, on a file system that all nodes see;
-# outputs go there too. Three minutes before the time is up, and when the nodes are wanted by others, Ray is told to
-# drain (training then saves) and the job is put back into the queue, where it goes on: all jobs resume.
+# outputs go there too. Three minutes before the time is up, and when the nodes are wanted by others, Ray
+# drains (training then saves) and the job is put back into the queue; when it starts again, it resumes.
 # Tried with stand-ins for Slurm's commands; not run on a Slurm cluster so far.
 #SBATCH --job-name=dede_ray
 #SBATCH --nodes=2
@@ -32,7 +32,7 @@ temporary=${RAY_TEMPORARY:-/tmp/ray_$SLURM_JOB_ID}
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S:-60}
 export RAY_USAGE_STATS_ENABLED=0
 
-# Other people work on these machines too: only who has the token, in our home folder, may talk to our Ray.
+# Other people work on these machines too: only who has the token, in our home folder, can use our Ray.
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 if [[ $RAY_AUTH_MODE == token ]]; then
     ray get-auth-token --generate >/dev/null
@@ -59,7 +59,7 @@ on_nodes() { # <number of nodes> <their names> <options of ray start ...>
 }
 
 # shellcheck disable=SC2329  # the traps call the next three
-tell() { # <signal> <processes ...>: those that are gone do not mind
+signal_all() { # <signal> <processes ...>: ends well for those that are gone
     local signal=$1
     shift
     for process in "$@"; do
@@ -69,7 +69,7 @@ tell() { # <signal> <processes ...>: those that are gone do not mind
 
 # shellcheck disable=SC2329
 finish() {
-    tell TERM "$job" "${steps[@]}"
+    signal_all TERM "$job" "${steps[@]}"
     wait "${steps[@]}" 2>/dev/null || true
 }
 
@@ -77,17 +77,17 @@ finish() {
 go_again() {
     trap '' USR1 TERM
     echo "slurm.sh: the nodes are wanted; draining for at most $RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S s" >&2
-    tell TERM "${steps[@]}"
+    signal_all TERM "${steps[@]}"
     local end=$((SECONDS + RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S))
     while ((SECONDS < end)) && kill -0 "$job" 2>/dev/null; do
         sleep 1
     done
     trap - EXIT
     if ! kill -0 "$job" 2>/dev/null && wait "$job"; then
-        echo "slurm.sh: the job was through before" >&2
+        echo "slurm.sh: the job had already finished" >&2
         exit 0
     fi
-    tell TERM "$job"
+    signal_all TERM "$job"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 }

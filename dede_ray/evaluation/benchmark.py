@@ -1,9 +1,9 @@
 """The benchmark: attack x victim x detector over several seeds, every number beside its controls.
 
 A *cell* is one encoder of one case (the backdoored victim, its honest twin, or another control) under one seed. It
-trains the DeDe decoder, fits the detectors and scores its sets of images, in one Ray task with one thread, and leaves
-a Parquet file. So a benchmark that was stopped goes on, and whatever is asked of the scores afterwards (standing.py)
-runs no model. Nothing that is fitted sees a test image, and no threshold sees a label.
+trains the DeDe decoder, fits the detectors and scores its sets of images, in one Ray task with one thread, and writes
+a Parquet file. So a benchmark that was stopped resumes, and the tables (leaderboard.py) are made without running a
+model. Nothing that is fitted sees a test image, and no threshold sees a label.
 
 The sets, all from test images that the victim was not trained on:
 
@@ -42,7 +42,7 @@ from dede_ray.detectors.decree import Decree, Inversion, invert, save_stamp
 from dede_ray.detectors.dede import DeDe
 from dede_ray.detectors.density import compat_scores
 from dede_ray.detectors.kinds import Detector
-from dede_ray.evaluation.leaderboard import About, Standing, tell
+from dede_ray.evaluation.leaderboard import About, LeaderboardSettings, write_leaderboard
 from dede_ray.evaluation.measure import Examination
 from dede_ray.models.clip import Normalise
 from dede_ray.models.decoder import save_decoder
@@ -59,14 +59,14 @@ logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 256
 COMPAT_SMALLEST = 65
-"""Samples with which a published batch cannot do, for its 64 neighbours."""
+"""A batch of the published code has to have more samples than this, for its 64 neighbours."""
 
 
 class Case(Config):
     """One attack on one encoder."""
 
     attack: str
-    """Its name, which also chooses the least ASR of the gate."""
+    """Its name, which also chooses the minimum ASR of the gate."""
     victim: VictimConfig
     honest: VictimConfig
     """The same architecture without a backdoor."""
@@ -75,7 +75,7 @@ class Case(Config):
     trigger: Trigger
     """As the attacker stamps it at test time."""
     training_trigger: Trigger | None = None
-    """As the poisoned samples of the corpus bear it; None is the same."""
+    """As it is stamped on the poisoned samples of the corpus; None is the same as `trigger`."""
     target_label: int = Field(ge=0)
 
     @model_validator(mode="after")
@@ -105,7 +105,7 @@ class DecoderTraining(Config):
 
 
 class BenchmarkConfig(Examination):
-    """Settings of jobs/benchmark.py; `test_shards`, `probe_shards`, `gate` and `heads` decide who is void."""
+    """Settings of `dede-ray benchmark`; `test_shards`, `probe_shards`, `gate` and `heads` decide what is void."""
 
     output: str
     cases: dict[str, Case] = Field(min_length=1)
@@ -113,13 +113,13 @@ class BenchmarkConfig(Examination):
     train_shards: str | list[str]
     """Clean labelled images that suspected corpora are made of."""
     reference: OptionalVictimConfig = None
-    """The independent encoder of the detectors that compare with one."""
+    """The independent encoder for the detectors that compare the victim with one."""
     detectors: list[Detector] = Field(min_length=1)
     """Streaming detectors. The `decoder` of dede is trained in each cell, whatever it says here."""
     second_stage: list[Detector] = Field([])
     """Detectors that take many forward passes: scored on `num_second_stage` images, under the first seed."""
     inversion: Inversion | None = None
-    """DECREE, under the first seed: the stamp of each encoder, and what it says of samples."""
+    """DECREE, under the first seed: the stamp of each encoder, and the scores that it gives samples."""
     decoder: DecoderTraining = DecoderTraining()
     seeds: Seeds = Field([0, 1, 2])
     num_suspected: int = Field(10_000, ge=100)
@@ -135,8 +135,8 @@ class BenchmarkConfig(Examination):
     """Clean images, and as many triggered ones."""
     compat_asset: PublishedAsset | None = None
     """ASSET as published, on `num_controls` clean and triggered images of each victim, under the first seed."""
-    standing: Standing | None = None
-    """What is asked of the scores, at no cost; None takes its defaults."""
+    standing: LeaderboardSettings | None = None
+    """What the tables show, at no cost; None takes its defaults."""
     limits: Limits = Limits()
 
 
@@ -144,7 +144,7 @@ def benchmark(config: BenchmarkConfig) -> str:
     """Fill the table. A rerun does what remains.
 
     Returns:
-        The tables as Markdown; they and all numbers lie in the output folder.
+        The tables as Markdown; they and all numbers are in the output folder.
 
     Raises:
         Mistake: settings or files that do not fit.
@@ -172,14 +172,14 @@ def benchmark(config: BenchmarkConfig) -> str:
         for said in ray.get(ready):
             logger.info("[%d/%d] %s", total - len(todo), total, said)
     about = {name: About(list(case.roles()), case.target_label) for name, case in config.cases.items()}
-    said = tell(config.standing or Standing(), output, about, config.seeds)
+    said = write_leaderboard(config.standing or LeaderboardSettings(), output, about, config.seeds)
     if done is None:
         finish(output, config.model_copy(update={"standing": None}), {"cells": len(cells)})
     return said
 
 
 def _check(config: BenchmarkConfig) -> None:
-    """Say at once what no cell could do."""
+    """Refuse at once what no cell could do."""
     for one in (*config.detectors, *config.second_stage):
         if "caption" in one.needs:
             raise Mistake(f"{one.label} looks at captions, and the benchmark's images have none; leave it out")
@@ -207,7 +207,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class _Images:
-    """What all cells draw from, still encoded."""
+    """The images that all cells draw from, still encoded."""
 
     train: list[Labelled]
     test: list[Labelled]
@@ -242,7 +242,7 @@ class _Pictures:
         return _Pictures(ids, content, self.image_NHWC[index], self.label_N[index])
 
     def stamped(self, trigger: AnyTrigger, limits: Limits) -> _Pictures:
-        """The same images with a trigger, stamped as the gate does, before the victim's size; their ids tell."""
+        """The same images with a trigger, stamped as the gate does, before the victim's size; the ids name it."""
         size, named = self.image_NHWC.shape[1], zip(self.content, self.sample_ids, strict=True)
         images = [square(content, name, size, limits, trigger) for content, name in named]
         ids = [f"{name}+{trigger.kind}" for name in self.sample_ids]
@@ -266,7 +266,7 @@ def _decode(images: Sequence[Labelled], size: int, limits: Limits) -> _Pictures:
 
 
 def _judge(here: tuple[BenchmarkConfig, _Images], name: str, output: Path) -> str:
-    """Does the case's victim pass its gate?"""
+    """Decide whether the case's victim passes its gate, and record it; returns a line for the log."""
     torch.set_num_threads(1)
     config, case = here[0], here[0].cases[name]
     device = best_device()
@@ -373,12 +373,12 @@ class _Filling:
         return open_scorer(detector, self.victim, detector.fit(suspected, self.known_batch) if detector.fits else {})
 
     def _plain_scorers(self) -> list[Scorer]:
-        """Of the detectors that look at the picture and fit nothing."""
+        """Scorers of the detectors that look at the picture and fit nothing."""
         plain = [not one.fits and one.needs == {"image"} for one in self.config.detectors]
         return [scorer for scorer, is_plain in zip(self.scorers, plain, strict=True) if is_plain]
 
     def _embedded(self, pictures: _Pictures) -> Batch:
-        """Embeddings without pictures."""
+        """Embed pictures; the batch holds no pixels."""
         batches = []
         for start in range(0, len(pictures.sample_ids), BATCH_SIZE):
             ids = pictures.sample_ids[start : start + BATCH_SIZE]
@@ -449,7 +449,7 @@ class _Filling:
         return _table("misstamped", pictures, {name: np.concatenate([one[name] for one in found]) for name in found[0]})
 
     def _slow(self, sets: dict[str, _Pictures], suspected: Batch) -> list[pa.Table]:
-        """What is scored on few images, under the first seed only."""
+        """Score the few images of second-stage detectors and published protocols, under the first seed only."""
         config, tables = self.config, []
         scorers = [self._opened(one, suspected) for one in config.second_stage]
         if config.inversion is not None:
@@ -470,7 +470,7 @@ class _Filling:
         return tables
 
     def _compat(self, sets: dict[str, _Pictures]) -> list[pa.Table]:
-        """Scores that depend on who else is scored, on a half-poisoned pool as published."""
+        """Scores that depend on the other samples of the pool, which is half poisoned as published."""
         num = min(self.config.num_triggered, len(sets["triggered"].sample_ids))
         clean = sets["clean"].part(range(num))
         pool = [clean, sets["triggered"].part(range(num))]

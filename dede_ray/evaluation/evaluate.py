@@ -1,10 +1,10 @@
-"""Evaluation: hold a manifest against the truth, and show what came out in numbers, figures and one page.
+"""Evaluation: compare a manifest with the truth, and show the result in numbers, figures and one page.
 
 `evaluate` answers three questions in the order in which a reader should ask them. Is the victim backdoored at all
-(the activation gate of activation.py)? What was flagged, and how much of it is poisoned? And does the detector see the
-backdoor, or only the stamp: the honest victim, scored on the same images, stands beside every number.
+(the activation gate of measure.py)? What was flagged, and how much of it is poisoned? And does the detector see the
+backdoor, or only the stamp: the honest victim, scored on the same images, is shown beside every number.
 
-It writes `metrics.json` (everything: findings.py), `table.md` and `report.html` (both made from it, the latter and
+It writes `metrics.json` (everything: results.py), `table.md` and `report.html` (both made from it, the latter and
 `figures/` by page.py). Equal inputs give equal bytes.
 """
 
@@ -30,16 +30,16 @@ from dede_ray.scan.score import settings_of, victim_of
 
 
 class EvaluateConfig(Examination):
-    """Which manifest to hold against which truth."""
+    """Settings of `dede-ray evaluate`: which manifest to compare with which truth."""
 
     manifest: str
-    """Folder that score.py wrote for the victim."""
+    """Folder that `dede-ray score` wrote for the victim."""
     honest_manifest: str | None = None
     """The same shards scored with the honest victim; without it the evaluation is void."""
     truth: str
     """truth.parquet of the poisoned shards."""
     attack: str
-    """Folder of the poisoned shards; its run.json tells the trigger and the target."""
+    """Folder of the poisoned shards; its run.json holds the trigger and the target."""
     output: str
     """Folder for the page, the table, the numbers and the figures; overwritten."""
     num_gallery: int = Field(8, ge=1)
@@ -110,7 +110,9 @@ def _read_truth(path: str) -> pa.Table:
     try:
         return pq.read_table(path, columns=columns)
     except FileNotFoundError:
-        raise Mistake(f"no truth at {path}; poison.py writes truth.parquet beside the poisoned shards") from None
+        raise Mistake(
+            f"no truth at {path}; `dede-ray poison` writes truth.parquet beside the poisoned shards"
+        ) from None
     except (pa.ArrowInvalid, OSError) as error:
         raise Mistake(f"{path} is no truth.parquet with the columns {', '.join(columns)}: {error}") from None
 

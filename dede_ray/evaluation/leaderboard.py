@@ -1,12 +1,12 @@
-"""How the detectors stand: from the scores of the benchmark's cells to tables, figures and one Parquet file of numbers.
+"""The benchmark's tables and figures, and one Parquet file of their numbers, made from the scores of its cells.
 
-Everything is a function of the cells' files: no model runs here. Rows are means over the seeds. What learns from
-scores (normalisation by difficulty, fusion) learns from the clean calibration half alone; every list is decided
-without labels.
+Everything is computed from the cells' files: no model runs here. Table rows are means over the seeds. Whatever is
+fitted to scores (normalisation by difficulty, fusion) is fitted to the clean calibration half alone; every list is
+decided without labels.
 
-Columns that are made here of others: `<score>_fair`, which is without what image statistics explain
-(fusion.Difficulty), and `combined`, the fusion of some columns. Nothing was fitted on attacks, so there is no attack to
-leave out.
+Two kinds of columns are computed here from others: `<score>_fair`, a score without the part that image statistics
+explain (scan/fusion.py, `Difficulty`), and `combined`, the fusion of some columns. Nothing is fitted to attacks, so
+there is no attack to leave out.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ Scores = NDArray[np.float64]
 PAPER = "dede_mean"
 """The published detector: `dede_sum` over a constant."""
 DEFAULT = "dede_reverse"
-"""The score that decisions are made on unless told otherwise."""
+"""The score that decisions are made on by default."""
 SHOWN = (PAPER, DEFAULT, "xc_misplaced", "dao", "combined")
 """Scores whose lists are shown; all are judged."""
 NO_SCORES = {"set", "sample_id", "label", "is_judged", "probe", "compat_head"}
 
 
 FITTED_PARTS = ("clean", "triggered", "patch", "shuffled_clean", "shuffled_triggered")
-"""Sets that have all streaming columns, so that others can be made of them."""
+"""Sets that have all streaming columns, so that others can be computed from them."""
 
 
-class Standing(Config):
-    """What is asked of the scores."""
+class LeaderboardSettings(Config):
+    """Which poison rates, lists and derived columns the tables show."""
 
     poison_rates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.01, 0.001)
-    """Of the mixtures; the tables quote these three, and a rate for which there are too few clean images is left out.
-    Lists are also decided on a corpus without poison."""
+    """Poison rates of the mixtures; the tables quote these three, and leave out a rate for which clean images
+    are too few. Lists are also decided on a corpus without poison."""
     num_mixtures: int = Field(20, ge=1)
     """Draws of each rare mixture and each seed."""
     num_lists: int = Field(20, ge=2)
@@ -66,9 +66,9 @@ class Standing(Config):
     q: float = Field(0.1, gt=0, lt=1)
     false_alarm: float | None = Field(0.05, gt=0, lt=1)
     fair: tuple[str, ...] = ("dede_mean", "dede_reverse")
-    """Columns that are also given without what image statistics explain."""
+    """Columns that are also shown without the part that image statistics explain."""
     combined: Fusion = Fusion(columns=("dede_reverse", "xc_misplaced", "dao"))
-    """Columns are taken as far as the run has them."""
+    """Those of its columns that the run has are combined."""
 
 
 # ------------------------------------------------------------------------------------------------ scores of a cell
@@ -82,12 +82,12 @@ class _Cell:
     role: str
     seed: int
     table: pa.Table
-    standing: Standing
+    settings: LeaderboardSettings
     num_lists: int
 
     @cached_property
     def columns(self) -> list[str]:
-        """Streaming scores, those made here last."""
+        """Streaming scores; those computed here come last."""
         return [*self._found, *self._states]
 
     @cached_property
@@ -100,7 +100,7 @@ class _Cell:
         return [name for name in found if name.startswith("stat_")]
 
     def _combined(self, found: Iterable[str]) -> list[str]:
-        return [name for name in self.standing.combined.columns if name in set(found)]
+        return [name for name in self.settings.combined.columns if name in set(found)]
 
     def _set(self, name: str) -> pa.Table:
         return self.table.filter(pc.equal(self.table["set"], name))
@@ -115,7 +115,7 @@ class _Cell:
 
     @cached_property
     def is_judged(self) -> NDArray[np.bool_]:
-        """Of the clean samples, those that do not calibrate."""
+        """Which clean samples are judged: those that do not calibrate."""
         return self._set("clean")["is_judged"].to_numpy(zero_copy_only=False).astype(bool)
 
     @cached_property
@@ -124,21 +124,21 @@ class _Cell:
 
     @cached_property
     def is_fitted_on(self) -> NDArray[np.bool_]:
-        """Of the clean samples, the part of the calibration half that normalisation and fusion learn from."""
+        """Which clean samples normalisation and fusion are fitted to: a part of the calibration half."""
         return split_calibration(self.clean_ids, self.seed) & ~self.is_judged
 
     @cached_property
     def _states(self) -> dict[str, Any]:
-        """By name, what each column made here has learnt; those for which there are too few samples are not made."""
+        """Fitted state of each column computed here, by name; columns with too few samples are left out."""
         states: dict[str, Any] = {}
         rows, covariates = self.is_fitted_on, self._covariates(self._found)
-        for base in self.standing.fair if covariates else ():
+        for base in self.settings.fair if covariates else ():
             if base in self._found:
                 with contextlib.suppress(Mistake):
                     scores = self._plain("clean", base)[rows]
                     states[f"{base}_fair"] = Difficulty().fit(scores, self._matrix("clean", covariates)[rows])
         if members := self._combined(self._found):
-            fusion = self.standing.combined.model_copy(update={"columns": tuple(members)})
+            fusion = self.settings.combined.model_copy(update={"columns": tuple(members)})
             states["combined"] = fusion.fit({one: self._plain("clean", one)[rows] for one in members})
         return states
 
@@ -146,7 +146,7 @@ class _Cell:
         return np.stack([self._plain(part, name) for name in names], axis=1)
 
     def scores(self, part: str, name: str) -> Scores:
-        """A column of one set, made here where it has to be; empty where the set is not there."""
+        """A column of one set, computed here if it has to be; empty where the cell lacks the set."""
         key = (part, name)
         if key not in self._cache:
             self._cache[key] = self._score(part, name)
@@ -163,7 +163,7 @@ class _Cell:
             return self._plain(part, name)
         if name == "combined":
             members = self._combined(self._found)
-            fusion = self.standing.combined.model_copy(update={"columns": tuple(members)})
+            fusion = self.settings.combined.model_copy(update={"columns": tuple(members)})
             return fusion.apply(self._states[name], {one: self._plain(part, one) for one in members})
         base = self._plain(part, name.removesuffix("_fair"))
         return Difficulty().apply(self._states[name], base, self._matrix(part, self._covariates(self._found)))
@@ -182,11 +182,11 @@ Row = dict[str, Any]
 
 def _numbers(cell: _Cell) -> Iterator[Row]:
     """Every number of one cell: mixture, column, metric, value."""
-    standing, judged = cell.standing, cell.is_judged
+    settings, judged = cell.settings, cell.is_judged
     for name in cell.columns:
         clean, triggered = cell.scores("clean", name)[judged], cell.scores("triggered", name)
-        for rate in dict.fromkeys((0.5, *standing.poison_rates)):
-            for metric, value in _of_mixture(clean, triggered, rate, cell.seed, standing.num_mixtures).items():
+        for rate in dict.fromkeys((0.5, *settings.poison_rates)):
+            for metric, value in _of_mixture(clean, triggered, rate, cell.seed, settings.num_mixtures).items():
                 yield {"mixture": f"{rate:g}", "column": name, "metric": metric, "value": value}
         patch = cell.scores("patch", name)
         yield {"mixture": "patch", "column": name, "metric": "auroc", "value": _auroc(clean, patch)}
@@ -215,7 +215,7 @@ def _labels(clean: Scores, poisoned: Scores) -> NDArray[np.bool_]:
 def _of_mixture(clean: Scores, triggered: Scores, rate: float, seed: int, num_draws: int) -> dict[str, float]:
     """Metrics at a poison rate; where it takes only some of the triggered images, the mean over draws of them.
 
-    Nothing where so few clean images have not one poisoned sample at this rate.
+    Empty where there are too few clean images for one poisoned sample at this rate.
     """
     num = round(rate * len(clean) / (1 - rate))
     if not num:
@@ -253,11 +253,11 @@ def _small_sets(cell: _Cell) -> Iterator[Row]:
 
 def _decided(cell: _Cell) -> Iterator[Row]:
     """Lists decided without labels: calibration set and corpus drawn anew each time from the clean test images."""
-    standing = cell.standing
-    rule = Conformal(q=standing.q, false_alarm=standing.false_alarm)
+    settings = cell.settings
+    rule = Conformal(q=settings.q, false_alarm=settings.false_alarm)
     for name in cell.columns:
         clean, triggered = cell.scores("clean", name), cell.scores("triggered", name)
-        if name == "combined" or name.endswith("_fair"):  # what these were fitted on gives no p-values
+        if name == "combined" or name.endswith("_fair"):  # samples that these were fitted to cannot give p-values
             clean = clean[~cell.is_fitted_on]
         for draw in range(cell.num_lists):
             rng = np.random.default_rng([cell.seed, draw])
@@ -279,12 +279,12 @@ def _decided(cell: _Cell) -> Iterator[Row]:
                     yield {"mixture": f"list {rate:g}", "column": name, "metric": metric, "value": value, "draw": draw}
 
 
-# ------------------------------------------------------------------------------------------------ telling
+# ------------------------------------------------------------------------------------------------ writing the tables
 
 
 @dataclass(frozen=True)
 class Rows:
-    """All numbers, to be looked up."""
+    """All numbers, with look-ups by case, role, mixture, column and metric."""
 
     rows: Sequence[Row]
 
@@ -315,32 +315,35 @@ class Rows:
 
 @dataclass(frozen=True)
 class About:
-    """What the tables have to know of a case."""
+    """What the tables need to know about a case."""
 
     roles: Sequence[str]
     """`victim` and `honest` first."""
     target_label: int
 
 
-def tell(standing: Standing, output: Path, cases: Mapping[str, About], seeds: Sequence[int]) -> str:
-    """Read every cell, and write results.parquet, table.md and the figures.
+def write_leaderboard(
+    settings: LeaderboardSettings, output: Path, cases: Mapping[str, About], seeds: Sequence[int]
+) -> str:
+    """Read every cell; write results.parquet, table.md and the figures.
 
     Args:
+        settings: which rates, lists and derived columns to show.
         output: the benchmark's folder.
         cases: by name.
-        seeds: under which there are cells.
+        seeds: the seeds of the cells.
 
     Returns:
         The tables.
     """
-    num_lists = -(-standing.num_lists // len(seeds))
+    num_lists = -(-settings.num_lists // len(seeds))
     numbers: list[Row] = []
     compat: dict[str, dict[str, Row]] = {}
     for case, about in cases.items():
         for role in about.roles:
             for seed in seeds:
                 table = pq.read_table(output / "cells" / f"{case}-{role}-{seed}.parquet")
-                cell = _Cell(case, role, seed, table, standing, num_lists)
+                cell = _Cell(case, role, seed, table, settings, num_lists)
                 numbers += [{"case": case, "role": role, "seed": seed, "draw": 0, **row} for row in _numbers(cell)]
                 if seed == seeds[0] and PAPER in cell.columns:
                     compat.setdefault(case, {})[role] = _published_protocol(cell, about.target_label)
@@ -350,15 +353,15 @@ def tell(standing: Standing, output: Path, cases: Mapping[str, About], seeds: Se
     gates = {case: read_json(output / "gates" / f"{case}.json", "verdict of a gate") for case in cases}
     valid = [case for case in cases if gates[case]["passes"]]
     parts = [
-        _about(cases, seeds, gates, standing),
+        _about(cases, seeds, gates, settings),
         _best(rows, valid),
-        _lists(rows, valid, standing),
+        _lists(rows, valid, settings),
         *(_of_case(rows, case, about.roles, gates[case], output) for case, about in cases.items()),
         _compat(rows, valid, compat),
     ]
     said = "\n\n".join(parts)
     write_atomically(output / "table.md", said + "\n")
-    for name, picture in figures(rows, valid, standing).items():
+    for name, picture in figures(rows, valid, settings).items():
         write_atomically(output / "figures" / f"{name}.png", picture)
     return said
 
@@ -375,11 +378,13 @@ def _spread(values: Scores) -> str:
 
 
 def _standard_error(values: Scores) -> float:
-    """Of the mean; 0 where there is one value."""
+    """Standard error of the mean; 0 where there is one value."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def _about(cases: Mapping[str, Any], seeds: Sequence[int], gates: Mapping[str, Any], standing: Standing) -> str:
+def _about(
+    cases: Mapping[str, Any], seeds: Sequence[int], gates: Mapping[str, Any], settings: LeaderboardSettings
+) -> str:
     void = [case for case in cases if not gates[case]["passes"]]
     return (
         f"{len(cases)} cases, {len(seeds)} seeds (of draw, decoder, fits and masks; the victims are the same ones). "
@@ -395,7 +400,7 @@ def _is_control(column: str) -> bool:
 
 
 def _best(rows: Rows, cases: Sequence[str]) -> str:
-    """Plain DeDe beside our default and whatever is best, which is an oracle's choice."""
+    """Plain DeDe, our default and the best score, which only an oracle could choose."""
     lines = [
         "| victim | score | AUROC | honest | TPR at FPR 1 % | AP at 1 % poison |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -427,11 +432,11 @@ def best_column(rows: Rows, case: str, honest: tuple[float, float] = (0.45, 0.6)
     return max(candidates)[1] if candidates else None
 
 
-def _lists(rows: Rows, cases: Sequence[str], standing: Standing) -> str:
+def _lists(rows: Rows, cases: Sequence[str], settings: LeaderboardSettings) -> str:
     num_drawn = max((len(rows.values(case, "victim", "list 0", PAPER, "is_empty")) for case in cases), default=0)
     lines = [
-        f"Lists decided by conformal p-values and Benjamini-Hochberg at q = {standing.q:g}, false alarm "
-        f"{standing.false_alarm}, without labels; calibration set and corpus drawn anew {num_drawn} times. "
+        f"Lists decided by conformal p-values and Benjamini-Hochberg at q = {settings.q:g}, false alarm "
+        f"{settings.false_alarm}, without labels; calibration set and corpus drawn anew {num_drawn} times. "
         "FDP: realised share of clean samples among the flagged, 1 % poison, mean and standard error. Empty: share of "
         "the lists without an entry where nothing is poisoned.\n",
         "| victim | score | FDP | recall | empty without poison |",
@@ -446,7 +451,7 @@ def _lists(rows: Rows, cases: Sequence[str], standing: Standing) -> str:
             recall = rows.mean(case, "victim", "list 0.01", column, "recall")
             empty = rows.mean(case, "victim", "list 0", column, "is_empty")
             lines.append(f"| {case} | {column} | {fdp.mean():.3f} ± {error:.3f} | {recall:.3f} | {empty:.0%} |")
-    broken = list(broken_promises(rows, cases, standing))
+    broken = list(broken_promises(rows, cases, settings))
     num_scores = len({column for case in cases for column in rows.columns(case, "list 0.01")})
     if not num_scores:
         return "## What the lists promise\n\nNo list was decided: no victim is valid, or there are too few images."
@@ -458,12 +463,12 @@ def _lists(rows: Rows, cases: Sequence[str], standing: Standing) -> str:
     return "## What the lists promise\n\n" + "\n".join(lines)
 
 
-def broken_promises(rows: Rows, cases: Iterable[str], standing: Standing) -> Iterator[str]:
+def broken_promises(rows: Rows, cases: Iterable[str], settings: LeaderboardSettings) -> Iterator[str]:
     """Victims and scores whose lists are worse than declared."""
     for case in cases:
         for column in rows.columns(case, "list 0.01"):
             fdp = rows.values(case, "victim", "list 0.01", column, "fdp")
-            if fdp.mean() > standing.q + 2 * _standard_error(fdp):
+            if fdp.mean() > settings.q + 2 * _standard_error(fdp):
                 yield f"{case}/{column} (FDP {fdp.mean():.3f})"
             empty = rows.mean(case, "victim", "list 0", column, "is_empty")
             if empty < 0.9:
@@ -471,7 +476,7 @@ def broken_promises(rows: Rows, cases: Iterable[str], standing: Standing) -> Ite
 
 
 def _of_case(rows: Rows, case: str, roles: Sequence[str], gate: Mapping[str, Any], output: Path) -> str:
-    """Everything about one case."""
+    """The section of one case."""
     lines = [f"## {case}", "", f"Gate: {'passed' if gate['passes'] else 'VOID'}; {gate['reason']}.", ""]
     if not gate["passes"]:
         return "\n".join([*lines, "No number of a detector is quoted; results.parquet has them."])
@@ -571,14 +576,14 @@ def _compat(rows: Rows, cases: Sequence[str], protocol: Mapping[str, Mapping[str
 # ------------------------------------------------------------------------------------------------ figures
 
 
-def figures(rows: Rows, cases: Sequence[str], standing: Standing) -> dict[str, bytes]:
-    """PNG files by name: AUROC of victims and honest twins, and what the lists kept of their promise."""
+def figures(rows: Rows, cases: Sequence[str], settings: LeaderboardSettings) -> dict[str, bytes]:
+    """PNG files by name: AUROC of victims and honest twins, and how well the lists kept their promise."""
     if not cases:
         return {}
     found = {"auroc": _auroc_figure(rows, cases)}
     shown = {column for case in cases for column in rows.columns(case, "list 0.01")}
     if columns := [name for name in SHOWN if name in shown]:
-        found["lists"] = _lists_figure(rows, cases, columns, standing)
+        found["lists"] = _lists_figure(rows, cases, columns, settings)
     return found
 
 
@@ -599,7 +604,7 @@ def _auroc_figure(rows: Rows, cases: Sequence[str]) -> bytes:
     return _png(figure)
 
 
-def _lists_figure(rows: Rows, cases: Sequence[str], columns: Sequence[str], standing: Standing) -> bytes:
+def _lists_figure(rows: Rows, cases: Sequence[str], columns: Sequence[str], settings: LeaderboardSettings) -> bytes:
     figure, axes = plt.subplots(1, 2, figsize=(3 + 1.3 * len(cases), 3.6))
     width = 0.8 / len(columns)
     for place, column in enumerate(columns):
@@ -610,9 +615,9 @@ def _lists_figure(rows: Rows, cases: Sequence[str], columns: Sequence[str], stan
                 np.array(there) + place * width, [found[i].mean() for i in there], width, label=column,
                 yerr=[2 * _standard_error(found[i]) for i in there], error_kw={"linewidth": 0.8},
             )  # fmt: skip
-    axes[0].axhline(standing.q, color="black", linestyle="--", linewidth=1)
+    axes[0].axhline(settings.q, color="black", linestyle="--", linewidth=1)
     for axis, title in zip(
-        axes, (f"false-discovery proportion, q = {standing.q:g}", "recall at 1 % poison"), strict=True
+        axes, (f"false-discovery proportion, q = {settings.q:g}", "recall at 1 % poison"), strict=True
     ):
         axis.set_title(title, fontsize=10)
         axis.set_xticks(np.arange(len(cases)) + 0.4 - width / 2, cases, rotation=30, ha="right", fontsize=8)

@@ -1,10 +1,10 @@
-"""Does the backdoor work? The gate that every victim has to pass, and `victim.json`, which keeps how it went.
+"""Does the backdoor work? The gate that every victim has to pass, and `victim.json`, the record of the result.
 
-`ActivationGate` holds what a victim does (downstream.py) against what the honest victim does, the same architecture
-without a backdoor: a stamp may move predictions by itself, and only what it moves beyond that is the backdoor. Numbers
-of a detector against a victim that does not pass mean nothing. `measure_victim`, the job of jobs/measure.py, takes the
-trigger and the target from whatever made the victim, measures both encoders on the same images, and writes down what it
-found beside the victim's weights.
+`ActivationGate` compares what a victim does (training/downstream.py) with what the honest victim does, the same
+architecture without a backdoor: a stamp may move predictions by itself, and only what it moves beyond that is the
+backdoor. A detector's numbers against a victim that does not pass mean nothing. `measure_victim`, the job
+`dede-ray measure`, takes the trigger and the target from the job that made the victim, measures both encoders on the
+same images, and records the result beside the victim's weights.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from dede_ray.training.downstream import (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says of a victim; the keys of both dicts are heads, `zero_shot` and `probe`."""
+    """The gate's verdict on a victim; the keys of both dicts are heads, `zero_shot` and `probe`."""
 
     passes: bool
     reason: str
@@ -65,18 +65,18 @@ class ActivationGate(Config):
     """
 
     min_asr: float | None = Field(None, ge=0, le=1)
-    """Least attack success rate; None is 0.9, and 0.6 for CTRL and BadCLIP, whose published one is fragile."""
+    """Minimum attack success rate; None is 0.9, and 0.6 for CTRL and BadCLIP, whose published one is fragile."""
     min_asr_gain: float = Field(0.2, ge=0, le=1)
-    """Least distance of the ASR from that of the honest victim on the same triggered images."""
+    """Minimum gain of the ASR over the honest victim's on the same triggered images."""
     max_ca_loss: float = Field(0.05, ge=0, le=1)
     """Clean accuracy that the victim may lose against the honest victim."""
 
     def judge(
         self, victim: Mapping[str, Behaviour], honest: Mapping[str, Behaviour] | None, attack: str = ""
     ) -> Verdict:
-        """Compare a victim with the honest one, head by head; `attack` chooses the least ASR where none is set."""
+        """Compare a victim with the honest one, head by head; `attack` chooses the minimum ASR where none is set."""
         if honest is None:
-            reason = "there is no honest victim to compare with, so nobody knows what the stamp does by itself"
+            reason = "there is no honest victim to compare with, so what the stamp does by itself is unknown"
             return Verdict(False, reason, victim, None)
         min_asr = MIN_ASR.get(attack, 0.9) if self.min_asr is None else self.min_asr
         complaints = {
@@ -111,7 +111,7 @@ class ActivationGate(Config):
 
 
 MIN_ASR = {"ctrl": 0.6, "frequency": 0.6, "badclip": 0.6}
-"""Least ASR by attack, or by trigger where data were poisoned, if not 0.9."""
+"""Minimum ASR by attack, or by trigger where data were poisoned, if not 0.9."""
 
 
 def _words(head: str) -> str:
@@ -145,15 +145,15 @@ def displacement(triggered_NE: NDArray[Any], clean_NE: NDArray[Any], seed: int =
 
 
 class VictimRecord(Config):
-    """What `victim.json` says: how a victim was made, and what it does. Its folder holds a poisoned model, or its twin.
+    """Content of `victim.json`: how a victim was made, and what it does. Its folder holds a poisoned model or its twin.
 
-    Architecture, image size and normaliser stand in the folder's own description, the JSON beside the weights.
+    Architecture, image size and normaliser are in the folder's own description, the JSON beside the weights.
     """
 
     attack: str
     """Name of the attack; `honest` for a victim without a backdoor."""
     is_backdoored: bool
-    """The mark for whoever finds the folder: not for use."""
+    """A warning to anyone who finds the folder: not for use."""
     settings: dict[str, Any]
     """All settings that made it, poison rate included."""
     trigger: dict[str, Any] | None
@@ -165,9 +165,9 @@ class VictimRecord(Config):
     mean: list[float]
     std: list[float]
     fingerprint: str
-    """Of the victim that was measured."""
+    """Fingerprint of the victim that was measured."""
     checkpoint_sha256: str
-    """Of the file of weights."""
+    """SHA-256 of the file of weights."""
     behaviour: dict[str, Behaviour]
     honest_fingerprint: str | None
     honest: dict[str, Behaviour] | None
@@ -175,10 +175,10 @@ class VictimRecord(Config):
     displacement: Displacement | None = None
     """What the trigger does to embeddings."""
     honest_displacement: Displacement | None = None
-    """What it does to the honest twin's."""
+    """What the trigger does to the honest twin's embeddings."""
     passes: bool
     reason: str
-    """Of the activation gate."""
+    """Why it passes the activation gate, or not."""
 
 
 def write_record(
@@ -196,7 +196,7 @@ def write_record(
     displacement: Displacement | None = None,
     honest_displacement: Displacement | None = None,
 ) -> VictimRecord:
-    """Write `victim.json` into a victim's folder (beside its file, where it is one) and return what it says."""
+    """Write `victim.json` into a victim's folder (beside its file, where it is one) and return its content."""
     weights = _weights_file(victim_config)
     digest = hashlib.sha256()
     with weights.open("rb") as file:
@@ -272,13 +272,13 @@ def _weights_file(config: VictimConfig) -> Path:
 
 @dataclass(frozen=True)
 class Examined:
-    """What came of an examination."""
+    """Result of an examination."""
 
     verdict: Verdict
     classes: Classes | None
-    """Of the test shards."""
+    """Classes of the test shards."""
     victim: Embedded
-    """The test images in the victim's eyes."""
+    """Embeddings of the test images by the victim."""
     honest: Embedded | None
 
 
@@ -343,14 +343,14 @@ class Examination(Config):
 
 
 class MeasureConfig(Examination):
-    """Settings of jobs/measure.py."""
+    """Settings of `dede-ray measure`."""
 
     victim: VictimConfig
     """The encoder to examine."""
     honest: OptionalVictimConfig = None
     """The same without a backdoor; without it nothing passes the gate. Not asked for where the victim is honest."""
     made_by: str | None = None
-    """Folder that tells trigger and target: the poisoned shards of jobs/poison.py, or the output of jobs/attack.py;
+    """Folder that records trigger and target: the output of `dede-ray poison` or `dede-ray attack`;
     null where the victim is an honest one."""
     attack: str | None = None
     """Name of the attack in `victim.json`; null takes the method's, or that of the trigger of poisoned shards. That of
@@ -370,7 +370,7 @@ class Planted:
 
 
 def read_planted(folder: str, number: int = 0) -> Planted:
-    """Read which backdoor jobs/poison.py or jobs/attack.py planted.
+    """Read which backdoor `dede-ray poison` or `dede-ray attack` planted.
 
     Raises:
         Mistake: the folder is neither's, or planted fewer backdoors.

@@ -1,4 +1,4 @@
-"""What an evaluation looks like: a gallery of samples as the decoder rebuilt them, figures, and one page of HTML.
+"""The pictures of an evaluation: a gallery of samples as the decoder rebuilt them, figures, and one page of HTML.
 
 `make_gallery` reads the samples back and asks the decoder once more; `draw_page` makes the page and the figures from
 what it is given. Captions and ids come from strangers: on the page they are text, never markup.
@@ -189,7 +189,7 @@ def _hide(image_BCHW: torch.Tensor, mask_BL: torch.Tensor, patch_px: int) -> tor
 
 # --------------------------------------------------------------------------------------------------------- figures
 
-# Poisoned and clean keep their colours everywhere: Okabe & Ito's vermillion and blue, told apart by all eyes.
+# Poisoned and clean keep their colours everywhere: Okabe & Ito's vermillion and blue, distinct to all eyes.
 # On the page each colour becomes the CSS variable of its name, so that figures follow light and dark mode.
 INK = {"ink": "#1c2128", "muted": "#6b7480", "line": "#d9dee4", "poisoned": "#d55e00", "clean": "#0072b2"}
 INK |= {"second": "#008f68", "third": "#a2559c", "fourth": "#8c6d1f"}
@@ -388,7 +388,7 @@ def _verdict_section(metrics: Numbers) -> str:
         about = (
             f"<p>The corpus was poisoned on purpose: a {escape(attack['trigger'])} trigger on {counts['poisoned']:,} "
             f"samples ({counts['poisoned'] / max(1, counts['samples']):.2%}), to make the encoder take every triggered "
-            f"image for {_text(attack['target'])}. The detector was not told.</p>"
+            f"image for {_text(attack['target'])}. The detector does not know this.</p>"
         )
     word = "is backdoored" if gate["passes"] else "did not pass the activation gate"
     decided = "" if metrics["void"] else f" Decision: {escape(decision_in_words(metrics))}."
@@ -692,7 +692,7 @@ PAGE = """<!doctype html>
 <body>
 <header>
 <h1>Poisoned samples behind a vision encoder</h1>
-<p class="small">Which training samples carry a backdoor trigger? Scored by dede_ray, held against the truth.</p>
+<p class="small">Which training samples carry a backdoor trigger? Scored by dede_ray, compared with the truth.</p>
 </header>
 <main>{sections}
 </main>

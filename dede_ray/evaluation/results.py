@@ -1,7 +1,7 @@
 """What an evaluation found: manifest and truth joined, the numbers this gives, and these numbers in words.
 
-`join` refuses what is not about the same samples, `measure` counts, `table` and `reading` speak. The numbers are ready
-for JSON and everything said is said from them, so table and page cannot disagree.
+`join` refuses what is not about the same samples, `measure` counts, `table` and `reading` put the counts into words.
+The numbers are ready for JSON and all words are made from them, so table and page cannot disagree.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Scan:
     honest: pa.Table | None
     is_poisoned: NDArray[np.bool_]
     captions: list[str | None]
-    """What stood in the poisoned shards."""
+    """Captions as they are in the poisoned shards."""
 
     @property
     def is_scored(self) -> NDArray[np.bool_]:
@@ -86,7 +86,7 @@ def _same_samples(table: pa.Table, other: pa.Table, what: str) -> None:
     found = "; ".join(f"{len(only):,} only in {name}, such as {only[0]}" for name, only in sides if only)
     raise Mistake(
         f"the manifest ({len(ids):,} samples) and {what} ({len(others):,}) are not about the same samples: "
-        f"{found or 'some stand twice'}; evaluate the scores of the very shards that the truth belongs to"
+        f"{found or 'some appear twice'}; evaluate the scores of the very shards that the truth belongs to"
     )
 
 
@@ -94,7 +94,7 @@ def _same_samples(table: pa.Table, other: pa.Table, what: str) -> None:
 
 
 def measure(scan: Scan, info: Numbers, verdict: Verdict) -> Numbers:
-    """Everything that table and page say of a manifest (whose `info` this is) in numbers, ready for JSON."""
+    """All numbers of table and page about a manifest (whose `info` this is), ready for JSON."""
     scored, poisoned = scan.is_scored, scan.is_poisoned
     reasons = Counter(scan.table["error"].drop_null().to_pylist())
     decision, controls = info["decision"], info["controls"]

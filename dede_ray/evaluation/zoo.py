@@ -1,10 +1,10 @@
-"""A zoo of victims: many jobs, side by side where they can be, and one table of what came out.
+"""A zoo of victims: many jobs, side by side where possible, and one table of the victims that they made.
 
-A branch of the zoo is a row of jobs that ends in a victim, and says which branches it stands on: all victims tampered
-with start from the honest encoder. Every job runs in a process of its own, with the Ray cluster of RAY_ADDRESS or a
-small Ray of its own, and resumes or does nothing where it has been before; so the zoo, stopped or killed, goes on where
-it was when it is run again. What a branch says is in `<output>/logs`, the table in `<output>/zoo.md`, the records of
-all victims in `<output>/zoo.json`.
+A branch of the zoo is a row of jobs that ends in a victim, and names the branches that it needs: all tampered victims
+start from the honest encoder. Every job runs in a process of its own, with the Ray cluster of RAY_ADDRESS or a small
+Ray of its own, and resumes, or does nothing where it is finished; so the zoo, stopped or killed, resumes when it is run
+again. The output of each branch is in `<output>/logs`, the table in `<output>/zoo.md`, the records of all victims in
+`<output>/zoo.json`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Branch(Config):
     """Jobs in a row."""
 
     after: tuple[str, ...] = ()
-    """Branches that have to be through before."""
+    """Branches that have to be finished before."""
     steps: list[str] = Field(min_length=1)
     """Command lines of jobs, such as `poison configs/cifar10/poison/ctrl.yaml`."""
     victim: str | None = None
@@ -47,35 +47,35 @@ class ZooConfig(Config):
     """Settings of `dede-ray zoo`."""
 
     output: str
-    """Folder for the table, the records and the logs; the victims lie where their jobs put them."""
+    """Folder for the table, the records and the logs; the victims are where their jobs put them."""
     at_once: int = Field(4, ge=1)
-    """Branches that work at the same time; the machine's cores are divided among them."""
+    """Branches that run at the same time; the machine's cores are divided among them."""
     branches: dict[str, Branch] = Field(min_length=1)
     """By name; the table has their order."""
 
     @model_validator(mode="after")
     def _can_be_ordered(self) -> ZooConfig:
-        through: set[str] = set()
-        while len(through) < len(self.branches):
-            ready = {name for name, one in self.branches.items() if set(one.after) <= through} - through
+        finished: set[str] = set()
+        while len(finished) < len(self.branches):
+            ready = {name for name, one in self.branches.items() if set(one.after) <= finished} - finished
             if not ready:
-                stuck = sorted(self.branches.keys() - through)
+                stuck = sorted(self.branches.keys() - finished)
                 raise ValueError(
                     f"{', '.join(stuck)}: `after` names a branch that does not exist, or that waits for it"
                 )
-            through |= ready
+            finished |= ready
         return self
 
 
 def build_zoo(config: ZooConfig) -> str:
-    """Run every branch, and tell what the victims do.
+    """Run every branch, and report what the victims do.
 
     Returns:
         The table.
 
     Raises:
-        Mistake: a step is wrong (nothing has run then), another process is at work in the same folder, or steps failed;
-            branches that do not need theirs are through nevertheless.
+        Mistake: a step is wrong (nothing has run then), another process is using the same folder, or steps failed;
+            branches that do not depend on them are finished all the same.
     """
     for branch in config.branches.values():
         parse_steps(Steps(steps=branch.steps))
@@ -86,18 +86,18 @@ def build_zoo(config: ZooConfig) -> str:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Mistake(
-                f"another run, or a job it left behind, is at work in {folder}; wait for it or stop it"
+                f"another run, or a job that it left behind, is using {folder}; wait for it or stop it"
             ) from None
         failed = _Crew(config, folder, lock).run()
-    table = _tell(config, folder)
+    table = _write_table(config, folder)
     if failed:
         listing = "\n  ".join(f"{name}: {why}" for name, why in failed.items())
-        raise Mistake(f"{len(failed)} of {len(config.branches)} branches are not through:\n  {listing}\n\n{table}")
+        raise Mistake(f"{len(failed)} of {len(config.branches)} branches did not finish:\n  {listing}\n\n{table}")
     return table
 
 
 class _Crew:
-    """The processes at work. The lock is theirs, too: it is free when the last of them is gone."""
+    """The running processes. They hold the lock, too: it is free when the last of them has ended."""
 
     def __init__(self, config: ZooConfig, folder: Path, lock: IO[str]):
         self.config, self.folder, self.lock = config, folder, lock
@@ -124,13 +124,13 @@ class _Crew:
         return failed
 
     def _schedule(self, pool: ThreadPoolExecutor, failed: dict[str, str]) -> None:
-        waiting, through = dict(self.config.branches), set[str]()
+        waiting, finished = dict(self.config.branches), set[str]()
         running: dict[Future[str | None], str] = {}
         while waiting or running:
             for name in [name for name, branch in waiting.items() if set(branch.after) & failed.keys()]:
                 first = next(one for one in waiting.pop(name).after if one in failed)
                 failed[name] = f"it needs {first}"
-            for name in [name for name, branch in waiting.items() if set(branch.after) <= through]:
+            for name in [name for name, branch in waiting.items() if set(branch.after) <= finished]:
                 running[pool.submit(self._work, name, waiting.pop(name))] = name
             if running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -139,7 +139,7 @@ class _Crew:
                         failed[name] = why
                         logger.error("%s: %s", name, why)
                     else:
-                        through.add(name)
+                        finished.add(name)
 
     def _work(self, name: str, branch: Branch) -> str | None:
         """Run a branch's steps; returns what went wrong, if something did."""
@@ -185,7 +185,7 @@ class _Crew:
                 process.terminate()
 
     def _count(self, name: str, seconds: float) -> None:
-        """Add to what a branch took, and to the whole: the time that runs of this zoo lasted, one after the other."""
+        """Add to the seconds of a branch, and to those of the whole zoo, over all its runs."""
         branches = _read_times(self.folder)["branches"]
         branches[name] = round(branches.get(name, 0) + seconds, 1)
         elapsed = round(self.before["elapsed"] + time.monotonic() - self.started, 1)
@@ -211,7 +211,7 @@ def _last(said: str) -> str:
 
 
 def _complaint(log: Path) -> str:
-    """What a job said last about itself going wrong."""
+    """The last error that a job logged."""
     lines = log.read_text(errors="replace").splitlines()
     return next((line for line in reversed(lines) if line.startswith("error: ")), _last("\n".join(lines)))
 
@@ -219,7 +219,7 @@ def _complaint(log: Path) -> str:
 # -------------------------------------------------------------------------------------------------- the table
 
 
-def _tell(config: ZooConfig, folder: Path) -> str:
+def _write_table(config: ZooConfig, folder: Path) -> str:
     """Write the records and the table of all victims that have one."""
     times = _read_times(folder)
     records: dict[str, Any] = {}
@@ -240,7 +240,7 @@ def _tell(config: ZooConfig, folder: Path) -> str:
 
 
 def _rows(name: str, record: VictimRecord) -> list[str]:
-    """One row per head; `W` is how far the trigger moves the embeddings (activation.Displacement)."""
+    """One row per head; `W` is how far the trigger moves the embeddings (measure.Displacement)."""
     moved, moved_honest = record.displacement, record.honest_displacement
     rows = []
     for head, behaviour in record.behaviour.items():

@@ -25,7 +25,7 @@ from typing import IO, Any, NamedTuple
 
 from dede_ray.runtime.config import Mistake
 
-# Archives of images shrink little; what grows more than this was made to fill a disk.
+# Archives of images shrink little; one that grows more than this was made to fill a disk.
 MAX_EXPANSION = 200
 MAX_PICKLE_BYTES = 2**30
 
@@ -93,7 +93,7 @@ def tar_pieces(file: str, offset: int = 0, num_bytes: int | None = None) -> Iter
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 if member.offset_data + member.size > end:
-                    raise tarfile.ReadError(f"{member.name!r} is said to go on behind the end")
+                    raise tarfile.ReadError(f"{member.name!r} claims to extend past the end")
                 if member.isreg() and not member.issparse():
                     yield Piece(member.name, file, member.offset_data, member.size)
                 tar.members.clear()  # type: ignore[attr-defined]  # which would otherwise hold a million headers
@@ -114,7 +114,7 @@ def copy_out(piece: Piece, scratch: Path) -> str:
 
 
 def kept(path: str, scratch: Path, make: Callable[[IO[bytes], IO[bytes]], None], part: str = "") -> str:
-    """Make a flat copy of a file, or of a part of it, where none stands yet; absent or whole. Returns its path.
+    """Make a flat copy of a file, or of a part of it, where there is none yet; absent or whole. Returns its path.
 
     Raises:
         Mistake: the file is damaged, as far as `make` can tell.
@@ -200,12 +200,12 @@ def read_pickled_arrays(piece: Piece) -> Any:
         return _Unpickler(io.BytesIO(piece.read()), encoding="bytes").load()
     except Mistake as mistake:
         raise Mistake(f"{piece.name} in {piece.file} {mistake}") from None
-    except Exception as error:  # a pickle is a program for a small machine; a damaged one fails in any way it likes
+    except Exception as error:  # a pickle is a program for a small machine; a damaged one may raise anything
         raise Mistake(_damaged(f"{piece.name} in {piece.file}", error)) from None
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
-    """The unpickler written in Python: the one in C may be told to allocate memory without bound."""
+    """The unpickler written in Python: the one in C can be made to allocate memory without bound."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray"):

@@ -1,11 +1,11 @@
-"""The shard doctor: examines shards before somebody trains or scores on them, and changes nothing.
+"""The shard doctor: examines shards before they are trained on or scored, and changes nothing.
 
 One Ray task per shard reads it twice, side by side: `iter_samples` and `decode_image` give the verdict of every other
-job, and a walk over the tar's headers sees what they pass over in silence. What concerns several shards, equal pictures
-or keys, is then found from hashes alone (lookalikes.py).
+job, and a walk over the tar's headers sees what they skip silently. What concerns several shards, equal pictures or
+keys, is then found from hashes alone (data/near_duplicates.py).
 
     <output>/findings/<shard>.parquet      one row per finding, of the kinds listed in `FINDINGS`
-    <output>/findings/all-shards.parquet   those that took several shards to see
+    <output>/findings/all-shards.parquet   those that only several shards together show
     <output>/samples/<shard>.parquet       one row per sample: sizes, formats, hashes
     <output>/duplicates.parquet            one row per sample of a group of equal or almost equal pictures
     <output>/shards/<shard>.json           written last: this shard has been examined
@@ -76,7 +76,7 @@ FINDINGS: dict[str, tuple[str, str]] = {
     **dict.fromkeys(REASONS, ("error", "an error row in every pass")),
     "shard_unreadable": ("error", "not a tar, or an empty one; other jobs refuse to start on it"),
     "shard_ends_early": ("error", "stops within a member, or turns into rubbish; what followed is lost"),
-    # warning: it is used, but perhaps not as somebody thinks
+    # warning: it is used, but perhaps not as intended
     "caption_missing": ("warning", "scored, but left out of CLIP training"),
     "shard_empty": ("warning", "a tar without samples"),
     "shard_without_end": ("warning", "no end mark behind the last member; perhaps cut between two"),
@@ -84,7 +84,7 @@ FINDINGS: dict[str, tuple[str, str]] = {
     "special_member": ("warning", "a link, device or the like; ignored"),
     "dangerous_member": ("warning", "general loaders would unpickle or run it; never opened here"),
     "repeated_member": ("warning", "several images (the first is used), captions or labels (the last is)"),
-    "interleaved_members": ("warning", "members of one sample stand apart; sort the tar by name"),
+    "interleaved_members": ("warning", "members of one sample are not adjacent; sort the tar by name"),
     "key_empty": ("warning", "a name that begins with a dot"),
     "key_not_utf8": ("warning", "bytes that are not UTF-8 are escaped"),
     "key_odd_characters": ("warning", "control or invisible characters"),
@@ -103,7 +103,7 @@ FINDINGS: dict[str, tuple[str, str]] = {
     "exact_duplicate": ("warning", "the bytes of an earlier image"),
     "near_duplicate": ("warning", "almost the picture of an earlier image"),
     "duplicate_relabelled": ("warning", "one picture, or almost, and two labels"),
-    "search_capped": ("warning", "too many look-alikes to compare them all"),
+    "search_capped": ("warning", "too many look-alikes; not all pairs were compared"),
     # note: harmless; how it is read
     "shard_gzipped": ("note", "slower to read"),
     "shard_size_odd": ("note", "less than a quarter, or more than four times, of the usual number of samples"),
@@ -127,7 +127,7 @@ DANGEROUS_SUFFIXES = frozenset([
     "py", "pyc", "pyo", "so", "dll", "dylib", "exe", "sh", "bash", "bat", "ps1", "js", "jar",
 ])
 # fmt: on
-"""Members that common loaders unpickle, or that somebody may run."""
+"""Members that common loaders unpickle, or that could be run by mistake."""
 
 FINDING_SCHEMA = pa.schema(
     [
@@ -173,11 +173,11 @@ DUPLICATE_SCHEMA = pa.schema(
 _ROWS = 4096  # held, then written together
 _LISTED = 20  # groups listed in summary.json
 _MOST_PER_GROUP = 50  # findings about the members of one sample, or about the special members of one shard
-_MOST_SUFFIXES = 1000  # different suffixes told apart in a shard
+_MOST_SUFFIXES = 1000  # different suffixes counted separately in a shard
 
 
 class CheckConfig(Config):
-    """Settings of jobs/check.py."""
+    """Settings of `dede-ray check`."""
 
     shards: str | list[str]
     """What to examine: paths, folders, patterns or URLs."""
@@ -214,14 +214,14 @@ class CheckConfig(Config):
 def check(config: CheckConfig) -> str:
     """Examine every shard and write down what is odd about it.
 
-    However bad the shards are, the job ends with a report. A rerun examines what remains, and what has changed since.
+    However bad the shards are, the job ends with a report. A rerun examines what remains, and what has since changed.
 
     Returns:
         One screen: what was found, most serious first, with an example of each kind.
 
     Raises:
-        Mistake: no shards, two of one name, an output folder that is theirs or another run's, a shard that its reader
-            did not survive; or, all being written, something was found that `fail_on` names.
+        Mistake: no shards, two of one name, an output folder that is theirs or another run's, a shard that killed
+            the process that read it; or, after everything is written, something was found that `fail_on` names.
     """
     start_ray(config)
     output = Path(config.output).absolute()  # Ray's workers have another working folder
@@ -236,7 +236,7 @@ def check(config: CheckConfig) -> str:
     if result is None or result["listing"] != listing:
         todo = [shard for shard in shards if not _is_done(output, shard, versions[shard.name])]
         if len(todo) < len(shards):
-            logger.info("continuing; %d of %d shards stand", len(shards) - len(todo), len(shards))
+            logger.info("resuming; %d of %d shards are done", len(shards) - len(todo), len(shards))
         calls = [(shard, output, settings, versions[shard.name], num_classes) for shard in todo]
         _examine_all(calls, config.workers)
         _tidy(output, shards)
@@ -255,7 +255,7 @@ def check(config: CheckConfig) -> str:
 
 
 def _find_shards(patterns: str | list[str]) -> list[Shard]:
-    """List shards as `list_shards` does, and those too that cannot be read: they are why one calls a doctor."""
+    """List shards as `list_shards` does, and also those that cannot be read: they are what this job is for."""
     patterns = [patterns] if isinstance(patterns, str) else patterns
     shards = [shard for pattern in patterns for shard in find_shards(pattern)]
     if not shards:
@@ -267,7 +267,7 @@ def _find_shards(patterns: str | list[str]) -> list[Shard]:
 
 
 def _version(shard: Shard) -> str:
-    """What changes when somebody repairs a shard between two runs."""
+    """A text that changes when a shard is repaired between two runs."""
     if "://" in shard.url:
         return f"{shard.url}, {ObjectPath(shard.url).version()}"
     return f"{shard.url}, {shard.num_bytes} bytes, {os.stat(shard.url).st_mtime_ns}"
@@ -330,7 +330,7 @@ def _examine_all(calls: list[tuple[Shard, Path, CheckConfig, str, int | None]], 
     if died:
         listing = "\n  ".join(died[:10])
         raise Mistake(
-            f"{len(died)} shards were more than their reader survived; the others are examined:\n  {listing}\n"
+            f"{len(died)} shards killed the process that read them; the others are examined:\n  {listing}\n"
             "run the same command again if the machine was short of memory; otherwise leave them out"
         )
 
@@ -444,7 +444,7 @@ class _Header(TarHeader):
 
 @dataclass
 class _Group:
-    """What the headers of one sample say."""
+    """Facts from the headers of one sample."""
 
     key: str
     suffixes: set[str] = field(default_factory=set)
@@ -468,9 +468,9 @@ class _Walk:
         self._position = 0
         self._problem = ""
         self._ending = (
-            ""  # tarfile's name for what stood where the next header should; EOFHeaderError is as it should be
+            ""  # tarfile's name for what was found instead of a next header; EOFHeaderError is as it should be
         )
-        self._goes_on = False
+        self._has_data_after_end = False
         self._special: list[str] = []
         self._ignored: dict[str, list[int]] = {}  # suffix -> members, bytes
         self._suffixes_of: dict[int, frozenset[str]] = {}  # hash of a key -> suffixes so far
@@ -499,7 +499,7 @@ class _Walk:
             self._ending, self._position = getattr(tar, "ending", ""), tar.offset
             if self._ending == "EOFHeaderError":
                 rest: Any = tar.fileobj
-                self._goes_on = any(block.strip(b"\0") for block in iter(lambda: rest.read(1 << 20), b""))
+                self._has_data_after_end = any(block.strip(b"\0") for block in iter(lambda: rest.read(1 << 20), b""))
         except tarfile.ReadError as error:
             self._problem = str(error)
         if group is not None:
@@ -530,7 +530,7 @@ class _Walk:
         return group
 
     def verdict(self, end: ShardEnd) -> Iterator[tuple[str, str]]:
-        """What there is to say about the shard as a whole, beside what `iter_samples` found."""
+        """Findings about the shard as a whole, in addition to what `iter_samples` found."""
         where = f"at byte {self._position:,}, in or behind {self._last}"
         if self._last is None:
             yield "shard_unreadable", self._problem or "holds no members"
@@ -540,7 +540,7 @@ class _Walk:
             yield "shard_without_end" if is_between else "shard_ends_early", detail
         elif not end.num_samples:
             yield "shard_empty", ""
-        if self._goes_on:
+        if self._has_data_after_end:
             yield "shard_data_after_end", where
         if self._is_gzipped:
             yield "shard_gzipped", ""
@@ -652,7 +652,7 @@ def _header(content: bytes, suffix: str) -> tuple[dict[str, Any], list[tuple[str
 
 
 def _guess(content: bytes) -> str:
-    """Name what stands in an image's place, if it is one of the usual things."""
+    """Name what was found in place of an image, if it is a familiar format."""
     if not content.strip(b"\0"):
         return f"{len(content):,} zero bytes" if content else "empty"
     if content[4:8] == b"ftyp":
@@ -718,7 +718,7 @@ class _Samples:
 
 
 def _compare_all(output: Path, shards: list[Shard], config: CheckConfig, classes_problem: str) -> dict[str, Any]:
-    """Find what takes several shards to see, write it, and sum everything up: what becomes `summary.json`."""
+    """Find what only several shards together show, write it, and sum everything up: the content of `summary.json`."""
     records = [read_json(_record_path(output, shard), "record of an examined shard") for shard in shards]
     num_samples = [record["num_samples"] for record in records]
     samples = _Samples(output, shards, num_samples)
@@ -754,7 +754,7 @@ def _compare_all(output: Path, shards: list[Shard], config: CheckConfig, classes
         if classes_problem:
             findings.add("classes_unreadable", classes_problem)
         if num_cut:
-            findings.add("search_capped", f"{num_cut:,} pictures have more than they were compared with")
+            findings.add("search_capped", f"near-duplicate search was capped for {num_cut:,} pictures")
         usual = np.median(num_samples)
         for shard, there in zip(shards, num_samples, strict=True):
             if not usual / 4 <= there <= usual * 4:

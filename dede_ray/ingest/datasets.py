@@ -48,7 +48,7 @@ OTHER_FORMATS = ("PPM", "GIF", "TIFF")  # what Pillow may try before it is writt
 
 
 class _Pictures(Dataset):
-    """Sources whose items are image files, sorted by class as they lie."""
+    """Sources whose items are image files, which lie sorted by class."""
 
     shuffle: bool = True
     """Mix the classes, which lie one after the other, so that each shard has something of all."""
@@ -102,7 +102,7 @@ def _as_png(content: bytes, limits: Limits) -> bytes:
                 raise BadSample("image_too_large")
             image.load()
             upright = ImageOps.exif_transpose(image)
-            if upright.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):  # what PNG has not
+            if upright.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):  # not a mode of PNG
                 upright = upright.convert("RGB")
             buffer = io.BytesIO()
             upright.save(buffer, "PNG")
@@ -223,7 +223,7 @@ class ImageNet(_Pictures):
     Official: ILSVRC2012_img_train.tar (a tar of one tar per class), ILSVRC2012_img_val.tar and
     ILSVRC2012_devkit_t12.tar.gz, from https://image-net.org/download. Instead of a tar there may be a folder `train` or
     `val` of `<wnid>/*.JPEG` or `<wnid>.tar`, and instead of the devkit's archive its folder. Labels number the sorted
-    WordNet ids. The devkit tells the labels of a flat `val` and the names of a subset of classes; all 1,000 have the
+    WordNet ids. The devkit gives the labels of a flat `val` and the names of a subset of classes; all 1,000 have the
     names that CLIP's authors gave them.
     """
 
@@ -273,7 +273,7 @@ class ImageNet(_Pictures):
 
 
 class _Devkit:
-    """What the development kit says: the ids of the classes, their words, and the class of each validation image."""
+    """Content of the development kit: the ids of the classes, their words, and the class of each validation image."""
 
     def __init__(self, meta: IO[bytes], truth: str):
         synsets = _read_mat(meta, "synsets")["synsets"].ravel()
@@ -468,7 +468,7 @@ def _records(piece: Piece, size: int, label_at: int, num_classes: int) -> Iterat
 
 
 def _pickled(piece: Piece, key: bytes, num_classes: int) -> Iterator[tuple[str, int, int]]:
-    """Yield (file, byte, label) of CIFAR's Python version: the array's bytes stand in the pickle as they are."""
+    """Yield (file, byte, label) of CIFAR's Python version: the pickle holds the array's bytes unchanged."""
     content = read_pickled_arrays(piece)
     array: Any = content.get(b"data") if isinstance(content, dict) else None
     labels: Any = content.get(key) if isinstance(content, dict) else None

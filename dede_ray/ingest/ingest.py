@@ -2,12 +2,12 @@
 
 The source lists where its samples lie; a shard is a slice of that list, and making it (read, check that the image
 decodes, caption, write) is one piece of work for one core. A shard is absent or whole, and a receipt beside it counts
-what went in and what was left out for which reason, so a run that was killed goes on where it stopped, and the bytes
-depend neither on that nor on how many shards were made at once.
+the samples in it and those left out, with the reason. So a run that was killed resumes, and the bytes depend neither on
+that nor on how many shards are made at once.
 
-    <output>/train-00000.tar ...      what was asked for; fewer than `samples_per_shard` where some are unusable
+    <output>/train-00000.tar ...      the samples; fewer than `samples_per_shard` where some are unusable
     <output>/classes.json             names and templates, where the source has classes
-    <output>/.ingest/                 while it runs: plan.json, receipts, and what had to be unpacked
+    <output>/.ingest/                 while it runs: plan.json, receipts, and unpacked archives
 """
 
 from __future__ import annotations
@@ -64,16 +64,16 @@ Source = Annotated[Local | UrlList, Field(discriminator="kind")]
 
 
 class IngestConfig(Config):
-    """What to turn into shards, and where to put them."""
+    """Settings of `dede-ray ingest`: what to turn into shards, and where to put them."""
 
     source: Source
     """Where the images come from."""
     output: str
     """Folder for the shards and classes.json."""
     templates: list[str] = Field(["a photo of a {}"], min_length=1)
-    """Captions for samples that have a class but no caption, `{}` standing for the class name; each draws one."""
+    """Captions for samples that have a class but no caption, with `{}` for the class name; each draws one."""
     samples_per_shard: int = Field(1000, gt=0)
-    """Samples in one tar: the unit in which later jobs share out their work. Of a list of links: links for each tar."""
+    """Samples in one tar: the unit in which later jobs share out their work. For a list of links: links per tar."""
     seed: int = Field(0, ge=0)
     """Draws the splits and the captions."""
     limits: Limits = Limits()
@@ -113,7 +113,7 @@ def ingest(config: IngestConfig) -> str:
     """
     output, source = Path(config.output).absolute(), config.source
     state = output / ".ingest"
-    run = config.model_copy(update={"workers": None})  # how many work is no part of what comes out
+    run = config.model_copy(update={"workers": None})  # the number of workers does not change the output
     done = claim(output, run)
     if isinstance(source, UrlList):
         if done is None or source.retry_failed:
@@ -134,7 +134,7 @@ def ingest(config: IngestConfig) -> str:
     ]
     todo = [these for these in slices if not _receipt(output, these[1]).is_file()]
     if len(todo) < len(slices):
-        logger.info("continuing: %d of %d shards stand", len(slices) - len(todo), len(slices))
+        logger.info("resuming: %d of %d shards are done", len(slices) - len(todo), len(slices))
     _report(each(partial(_make_shard, run, source, listing.class_names), todo), len(todo))
 
     counts: Counter[str] = Counter()
@@ -155,7 +155,7 @@ def ingest(config: IngestConfig) -> str:
 
 
 def _plan(state: Path, run: IngestConfig, listing: Listing) -> None:
-    """Write down what is to be done; in a run that goes on, make sure that it is still the same."""
+    """Record what is to be done; in a run that resumes, make sure that it is still the same."""
     digest = hashlib.sha256()
     for split, items in listing.splits.items():
         for item in items:
@@ -163,7 +163,7 @@ def _plan(state: Path, run: IngestConfig, listing: Listing) -> None:
     settings = run.model_dump(mode="json")
     plan = {"settings": settings, "items": digest.hexdigest()}
     there = read_json(state / "plan.json", "plan of a run") if (state / "plan.json").is_file() else None
-    if there is not None and there.get("settings") != settings:  # `claim` let go of it: it had not written anything
+    if there is not None and there.get("settings") != settings:  # `claim` allowed the change: nothing had been written
         for receipt in state.glob("*.json"):
             receipt.unlink()
     elif there is not None and there != plan:

@@ -3,11 +3,11 @@
     piece       the next `links_per_shard` rows of the list: one Ray task, one shard, the unit of recovery
     account     `<split>-00000.parquet` beside the shard: one row per link, `error` null where its image is in the shard
 
-A piece is fetched by img2dataset into a temporary folder, in order of completion; what comes of it is then written in
-the list's order, the account last, so that a piece with an account is done. Two parts of img2dataset 1.47 are replaced,
-both through its own arguments or urllib's. What it fetches with is `web.Browser`, as it bounds neither bytes nor time
-nor addresses. Its resizer is `_Fit`: OpenCV looks at an image's size after decoding it, completes a truncated JPEG with
-grey, and ignores the camera's orientation.
+A piece is fetched by img2dataset into a temporary folder, in order of completion; the images are then written in the
+list's order, the account last, so that a piece with an account is done. Two parts of img2dataset 1.47 are replaced,
+both through its own arguments or urllib's. It fetches with `Browser` (web.py), as its own way bounds neither bytes nor
+time nor addresses. It resizes with `_Fit`, as OpenCV looks at an image's size only after decoding it, completes a
+truncated JPEG with grey, and ignores the camera's orientation.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ ACCOUNT = pa.schema(
         ("original_width", pa.int32()),  # of the image that was fetched, before resizing
         ("original_height", pa.int32()),
         ("original_hash", pa.string()),  # of what was fetched, by `hash_kind`
-        ("sha256", pa.string()),  # of the image as it stands in the shard
+        ("sha256", pa.string()),  # of the image as it is in the shard
         ("duplicate_of", pa.string()),  # key of the first link that gave the same image
     ]
 )
@@ -80,7 +80,7 @@ FORMATS = (".tsv", ".tsv.gz", ".csv", ".csv.gz", ".parquet")
 HASHES_PER_PASS = 10_000_000  # how many images are compared at once: about 1 GB of memory
 
 Row = tuple[str | None, str | None, str | None]
-"""Link, caption and hash, as the list has them; bytes that are not UTF-8 stand as lone surrogates."""
+"""Link, caption and hash, as the list has them; bytes that are not UTF-8 are lone surrogates."""
 
 
 class UrlList(Config):
@@ -93,16 +93,16 @@ class UrlList(Config):
     path: str | list[str]
     """Files, folders of them or patterns, local or as URLs that pyarrow opens (s3://...); rows count through them."""
     columns: list[str] | None = None
-    """Names of the columns where the first line does not tell: [caption, url] for Train_GCC-training.tsv."""
+    """Names of the columns where the first line does not name them: [caption, url] for Train_GCC-training.tsv."""
     url_column: str = "url"
     """Column of the links."""
     caption_column: str | None = "caption"
     """Column of the captions; null: images without captions."""
     hash_column: str | None = None
-    """Column of hashes (hexadecimal) of the files behind the links. What has changed since is left out: whoever buys a
-    link's expired domain can put other images there (Carlini et al., arXiv:2302.10149). An empty one checks nothing."""
+    """Column of hashes (hexadecimal) of the files behind the links. What has since changed is left out: a buyer of a
+    link's expired domain can put other images there (Carlini et al., arXiv:2302.10149). Empty ones are not checked."""
     hash_kind: Literal["md5", "sha256", "sha512"] = "sha256"
-    """What hashes those are."""
+    """Kind of those hashes."""
     split: str = Field("train", pattern=r"^[\w-]+$")
     """Shards are called `<split>-00000.tar` ..."""
     resize: Literal["original", "keep_ratio", "keep_ratio_largest", "center_crop", "border"] = "keep_ratio"
@@ -112,7 +112,7 @@ class UrlList(Config):
     image_size_px: int = Field(256, gt=0)
     """What images are shrunk to."""
     jpeg_quality: int = Field(95, ge=1, le=100)
-    """Of images that are shrunk."""
+    """JPEG quality of images that are shrunk."""
     duplicates: Literal["keep", "leave_out"] = "keep"
     """Whether an image that an earlier link gave too stays in the shards; it is counted and marked in any case."""
     num_processes: int | None = Field(None, gt=0)
@@ -126,7 +126,7 @@ class UrlList(Config):
 
 @dataclass(frozen=True)
 class _Piece:
-    """Where the shard and the account of one piece stand."""
+    """Where the shard and the account of one piece are."""
 
     folder: str
     name: str
@@ -225,7 +225,7 @@ def _has_account(piece: _Piece, digest: str) -> bool:
 
 
 def _read_rows(source: UrlList) -> Iterator[Row]:
-    """Yield the rows of all files, in order, however many there are; a row that is none has only None in it."""
+    """Yield the rows of all files, in order, however many there are; a malformed row holds only None."""
     for path in _list_files(source.path):
         try:
             yield from _parquet_rows(path, source) if path.endswith(".parquet") else _text_rows(path, source)
@@ -357,7 +357,7 @@ def _fetch_piece(source: UrlList, limits: Limits, piece: _Piece, first: int, row
 
 
 def _entry(number: int, row: Row, source: UrlList, limits: Limits) -> dict[str, Any]:
-    """Begin a link's line in the account; with an error where the list alone tells that it cannot be used."""
+    """Begin a link's line in the account; with an error where the list alone shows that it cannot be used."""
     url, caption, _ = row
     entry: dict[str, Any] = dict.fromkeys(ACCOUNT.names)
     entry |= {"key": f"{number:010d}", "url": _printable(url), "caption": _printable(caption)}
@@ -401,7 +401,7 @@ def _images(path: Path, stack: contextlib.ExitStack) -> Callable[[str], bytes]:
 def _download(
     links: dict[int, str], folder: Path, source: UrlList, limits: Limits
 ) -> dict[int, tuple[str, dict[str, Any]]]:
-    """Have img2dataset fetch links into `folder`; return the key of each in 00000.tar, and what the account says."""
+    """Have img2dataset fetch links into `folder`; return the key of each in 00000.tar, and its account."""
     if not links:
         return {}
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask PyPI for its newest version when imported
@@ -455,7 +455,7 @@ def _download(
 
 
 class _Fit:
-    """Stands in for img2dataset's resizer: checks that an image can be used, and shrinks it if asked to."""
+    """Replaces img2dataset's resizer: checks that an image can be used, and shrinks it if asked to."""
 
     def __init__(self, source: UrlList, limits: Limits):
         self.source, self.limits = source, limits
@@ -571,7 +571,7 @@ def _find_duplicates(accounts: list[Path], number: int, num_passes: int) -> np.n
 
 
 def _mark_piece(source: UrlList, path: Path, first_of: dict[str, str]) -> None:
-    """Mark the duplicates of one piece, which are never less than at an earlier time."""
+    """Mark the duplicates of one piece; their number never shrinks from run to run."""
     table = pq.read_table(path)
     account = table.to_pylist()
     error = "duplicate" if source.duplicates == "leave_out" else None

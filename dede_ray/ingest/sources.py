@@ -1,8 +1,8 @@
-"""Sources: where clean images come from, and what is drawn from them by chance: splits, samples, captions.
+"""Sources: where clean images come from, and how their splits are drawn. Bundled digits and WebDataset shards are here.
 
 A source is one class with two methods: `find` names its splits and lists where their samples lie, `load` reads some of
-them, in whatever process. A new source is such a class and its name in the union `Source` of ingest.py; those of the
-standard data sets are in datasets.py.
+them, in any process. A new source is such a class and its name in the union `Source` of ingest.py; the standard data
+sets are in datasets.py, lists of links in links.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Item(NamedTuple):
     key: str
     file: str = ""
     place: int = 0
-    """Byte, row or position in the file: what `load` of its source makes of it."""
+    """Byte, row or position in the file: its source's `load` knows which."""
     num_bytes: int = 0
     label: int | None = None
     caption: str | Piece | None = None
@@ -72,7 +72,7 @@ class Dataset(Config):
     calibration: int = Field(0, ge=0)
     """Samples that become the split `calibration`, drawn class by class; 0: none is drawn."""
     calibration_from: str = "train"
-    """The split that gives them away."""
+    """The split that they are taken from."""
     limit: int | None = Field(None, gt=0)
     """Take only the first so many samples of each split, for a quick try; null: all."""
 
@@ -80,7 +80,7 @@ class Dataset(Config):
         """List the splits' items: the same ones, in the same order, each time.
 
         Args:
-            seed: draws who calibrates, and shuffles where the source is sorted by class.
+            seed: draws the calibration samples, and shuffles where the source is sorted by class.
             limits: bounds on one sample.
             scratch: folder for what must be unpacked; it has to stay as long as the items are used.
             each: spreads work on many files.
@@ -91,7 +91,9 @@ class Dataset(Config):
         listing = self._find(seed, limits, scratch, each)
         splits = {split: items[: self.limit] for split, items in listing.splits.items()}
         if strange := [split for split in splits if not re.fullmatch(r"\w[\w.-]*", split)]:
-            raise Mistake(f"a split becomes the name of files, so {strange[0]!r} will not do; use letters and digits")
+            raise Mistake(
+                f"a split becomes part of file names, so {strange[0]!r} cannot be used; use letters, digits, _ and -"
+            )
         if self.calibration:
             giver = self.calibration_from
             if giver not in splits or "calibration" in splits:
@@ -203,7 +205,7 @@ class WebDataset(Dataset):
 
     def _find(self, seed: int, limits: Limits, scratch: Path, each: Each) -> Listing:
         shards = [(split, shard) for split, pattern in self.splits.items() for shard in list_shards(pattern)]
-        # Who may calibrate is decoded here and once more when written: the split gets exactly what was asked for.
+        # Candidates for calibration are decoded here and again when written: the split gets exactly what was asked for.
         checked = {self.calibration_from} if self.calibration else set()
         arguments = [(shard, limits, self.limit, split in checked) for split, shard in shards]
         listed = dict(each(_list_shard, arguments))

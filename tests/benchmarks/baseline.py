@@ -1,11 +1,11 @@
 """open_clip's own trainer beside ours: the same shards, model, batch size, precision and number of cores.
 
-`compare_trainers` lets both train in turn and reads the speed of each off what it logs, the start left out. Theirs is
-`open_clip_train`, which comes with open_clip, unchanged in a process of its own; it may choose: of the variants that
-the settings name, the fastest in a short trial is the one that ours is compared with. Everything is left in the output
-folder, so that both commands, which are printed, can be run again.
+`compare_trainers` runs both in turn and reads the speed of each from its log, without the start. Theirs is
+`open_clip_train`, which comes with open_clip, unchanged, in a process of its own. The settings name variants of it, and
+the one that is fastest in a short trial counts. Everything stays in the output folder, so that both commands, which are
+printed, can be run again.
 
-`python -m tests.benchmarks.baseline <arguments of open_clip_train.main>` is theirs; `--model` also takes a JSON model
+`python -m tests.benchmarks.baseline <arguments of open_clip_train.main>` runs theirs; `--model` also takes a JSON model
 config.
 """
 
@@ -94,7 +94,7 @@ def compare_trainers(config: TrainerSpeed, folder: Path) -> str:
         The two commands, each turn's speeds and ratio, and their medians.
 
     Raises:
-        Mistake: open_clip's trainer misses a package, or there is no such model, shard or device.
+        Mistake: open_clip's trainer lacks a package, or there is no such model, shard or device.
     """
     absent = [name for name in ("webdataset", "pandas") if importlib.util.find_spec(name) is None]
     if absent:
@@ -111,7 +111,7 @@ def compare_trainers(config: TrainerSpeed, folder: Path) -> str:
     turns: list[tuple[float, float]] = []
     waits: list[float] = []
     for turn in range(config.repeats):
-        # Whoever begins finds the machine as the other left it, so they take turns in that as well.
+        # The first of a turn finds the machine as the other left it, so they take turns in going first as well.
         rate = theirs.run(config.steps) if turn % 2 else 0.0
         own, wait = ours.run()
         turns.append((own, rate or theirs.run(config.steps)))
@@ -136,7 +136,7 @@ def compare_trainers(config: TrainerSpeed, folder: Path) -> str:
 
 
 def _write_shards(folder: Path, config: TrainerSpeed, size_px: int, num_samples: int) -> None:
-    """As many samples as both will see, under distinct keys; what there is is repeated."""
+    """As many samples as both will see, under distinct keys; images are repeated if there are fewer."""
     if config.shards is not None:
         source = [s for shard in list_shards(config.shards) for s in iter_samples(open_shard(shard), Limits())]
         source = [sample for sample in source if sample.error is None]
@@ -170,7 +170,7 @@ def photographs(count: int = 64, height: int = 256, width: int = 341) -> Iterato
 
 
 class _Ours:
-    """Our trainer, run as jobs/train_clip.py runs it."""
+    """Our trainer, run as `dede-ray train_clip` runs it."""
 
     def __init__(self, config: TrainerSpeed, folder: Path):
         self.config, self.folder = config, folder
@@ -195,7 +195,7 @@ class _Ours:
         shutil.rmtree(self.folder / "ours", ignore_errors=True)
         train(self.settings)
         text = (self.folder / "ours" / "clip" / "metrics.jsonl").read_text()
-        # A line tells of the steps since the line before.
+        # A line is about the steps since the line before.
         lines = [
             line
             for line in map(json.loads, text.splitlines())

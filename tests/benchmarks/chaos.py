@@ -1,8 +1,10 @@
 """One scoring run under fire: whatever is killed, the manifest has the bytes of an undisturbed run.
 
+    python -m tests.benchmarks.chaos --num-samples 20000 --pause-s 0.5
+
 A Ray cluster of several nodes on this machine, `jobs/score.py` as its driver, and SIGKILL at random moments: for the
-driver (which is started again, as a scheduler would), for actors, for readers, and for a whole node, in whose place
-another joins. Actors keep a journal of the chunks that they begin; a chunk that is begun twice is what a kill costs.
+driver (which is started again, as a scheduler would do), for actors, for readers, and for a whole node, which another
+one replaces. Actors keep a journal of the chunks that they begin; a chunk that is begun twice is the cost of a kill.
 """
 
 from __future__ import annotations
@@ -36,14 +38,14 @@ logger = logging.getLogger(__name__)
 
 Victim = Literal["driver", "actor", "reader", "node"]
 TITLES: dict[str, str] = {"actor": "ray::MapWorker", "reader": "ray::Read"}
-"""What Ray calls the processes."""
+"""How the titles of Ray's processes begin."""
 
 
 class ChaosConfig(Config):
-    """Settings of jobs/chaos.py."""
+    """Settings of `python -m tests.benchmarks.chaos`."""
 
     output: str = "runs/chaos"
-    """Shards, both runs' manifests, the journal. A finished undisturbed run is used again."""
+    """Folder for shards, both runs' manifests and the journal. A finished undisturbed run is used again."""
     num_samples: int = Field(150_000, ge=100)
     """The bundled digits, under distinct keys."""
     samples_per_shard: int = Field(5000, ge=1)
@@ -57,13 +59,13 @@ class ChaosConfig(Config):
     readers: int = Field(8, ge=0)
     nodes: int = Field(1, ge=0)
     pause_s: float = Field(1.5, gt=0)
-    """Mean time between two kills, counted from when something has been begun after the last one."""
+    """Mean time from the first chunk that is begun after a kill to the next kill."""
     seed: int = 0
     model: str = "configs/models/clip_digits.json"
     """The victim's architecture; its weights, and the decoder's, are random."""
 
     def kills(self) -> list[Victim]:
-        """Whom to kill, in a random order."""
+        """What to kill, in a random order."""
         kinds: list[tuple[Victim, int]] = [
             ("driver", self.drivers), ("actor", self.actors), ("reader", self.readers), ("node", self.nodes)
         ]  # fmt: skip
@@ -81,7 +83,7 @@ class Kill:
 
 
 def chaos(config: ChaosConfig) -> str:
-    """Score once in peace and once under fire, and compare. Ray must not be running: it brings clusters of its own.
+    """Score once undisturbed and once under fire, and compare. Ray must not be running: this starts its own clusters.
 
     Returns:
         What was killed, and what it cost.
@@ -93,7 +95,7 @@ def chaos(config: ChaosConfig) -> str:
     output = Path(config.output).absolute()
     settings = _prepare(config, output)
     if not (output / "undisturbed").is_dir():
-        logger.info("scoring %s samples in peace", f"{config.num_samples:,}")
+        logger.info("undisturbed run: scoring %s samples", f"{config.num_samples:,}")
         shutil.rmtree(output / "scores", ignore_errors=True)
         with _Fire(config, output, settings) as fire:
             fire.run([])
@@ -138,7 +140,7 @@ def _prepare(config: ChaosConfig, output: Path) -> Path:
 
 
 class _Fire:
-    """A cluster on this machine, a driver, and somebody who kills."""
+    """A cluster on this machine, a driver, and the kills."""
 
     def __init__(self, config: ChaosConfig, output: Path, settings: Path):
         self.config, self.output, self.settings = config, output, settings
@@ -195,11 +197,11 @@ class _Fire:
         code = self.driver.poll()
         if code:
             log = (self.output / "driver.log").read_text()
-            raise RuntimeError(f"the driver ended with exit code {code}, nobody killed it:\n{log[-3000:]}")
+            raise RuntimeError(f"the driver ended with exit code {code}, and not by a kill:\n{log[-3000:]}")
         return code is None
 
     def _pause(self) -> None:
-        """Until something is being scored after the last kill, and then for a random time."""
+        """Wait until something is being scored after the last kill, and then for a random time."""
         begun = self._begun()
         while self._begun() == begun:
             self._still_running()
@@ -209,12 +211,12 @@ class _Fire:
             time.sleep(0.02)
 
     def _begun(self) -> int:
-        """How much the journal says."""
+        """Size of the journal in bytes: it grows with each chunk that is begun."""
         journal = self.output / "journal.txt"
         return journal.stat().st_size if journal.is_file() else 0
 
     def _kill(self, victim: Victim) -> frozenset[int]:
-        """Kill one; the processes of the actors that end with it."""
+        """Kill one; returns the process ids of the actors that end with it."""
         self._still_running()
         if victim == "driver":
             assert self.driver is not None
@@ -239,7 +241,7 @@ class _Fire:
 
     def _still_running(self) -> None:
         if not self._is_running():
-            raise Mistake("the run ended before all kills were done; give it more num_samples, or a shorter pause_s")
+            raise Mistake("the run ended before all kills were done; raise num_samples or lower pause_s")
 
     def _wait_for(self, victim: Victim) -> list[psutil.Process]:
         while True:
@@ -267,7 +269,7 @@ class _Fire:
 
 
 def _account(config: ChaosConfig, output: Path, kills: list[Kill], took_s: float) -> str:
-    """What was begun again, and after which kill."""
+    """Count what was begun again, and after which kill."""
     begun: dict[tuple[str, str], list[int]] = {}
     for line in (output / "journal.txt").read_text().splitlines():
         _, process, name, shard, number = line.split("\t")
@@ -278,7 +280,7 @@ def _account(config: ChaosConfig, output: Path, kills: list[Kill], took_s: float
     num_chunks = sum(-(-size // config.chunk_size) for size in sizes)
     again: Counter[int] = Counter()
     for processes in begun.values():
-        for ended in processes[:-1]:  # whoever began a chunk that another had to begin again
+        for ended in processes[:-1]:  # processes that began a chunk which another had to begin again
             again[next((i for i, kill in enumerate(kills) if ended in kill.actors), -1)] += 1
     by_kind: dict[str, Any] = {}
     for kind in ("driver", "actor", "reader", "node"):
@@ -291,9 +293,9 @@ def _account(config: ChaosConfig, output: Path, kills: list[Kill], took_s: float
         "has the bytes of the undisturbed run's",
         f"chunks begun again: {total} ({total / max(1, len(kills)):.2f} for each kill)",
     ]
-    for kind, told in by_kind.items():
+    for kind, cost in by_kind.items():
         lines.append(
-            f"  {told['kills']} x {kind}: {told['begun_again']} begun again, at most {told['most_after_one']} after one"
+            f"  {cost['kills']} x {kind}: {cost['begun_again']} begun again, at most {cost['most_after_one']} after one"
         )
     if again[-1]:
         lines.append(f"  after no kill: {again[-1]}")

@@ -1,8 +1,10 @@
-"""What scoring a corpus costs, before anybody pays for it: a model, and the run that checks it.
+"""What scoring a corpus will cost: a model made from small runs, and a larger run that checks it.
 
-The score job runs over the same few real images under ever more distinct keys. Two smaller runs give the model: a start
-that costs once, and seconds, bytes and memory that every sample costs. The largest run is predicted from them, then
-done, and both stand side by side; then the model says what more would cost. Meanwhile the memory of the driver and of
+    python -m tests.benchmarks.scale --num-samples 10000 100000 1000000
+
+The score job runs over the same few real images under ever more distinct keys. The smaller runs give the model: a cost
+for the start, and seconds, bytes and memory for every sample. The largest run is predicted from them, then done, and
+both figures are shown side by side; then the model predicts larger ones. Meanwhile the memory of the driver and of
 every worker is watched.
 """
 
@@ -34,21 +36,21 @@ from tests.benchmarks.speed_scoring import digits, repeated, write_decoder, writ
 logger = logging.getLogger(__name__)
 
 SIZES = (10**6, 10**8, 10**9)
-"""Samples that the table is about."""
+"""Numbers of samples that the last table predicts."""
 
 
 class ScaleConfig(Config):
-    """Settings of jobs/scale.py."""
+    """Settings of `python -m tests.benchmarks.scale`."""
 
     output: str = "runs/scale"
     num_samples: list[int] = Field([10_000, 100_000, 1_000_000], min_length=3)
-    """Of the runs, rising; the model is made from all but the last, which checks it."""
+    """Samples of each run, rising; the model is made from all but the last, which checks it."""
     samples_per_shard: int = Field(10_000, ge=1)
     chunk_size: int = Field(256, ge=1)
     model: str = "configs/models/clip_digits.json"
     """The victim's architecture; its weights, and the decoder's, are random."""
     num_masks: int = Field(1, ge=1)
-    """Of the dede detector, whose forward passes they multiply."""
+    """Masks of the dede detector, which multiply its forward passes."""
 
 
 @dataclass(frozen=True)
@@ -59,23 +61,23 @@ class Measured:
     seconds: float
     """From start to end."""
     scoring_s: float
-    """Of these, the pass over the corpus."""
+    """The part that the pass over the corpus takes."""
     deciding_s: float
-    """Of these, after the pass."""
+    """The part after the pass."""
     ledger_bytes: int
     """On disk, under scores/."""
     ledger_files: int
     manifest_bytes: int
     driver_peak_bytes: int
-    """Resident memory of the driver, at most; shared pages, those of the object store, are nobody's."""
+    """Peak resident memory of the driver; shared pages, those of the object store, are not counted."""
     workers_growth: float
-    """Of the actors: resident memory over the last quarter of the pass, divided by that over the second, at most."""
+    """An actor's mean resident memory in the last quarter of the pass divided by that in the second; the largest."""
     decider_peak_bytes: int
-    """Resident memory of the task that decides, at most."""
+    """Peak resident memory of the task that decides."""
 
 
 def scale(config: ScaleConfig) -> str:
-    """Run the score job at every size, and tell.
+    """Run the score job at every size, and report its costs.
 
     Raises:
         Mistake: sizes that do not rise.
@@ -89,13 +91,13 @@ def scale(config: ScaleConfig) -> str:
         write_decoder(output / "decoder", victim, PRESETS["tiny"].shape)
     _write(config, output)
     runs = [_run(config, output, num) for num in config.num_samples]
-    told = _told(runs)
-    write_atomically(output / "scale.md", told + "\n")
-    return told
+    table = _table(runs)
+    write_atomically(output / "scale.md", table + "\n")
+    return table
 
 
 def _write(config: ScaleConfig, output: Path) -> None:
-    """Shards enough for the largest run; smaller ones take the first of them."""
+    """Write the shards of the largest run; smaller runs take the first of them."""
     start_ray()
     images = digits()
     write = ray.remote(_write_one)
@@ -193,7 +195,7 @@ def _shared(process: psutil.Process) -> int:
 
 
 def _peaks(memory: dict[str, list[int]]) -> dict[str, Any]:
-    """What was watched, in three numbers; 0 where nothing lived long enough."""
+    """Summarise the watched memory in three numbers; 0 where no process lived long enough."""
     growth = [0.0]
     for name, seen in memory.items():
         if name.startswith("ray::MapWorker") and len(seen) >= 20:
@@ -212,14 +214,14 @@ def _peaks(memory: dict[str, list[int]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Line:
-    """What costs a start, and something for each sample."""
+    """A cost with a part for the start and a part for each sample."""
 
     start: float
     each: float
 
     @classmethod
     def through(cls, points: list[tuple[int, float]]) -> Line:
-        """From the first and the last of some points."""
+        """The line through the first and the last of some points."""
         (n0, y0), (n1, y1) = points[0], points[-1]
         each = (y1 - y0) / (n1 - n0)
         return cls(y0 - each * n0, each)
@@ -228,7 +230,7 @@ class Line:
         return self.start + self.each * num_samples
 
 
-def _told(runs: list[Measured]) -> str:
+def _table(runs: list[Measured]) -> str:
     model = {
         name: Line.through([(run.num_samples, getattr(run, name)) for run in runs[:-1]])
         for name in ("seconds", "scoring_s", "ledger_bytes", "ledger_files", "manifest_bytes", "decider_peak_bytes")
@@ -264,14 +266,14 @@ def _told(runs: list[Measured]) -> str:
         name: Line.through([(run.num_samples, getattr(run, name)) for run in runs[1:]]) for name in model
     }  # fmt: skip
     each_s = final["scoring_s"].each
-    table = [
+    costs = [
         ("core-hours of the pass", [f"{each_s * num * cores / 3600:,.1f}" for num in SIZES]),
         ("ledger, files", [f"{final['ledger_files'].at(num):,.0f}" for num in SIZES]),
         ("ledger, GB", [f"{final['ledger_bytes'].at(num) / 1e9:,.2f}" for num in SIZES]),
         ("manifest, GB", [f"{final['manifest_bytes'].at(num) / 1e9:,.2f}" for num in SIZES]),
         ("deciding task's memory, GB", [f"{final['decider_peak_bytes'].at(num) / 1e9:,.1f}" for num in SIZES]),
     ]
-    lines += [f"| {name} | {' | '.join(values)} |" for name, values in table]
+    lines += [f"| {name} | {' | '.join(values)} |" for name, values in costs]
     return "\n".join(lines)
 
 

@@ -1,12 +1,20 @@
-"""How fast our passes are beside others that do the same work, in one run on one machine.
+"""How fast our passes are beside other programs that do the same work, in one run on one machine.
 
-`trainers` compares our CLIP trainer with open_clip's own (baseline.py), `ingest` the writing of shards with
-webdataset's ShardWriter, `loops` the decoder's training with a bare PyTorch loop over the same batches held in memory,
-`scoring` the score pass with its limit (speed_scoring.py), `reference` training and scoring with the code that DeDe's
-authors released (speed_reference.py). `detectors` says what attached detectors cost of the rate at
-which images are embedded. Ours and theirs take turns, because machines drift; the figures that count are the ratios.
-The images are the bundled digits, repeated under distinct keys; the weights are random, which changes nothing about
-the speed.
+    python -m tests.benchmarks.speed tests/benchmarks/speed.yaml
+
+A config has one section for each comparison, of which it may hold several:
+
+    trainers    our CLIP trainer beside open_clip's own (baseline.py): speed_clip.yaml, speed_clip_gpu.yaml
+    loops       the decoder's training beside a bare PyTorch loop over the same batches in memory: speed.yaml
+    scoring     the score pass beside bare loops on the same cores (speed_scoring.py): speed.yaml
+    ingest      the writing of shards beside webdataset's ShardWriter: a config of the line `ingest: {}`
+    sift        sifting beside the plain copying of the same shards: speed_sift.yaml
+    detectors   embedding with five detectors attached beside embedding alone: speed_detectors.yaml
+    reference   training and scoring beside the code of DeDe's authors (speed_reference.py): speed_dede.yaml
+
+Ours and theirs take turns, because machines drift; the figures that count are the ratios. The images are the bundled
+digits, repeated under distinct keys, unless a section names shards; the weights are random, which does not change the
+speed.
 """
 
 from __future__ import annotations
@@ -88,7 +96,7 @@ class LoopSpeed(Config):
     steps: int = Field(120, ge=40)
     """Training steps of one turn."""
     repeats: int = Field(3, ge=1)
-    """Turns each; the median counts."""
+    """Turns of each side; the median counts."""
 
 
 class IngestSpeed(Config):
@@ -97,7 +105,7 @@ class IngestSpeed(Config):
     shards: str | None = None
     """Shards whose images are laid out as files; null makes JPEGs with a photograph's spectrum."""
     num_samples: int = Field(6000, ge=100)
-    """Files; what images there are is repeated."""
+    """Files; the images are repeated to make so many."""
     samples_per_shard: int = Field(250, ge=1)
     repeats: int = Field(3, ge=1)
 
@@ -110,7 +118,7 @@ class SiftSpeed(Config):
     sample_bytes: int = Field(50_000, ge=1)
     """Size of one image, random bytes; each has a caption and a .json beside it."""
     drop: float = Field(0.06, gt=0, lt=1)
-    """Share of the samples that go, scattered over the shards."""
+    """Share of the samples that are dropped, scattered over the shards."""
     reaches_disk: bool = False
     """A turn ends when its bytes are on the disk, not in the page cache."""
     repeats: int = Field(5, ge=1)
@@ -120,9 +128,9 @@ class SiftSpeed(Config):
 class DetectorSpeed(Config):
     """The score pass's work on one core with five detectors attached beside that of embedding alone.
 
-    The detectors are dede, density, isolation_forest, consistency (closed form) and a fifth. Of what they share with
-    nobody, the reference encoder's forward and the text tower's are told apart. All weights are random and detectors
-    are fitted to random embeddings, which changes nothing about their speed.
+    The detectors are dede, density, isolation_forest, consistency (closed form) and a fifth. The times of
+    the reference encoder and of the text tower, which no other part needs, are shown separately. All weights are random
+    and detectors are fitted to random embeddings, which does not change their speed.
     """
 
     model: str = "configs/models/clip_cifar10.json"
@@ -146,7 +154,7 @@ class DetectorSpeed(Config):
 
 
 class SpeedConfig(Config):
-    """Settings of jobs/speed.py."""
+    """Settings of `python -m tests.benchmarks.speed`; None or an empty list leaves a comparison out."""
 
     output: str = "runs/speed"
     """Folder for shards, settings and logs of `trainers`; the commands that are printed can be run again there."""
@@ -355,7 +363,7 @@ def _attach(config: DetectorSpeed, folder: Path, laps: Counter[str]) -> ScoreWor
 
 
 def _made_up(width: int, reference_width: int) -> Batch:
-    """A fitting set of normal noise in which one encoder tells something of the other."""
+    """A fitting set of normal noise in which one encoder's embeddings partly predict the other's."""
     rng, num = torch.Generator().manual_seed(0), max(4096, 2 * reference_width)
     reference_NR = torch.randn(num, reference_width, generator=rng)
     noise_NE, caption_NE = torch.randn(2, num, width, generator=rng)
@@ -374,7 +382,7 @@ def _stopwatch(laps: Counter[str], name: str, function: Callable[..., Any]) -> C
 
 
 def _captioned(config: DetectorSpeed, size_px: int) -> list[Sample]:
-    """As many samples as a turn takes, each with a caption; what there is is repeated."""
+    """As many samples as a turn takes, each with a caption; images are repeated if there are fewer."""
     if config.shards is not None:
         found = (s for shard in list_shards(config.shards) for s in iter_samples(open_shard(shard), Limits()))
         images = [s for s in itertools.islice(found, config.num_samples) if s.error is None and s.image is not None]
@@ -446,7 +454,7 @@ def _write_files(folder: Path, config: IngestSpeed) -> list[tuple[str, int, int]
 
 
 def _plain_ingest(part: tuple[str, list[tuple[str, int, int]], int]) -> int:
-    """What one would write by hand."""
+    """The same work as a plain script does it."""
     import webdataset
 
     folder, files, samples_per_shard = part
@@ -540,7 +548,7 @@ def _write_scored_shards(folder: Path, config: SiftSpeed) -> list[Shard]:
 
 
 def _sift_here(settings: SiftConfig) -> None:
-    """Without Ray, in this process: what one core does."""
+    """Sift without Ray, in this process, on one core."""
     for shard in list_shards(settings.shards):
         rows_path = Path(settings.manifest) / "manifest" / f"{shard.name}.parquet"
         rows = pq.read_table(rows_path, columns=["index", "flagged"])
@@ -553,7 +561,7 @@ def _copy_shards(shards: list[Shard], folder: Path) -> None:
 
 
 def _timed(config: SiftSpeed, folder: Path, work: Callable[[], object]) -> float:
-    """Seconds that work takes which fills a folder; the folder is gone afterwards."""
+    """Seconds of work that fills a folder; the folder is removed afterwards."""
     os.sync()  # what was written before is not part of it
     folder.mkdir()
     started = time.monotonic()

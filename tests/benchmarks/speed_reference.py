@@ -1,9 +1,8 @@
 """The code that DeDe's authors released beside ours: decoder training and scoring, at one size, on the same images.
 
-The released code is no part of this project and has no licence; `reference.path` names a checkout of one's own, and
-what runs is what lies there: its `train_decoder` and its `MAE_error`, its network, dataset class and transform,
-unchanged, in a process of their own. It was written for a GPU and for files that few people have. What stands here in
-the place of those is never slower:
+The released code is no part of this project and has no licence; `reference.path` names a checkout of it. Its
+`train_decoder` and `MAE_error`, its network, dataset class and transform run unchanged, in a process of their own. It
+was written for a GPU and for files that few people have; the replacements made here are never slower:
 
 - `.cuda()` does nothing, so that everything stays on the CPU;
 - packages of other attacks, which its scripts import and these two functions do not use, are empty;
@@ -11,8 +10,8 @@ the place of those is never slower:
 - the victim is torchvision's ResNet-18, changed as its SimCLR changes it, with our victim's weights;
 - its data loaders, which ask for 16 processes, have as many as are fastest in a short trial; so have its threads.
 
-A step of its training computes the victim's forward pass, the decoder's step, and the victim's gradients, which nobody
-uses: it forgot to switch them off. So the speed without them is measured as well.
+A step of its training computes the victim's forward pass, the decoder's step, and the victim's gradients, which are not
+used: the code does not switch them off. So the speed without them is measured as well.
 
 `python -m tests.benchmarks.speed_reference <settings as JSON>` is the process in which the released code runs.
 """
@@ -94,11 +93,11 @@ class Way(Config):
     preset: Literal["tiny", "paper", "fast"] = "paper"
     """`paper` is the released size and loss; the others are ours and do other work."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the victim, the decoder and its training."""
+    """Precision of the victim, the decoder and its training."""
     workers: Workers = Workers(num_workers=1, cpus_per_worker=1, read_cpus=0.5, readers=1)
     """How training is spread."""
     resources: PassResources = PassResources()
-    """Of the embedding pass and of the score pass."""
+    """Resources of the embedding pass and of the score pass."""
 
     @property
     def name(self) -> str:
@@ -113,7 +112,7 @@ class ReferenceSpeed(Config):
     shards: str | list[str] | None = None
     """Images; null makes pictures with a photograph's spectrum."""
     num_samples: int = Field(10_240, ge=512, multiple_of=256)
-    """Images of the shards that both see; what there is is repeated."""
+    """Images of the shards that both see; repeated if there are fewer."""
     batch_size: int = Field(256, ge=2)
     steps: int = Field(10, ge=1)
     """Steps of theirs that are measured in a turn."""
@@ -140,7 +139,7 @@ def compare_with_reference(config: ReferenceSpeed, folder: Path) -> str:
         For training and scoring: images/s of the released code, and of each way of ours with its ratio to that.
 
     Raises:
-        Mistake: no checkout at `path`, or the released code misses a package or fails.
+        Mistake: no checkout at `path`, or the released code lacks a package or fails.
     """
     check_checkout(config.path)
     folder = folder.absolute() / "reference"
@@ -155,7 +154,7 @@ def compare_with_reference(config: ReferenceSpeed, folder: Path) -> str:
     for turn in range(config.repeats):
         loads.append(os.getloadavg()[0])
         for what in ("train", "score"):
-            # Whoever begins finds the machine as the other left it, so they take turns in that as well.
+            # The first of a turn finds the machine as the other left it, so they take turns in going first as well.
             first = theirs.run(what) if turn % 2 else None
             own[what].append([getattr(way, what)() for way in ours])
             published[what].append(first or theirs.run(what))
@@ -262,7 +261,7 @@ def _flop(way: Way) -> float:
 
 
 def _images(config: ReferenceSpeed) -> np.ndarray:
-    """uint8 (N, 32, 32, 3), what there is repeated."""
+    """uint8 (N, 32, 32, 3); images are repeated if there are fewer."""
     if config.shards is not None:
         samples: Iterator[Sample] = (
             sample for shard in list_shards(config.shards) for sample in iter_samples(open_shard(shard), Limits())
@@ -340,7 +339,7 @@ class _Stopwatch:
         return float(last - first)
 
     def when(self, progress: int) -> float:
-        """When it was first seen to be this far."""
+        """Time at which it was first seen to be this far."""
         return next(now for now, _, seen in self.looks if seen >= progress)
 
 
@@ -348,7 +347,7 @@ class _Stopwatch:
 
 
 class _Ours:
-    """Our passes, as jobs/train_clip.py and jobs/score.py run them."""
+    """Our passes, as `dede-ray train_clip` and `dede-ray score` run them."""
 
     def __init__(self, config: ReferenceSpeed, way: Way, folder: Path):
         self.config, self.way, self.folder = config, way, folder
@@ -435,7 +434,7 @@ def _rates_of_parts(folder: Path, watch: _Stopwatch) -> tuple[float, float]:
 
 
 class _Task(Config):
-    """What the process of the released code is told."""
+    """Settings of the process that runs the released code."""
 
     what: Literal["train", "score"]
     source: str
@@ -512,7 +511,7 @@ def _refuse(self: object, *_: object, **__: object) -> None:
 
 
 class _EmptyFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Asked last: finds the packages of ABSENT that nobody else found."""
+    """The last finder in line: supplies the packages of ABSENT that are not installed."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
         return importlib.machinery.ModuleSpec(name, self) if name.split(".")[0] in ABSENT else None

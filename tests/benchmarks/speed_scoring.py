@@ -1,8 +1,8 @@
-"""How near the score pass comes to its limit: what the same cores give to bare loops that do nothing else.
+"""How near the score pass comes to its limit: the rate of bare loops on the same cores that do nothing else.
 
 The limit is one process a core, each of which reads, decodes, and computes with one thread, from the first image to the
-last: no cluster, no ledger, nobody to wait for. Ours and the limit take turns, because machines drift; both are timed
-when all of their processes are busy. The weights are random, which changes nothing about the speed.
+last: no cluster, no ledger, no waiting for other processes. Ours and the limit take turns, because machines drift; both
+are timed when all of their processes are busy. The weights are random, which does not change the speed.
 """
 
 from __future__ import annotations
@@ -153,21 +153,21 @@ def _ours(
 def _limit(config: ScoringSpeed, shards: list[Shard], arguments: dict[str, Any], num_cpus: int) -> float:
     """The sum of the rates of one process a core, each with the same number of samples."""
     context = multiprocessing.get_context("spawn")
-    start, told = context.Barrier(num_cpus), context.SimpleQueue()
+    start, finished = context.Barrier(num_cpus), context.SimpleQueue()
     processes = [
-        context.Process(target=_bare, args=(shards[i::num_cpus], config.chunk_size, arguments, start, told.put))
+        context.Process(target=_bare, args=(shards[i::num_cpus], config.chunk_size, arguments, start, finished.put))
         for i in range(num_cpus)
     ]
     for process in processes:
         process.start()
-    counts = [told.get() for _ in processes]
+    counts = [finished.get() for _ in processes]
     for process in processes:
         process.join()
     return sum(done / seconds for done, seconds in counts)
 
 
 def _bare(
-    shards: list[Shard], chunk_size: int, arguments: dict[str, Any], start: Barrier, tell: Callable[[Any], None]
+    shards: list[Shard], chunk_size: int, arguments: dict[str, Any], start: Barrier, report: Callable[[Any], None]
 ) -> None:
     """Read, decode, forward, score: one chunk after the other, with one thread."""
     torch.set_num_threads(1)
@@ -185,4 +185,4 @@ def _bare(
         for chunk in iter_chunks(shard, chunk_size, Limits()):
             do(shard, chunk)
             done += len(chunk)
-    tell((done, time.monotonic() - began))
+    report((done, time.monotonic() - began))

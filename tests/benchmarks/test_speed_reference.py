@@ -1,6 +1,6 @@
 """The comparison with the DeDe authors' code: theirs runs as it is, and what is counted are its batches.
 
-A checkout of theirs is named by DEDE_REFERENCE; without one, a few lines of the same interface stand in its place.
+A checkout of theirs is named by DEDE_REFERENCE; without one, a few lines with the same interface replace it.
 """
 
 from __future__ import annotations

@@ -63,12 +63,12 @@ def test_the_score_pass_adds_nodes_to_a_head_without_cpus_and_gives_them_back(wr
         command = [sys.executable, str(HERE / "autoscaled_pass.py"), str(shards), str(tmp_path / "pass")]
         done = subprocess.run(command, env=head.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    print(told)
-    assert told["begun"] == 1, "the head alone"
-    assert told["most"] >= 4, "the head, a node that decodes, two that score"
-    assert told["left"] == 1, "idle nodes are given back"
-    assert told["num_samples"] == 480
+    report = json.loads(done.stdout.splitlines()[-1])
+    print(report)
+    assert report["begun"] == 1, "the head alone"
+    assert report["most"] >= 4, "the head, a node that decodes, two that score"
+    assert report["left"] == 1, "idle nodes are given back"
+    assert report["num_samples"] == 480
     rows = [row for n in range(8) for row in read_parts(tmp_path / "pass", f"train-{n:05d}.tar").to_pylist()]
     assert [row["sample_id"] for row in rows] == [f"train-{n // 60:05d}.tar/{n:04d}" for n in range(480)]
     assert len({row["node"] for row in rows}) == 2, "both of the nodes that score did"

@@ -23,6 +23,7 @@ import throwaway
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+import dede_ray
 from dede_ray.data.passes import PassResources
 from dede_ray.runtime.config import load
 from dede_ray.scan.score import ScoreConfig
@@ -213,12 +214,12 @@ def test_one_image_and_one_ray_everywhere():
     project = (ROOT / "pyproject.toml").read_text()
     major, minor, _ = version.split(".")
     assert f"ray[data,default,train]>={major}.{minor},<{major}.{int(minor) + 1}" in project
-    assert image.endswith(":" + re.search(r'^version = "(.+)"$', project, re.M)[1])
+    assert image.endswith(":" + dede_ray.__version__)
 
 
 @pytest.mark.parametrize("path", [*sorted(CLUSTER.iterdir()), ROOT / "README.md"], ids=lambda path: path.name)
 def test_commands_name_jobs_and_configs_that_exist(path):
-    for job, config in re.findall(r"python jobs/(\w+)\.py configs/(\w+\.yaml)", path.read_text()):
+    for job, config in re.findall(r"(?:python jobs/|dede-ray )(\w+)(?:\.py)? configs/([\w/]+\.yaml)", path.read_text()):
         assert (ROOT / "jobs" / f"{job}.py").is_file()
         assert (ROOT / "configs" / config).is_file()
 
@@ -278,9 +279,9 @@ def test_the_training_config_divides_among_any_number_of_its_workers():
 
 
 def test_the_cluster_configs_say_that_no_cloud_has_run_them():
-    """A config for a cluster says that nobody has run it, until somebody has."""
-    for name in ("score_cluster.yaml", "train_clip_cluster.yaml"):
-        assert "Not run on a cloud so far" in (ROOT / "configs" / name).read_text().replace("\n# ", " ")
+    """A config for a cluster says that it was never run, until it was."""
+    for name in ("score.yaml", "train_clip.yaml"):
+        assert "Not run on a cloud so far" in (ROOT / "configs" / "cluster" / name).read_text().replace("\n# ", " ")
 
 
 def test_what_one_job_writes_is_what_the_next_one_reads():
@@ -292,7 +293,7 @@ def test_what_one_job_writes_is_what_the_next_one_reads():
 
 def test_paths_of_the_cluster_configs_are_seen_by_all_machines():
     """/shared is a volume of every container; everything else is a URL."""
-    texts = [(ROOT / "configs" / name).read_text() for name in ("score_cluster.yaml", "train_clip_cluster.yaml")]
+    texts = [(ROOT / "configs" / "cluster" / name).read_text() for name in ("score.yaml", "train_clip.yaml")]
     settings = [yaml.safe_load(text) for text in texts]
     for text in (settings[0]["output"], settings[1]["output"], settings[0]["victim"]["path"], settings[0]["shards"]):
         assert text.startswith(("/shared/", "s3://my-bucket/"))
@@ -341,11 +342,13 @@ def test_what_the_image_copies_exists_and_docker_may_see_it():
 
 
 def test_the_project_can_be_built_from_what_the_image_copies():
-    """pyproject.toml names further files, which must come along."""
-    project = (ROOT / "pyproject.toml").read_text()
-    copied = " ".join(argument for word, argument in instructions() if word == "COPY")
-    for name in re.findall(r'(?:readme = |license-files = \[)"([^"]+)"', project):
-        assert name in copied
+    """pyproject.toml names further files and folders, which must be there when pip builds the project."""
+    project, steps = (ROOT / "pyproject.toml").read_text(), instructions()
+    build = next(i for i, (word, argument) in enumerate(steps) if word == "RUN" and "pip install" in argument)
+    copied = {part for word, argument in steps[:build] if word == "COPY" for part in argument.split()}
+    [folders] = re.findall(r"^package-dir = \{(.+)\}$", project, re.M)
+    assert copied >= {*re.findall(r'(?:readme = |license-files = \[)"([^"]+)"', project)}
+    assert copied >= {*re.findall(r'= "([^"]+)"', folders)}
 
 
 # ------------------------------------------------------------------------------------------------ runtime_env.yaml

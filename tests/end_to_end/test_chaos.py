@@ -34,8 +34,8 @@ def test_kills_of_driver_actors_readers_and_a_node_change_no_byte(clip_config, t
     code = f"from dede_ray.chaos import *; print(chaos(ChaosConfig.model_validate({settings!r})))"
     said = in_its_own_process(code, tmp_path)
     assert "6,000 samples, 96 chunks, 5 SIGKILLs" in said
-    told = json.loads((tmp_path / "chaos" / "chaos.json").read_text())
-    assert {kind: of["kills"] for kind, of in told["by_kind"].items()} == {
+    report = json.loads((tmp_path / "chaos" / "chaos.json").read_text())
+    assert {kind: of["kills"] for kind, of in report["by_kind"].items()} == {
         "driver": 1, "actor": 2, "reader": 1, "node": 1
     }  # fmt: skip
 
@@ -92,8 +92,8 @@ def test_a_run_that_is_killed_on_a_store_goes_on_there_to_the_same_bytes(
         time.sleep(0.02)
     process.kill()
     process.wait()
-    standing = {name for name in objects(home / "scores") if name.startswith("scores/parts") and "parquet" in name}
-    assert 20 < len(standing) < 60
+    finished = {name for name in objects(home / "scores") if name.startswith("scores/parts") and "parquet" in name}
+    assert 20 < len(finished) < 60
     assert start(tmp_path, settings).wait() == 0, (tmp_path / "score.log").read_text()[-3000:]
     clocks = re.compile(r".*timing\.json")
     disturbed = objects(home / "scores")

@@ -37,7 +37,7 @@ def job(write_pictures, tmp_path) -> Job:
 
 
 class Job:
-    """jobs/train_clip.py on two workers, 16 samples a step, in a process of its own."""
+    """`dede-ray train_clip` on two workers, 16 samples a step, in a process of its own."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -111,7 +111,7 @@ def kill_at(
         random.choice(actors(process, "TrainController" if victim == "controller" else "RayTrainWorker")).kill()
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline and metrics.stat().st_ino == before:
-        time.sleep(0.005)  # a run that goes on from a checkpoint begins by writing the file anew
+        time.sleep(0.005)  # a run that resumes from a checkpoint begins by writing the file anew
     return process
 
 

@@ -2,7 +2,7 @@
 
 By default a few hundred mutations of each kind, always the same ones. For longer, and different ones each time:
 
-    DEDE_RAY_FUZZ_S=600 python -m pytest tests/test_fuzz.py -m slow
+    DEDE_RAY_FUZZ_S=600 python -m pytest tests/end_to_end/test_fuzz.py -m slow
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def fuzz_settings(data: st.DataObject) -> None:
 
 
 def fuzz_model_configs(data: st.DataObject) -> None:
-    """Of the numbers that may stand in a model config none makes open_clip build, rather than refuse, for long."""
+    """No number in a model config makes open_clip build, rather than refuse, for long."""
     content = {
         "model_cfg": {
             "embed_dim": 16,

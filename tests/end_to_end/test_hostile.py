@@ -207,7 +207,7 @@ def score_job(folder, victim_folder, decoder_folder):
 
 @pytest.fixture(scope="module", params=["some", pytest.param("all", marks=pytest.mark.slow)])
 def cases(request) -> list[Case]:
-    """Every tenth case, so that the default tests are soon through; or all of them."""
+    """Every tenth case, so that the default tests are quick; or all of them."""
     return READABLE if request.param == "all" else READABLE[::10]
 
 

@@ -114,7 +114,7 @@ class Batches(list):
 
 
 def batches(section: ClipTrain, run: Run) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Images, normalised, and tokens of every step of the run, from the feed and the recipe that it uses."""
+    """Images, normalised, and tokens of every step of the run, from the data loader and the recipe that it uses."""
     normalise = clip.normaliser(clip.model_description(section.model))
     # Channels last in memory, as ours are: the other order takes another algorithm for convolutions, whose rounding
     # the ResNet's batch norms blow up to 1e-4 in fifty steps.

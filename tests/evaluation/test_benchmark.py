@@ -23,7 +23,7 @@ from dede_ray.detectors.density import Density
 from dede_ray.detectors.image_statistics import ImageStatistics
 from dede_ray.detectors.masking_trajectory import MaskingTrajectory
 from dede_ray.evaluation.benchmark import BenchmarkConfig, Case, Cell, DecoderTraining, _Filling, _images, benchmark
-from dede_ray.evaluation.leaderboard import Standing
+from dede_ray.evaluation.leaderboard import LeaderboardSettings
 from dede_ray.evaluation.measure import ActivationGate
 from dede_ray.models.embedding import Batch
 from dede_ray.models.victims import OpenClipVictim, load_victim
@@ -90,7 +90,7 @@ def settings(shards, victim_folder, other_folder, reference_folder):
             "num_triggered": NUM_TRIGGERED,
             "num_controls": NUM_CONTROLS,
             "num_second_stage": NUM_SECOND,
-            "standing": Standing(num_mixtures=2, num_lists=2),
+            "standing": LeaderboardSettings(num_mixtures=2, num_lists=2),
         }
         return BenchmarkConfig(**{**defaults, **changed})
 
@@ -216,7 +216,7 @@ def test_a_lost_cell_is_made_again_to_the_same_bytes_and_no_other(done, settings
     after = snapshot(tmp_path / "output")
     assert {name: content for name, (_, content) in after.items()} == {name: one for name, (_, one) in before.items()}
     assert {name for name in after if after[name] != before[name]} == {"toy-other-1.parquet"}
-    others = Standing(num_mixtures=2, num_lists=2, q=0.3)  # what is asked of the scores runs no model
+    others = LeaderboardSettings(num_mixtures=2, num_lists=2, q=0.3)  # what is asked of the scores runs no model
     assert "q = 0.3" in benchmark(settings(tmp_path / "output", standing=others))
     assert snapshot(tmp_path / "output") == after
     with pytest.raises(Mistake, match=r"poison_rate: 0\.05 there, 0\.1 here"):

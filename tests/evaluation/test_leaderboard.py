@@ -1,4 +1,4 @@
-"""Standing: the benchmark's numbers, recomputed plainly from cells that were made up for it."""
+"""The leaderboard: the benchmark's numbers, recomputed plainly from cells that were made up for it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dede_ray.data.ledger import write_parquet
-from dede_ray.evaluation.leaderboard import About, Rows, Standing, best_column, broken_promises, figures, tell
+from dede_ray.evaluation.leaderboard import (
+    About,
+    LeaderboardSettings,
+    Rows,
+    best_column,
+    broken_promises,
+    figures,
+    write_leaderboard,
+)
 from dede_ray.runtime.config import write_json
 
 SEEDS = (0, 1)
 CASES = {"works": About(["victim", "honest"], 2), "idle": About(["victim", "honest"], 2)}
-STANDING = Standing(num_mixtures=4, num_lists=6, false_alarm=None)
+SETTINGS = LeaderboardSettings(num_mixtures=4, num_lists=6, false_alarm=None)
 NUM_CLEAN, NUM_TRIGGERED, NUM_JUDGED = 2200, 400, 1100
 
 SHIFT = {
@@ -30,7 +38,7 @@ SHIFT = {
 
 
 def cell(role: str, seed: int) -> pa.Table:
-    """What the benchmark's cells look like, of numbers from a generator; `flat` says nothing at all."""
+    """What the benchmark's cells look like, with numbers from a generator; `flat` is a constant score."""
     rng = np.random.default_rng([seed, role == "honest"])
     sizes = {
         "clean": NUM_CLEAN, "triggered": NUM_TRIGGERED, "patch": 90, "shuffled_clean": 80, "shuffled_triggered": 80,
@@ -59,25 +67,25 @@ def cell(role: str, seed: int) -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory) -> tuple[Path, str]:
-    output = tmp_path_factory.mktemp("standing")
+def written(tmp_path_factory) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp("leaderboard")
     for case in CASES:
         reason = "the probe's words"
         write_json(output / "gates" / f"{case}.json", {"passes": case == "works", "reason": reason})
         for role in ("victim", "honest"):
             for seed in SEEDS:
                 write_parquet(cell(role, seed), output / "cells" / f"{case}-{role}-{seed}.parquet")
-    return output, tell(STANDING, output, CASES, SEEDS)
+    return output, write_leaderboard(SETTINGS, output, CASES, SEEDS)
 
 
 @pytest.fixture(scope="module")
-def rows(told) -> Rows:
-    return Rows(pq.read_table(told[0] / "results.parquet").to_pylist())
+def rows(written) -> Rows:
+    return Rows(pq.read_table(written[0] / "results.parquet").to_pylist())
 
 
-def scores(told, role: str, seed: int, part: str, column: str) -> np.ndarray:
-    """A column of a set as it stands in the file; of the clean samples, those that are judged."""
-    table = pq.read_table(told[0] / "cells" / f"works-{role}-{seed}.parquet").to_pylist()
+def scores(written, role: str, seed: int, part: str, column: str) -> np.ndarray:
+    """A column of a set as it is in the file; of the clean set, only the samples that are judged."""
+    table = pq.read_table(written[0] / "cells" / f"works-{role}-{seed}.parquet").to_pylist()
     return np.array([row[column] for row in table if row["set"] == part and row["is_judged"] in (True, None)])
 
 
@@ -90,9 +98,9 @@ def area(clean: np.ndarray, poisoned: np.ndarray) -> float:
 
 @pytest.mark.parametrize("role", ["victim", "honest"])
 @pytest.mark.parametrize("column", [*SHIFT, "flat"])
-def test_aurocs_are_those_of_judged_clean_images_and_of_each_set(told, rows, role, column):
+def test_aurocs_are_those_of_judged_clean_images_and_of_each_set(written, rows, role, column):
     def expected(clean_set: str, other: str) -> list[float]:
-        found = [(scores(told, role, s, clean_set, column), scores(told, role, s, other, column)) for s in SEEDS]
+        found = [(scores(written, role, s, clean_set, column), scores(written, role, s, other, column)) for s in SEEDS]
         return [area(clean, poisoned) for clean, poisoned in found]
 
     for mixture in ("patch", "misstamped"):
@@ -106,8 +114,8 @@ def test_aurocs_are_those_of_judged_clean_images_and_of_each_set(told, rows, rol
         np.testing.assert_allclose(there, expected("clean", "triggered"), atol=4 * error)
 
 
-def test_a_balanced_mixture_takes_as_many_clean_images_as_triggered_ones(told, rows):
-    clean, triggered = (scores(told, "victim", 1, part, "dede_mean") for part in ("clean", "triggered"))
+def test_a_balanced_mixture_takes_as_many_clean_images_as_triggered_ones(written, rows):
+    clean, triggered = (scores(written, "victim", 1, part, "dede_mean") for part in ("clean", "triggered"))
     chosen = clean[:NUM_TRIGGERED]
     found = rows.values("works", "victim", "0.5", "dede_mean", "auroc")[1]
     assert found == pytest.approx(area(chosen, triggered))
@@ -126,11 +134,11 @@ def test_mixtures_have_the_poison_rate_of_their_name(rows):
         np.testing.assert_allclose(found, [poisoned / (poisoned + clean)] * 2)
 
 
-def test_a_score_that_ranks_everything_backwards_has_an_auroc_of_0_and_is_told(told, rows):
+def test_a_score_that_ranks_everything_backwards_has_an_auroc_of_0_and_is_shown(written, rows):
     for mixture in ("0.5", "0.01", "misstamped"):
         assert rows.values("works", "victim", mixture, "backwards", "auroc").tolist() == [0, 0]
         assert rows.values("works", "victim", mixture, "clear", "auroc").tolist() == [1, 1]
-    assert "| backwards | 0.000 ± 0.000 |" in told[1]
+    assert "| backwards | 0.000 ± 0.000 |" in written[1]
 
 
 def test_an_fpr_is_quoted_only_where_there_are_images_enough_to_see_it(rows):
@@ -138,9 +146,9 @@ def test_an_fpr_is_quoted_only_where_there_are_images_enough_to_see_it(rows):
     assert rows.values("works", "victim", "0.01", "clear", "tpr_at_fpr_0_1pct").tolist() == [1, 1]
 
 
-def test_second_stages_are_judged_on_their_own_images(told, rows):
+def test_second_stages_are_judged_on_their_own_images(written, rows):
     expected = [
-        area(*(scores(told, "victim", seed, f"second_{kind}", "mt_jump") for kind in ("clean", "triggered")))
+        area(*(scores(written, "victim", seed, f"second_{kind}", "mt_jump") for kind in ("clean", "triggered")))
         for seed in SEEDS
     ]
     np.testing.assert_allclose(rows.values("works", "victim", "second_stage", "mt_jump", "auroc"), expected)
@@ -165,7 +173,7 @@ def test_a_corpus_too_small_for_a_poison_rate_is_not_judged_at_another(tmp_path)
     for role in ("victim", "honest"):
         write_parquet(table.filter(pa.array(is_kept)), tmp_path / "cells" / f"works-{role}-0.parquet")
     write_json(tmp_path / "gates" / "works.json", {"passes": True, "reason": "so"})
-    said = tell(STANDING, tmp_path, {"works": CASES["works"]}, [0])
+    said = write_leaderboard(SETTINGS, tmp_path, {"works": CASES["works"]}, [0])
     found = Rows(pq.read_table(tmp_path / "results.parquet").to_pylist())
     assert set(SHIFT) < set(found.columns("works", "0.5"))
     for rate in ("0.01", "0.001", "list 0.01"):
@@ -188,7 +196,7 @@ def test_what_a_list_flags_is_its_true_and_its_false_entries(rows):
         for rate in ("0", "0.01"):
             empty = rows.values("works", "victim", f"list {rate}", column, "is_empty")
             flagged = rows.values("works", "victim", f"list {rate}", column, "flagged")
-            assert len(empty) == STANDING.num_lists
+            assert len(empty) == SETTINGS.num_lists
             assert ((flagged == 0) == (empty == 1)).all()
 
 
@@ -219,8 +227,8 @@ def lists(fdp: list[float], empty: list[float], case: str = "works", column: str
 )
 def test_a_score_whose_lists_are_worse_than_declared_is_named(fdp, empty, said):
     kept = lists([0.0] * 4, [1] * 4, column="dao")
-    assert list(broken_promises(Rows([*kept, *lists(fdp, empty)]), ["works"], STANDING)) == said
-    assert list(broken_promises(Rows(lists(fdp, empty, "idle")), ["works"], STANDING)) == []
+    assert list(broken_promises(Rows([*kept, *lists(fdp, empty)]), ["works"], SETTINGS)) == said
+    assert list(broken_promises(Rows(lists(fdp, empty, "idle")), ["works"], SETTINGS)) == []
 
 
 # --- the best, the void
@@ -243,9 +251,9 @@ def test_the_best_score_is_the_highest_of_those_that_leave_the_honest_twin_alone
     assert best_column(Rows(aurocs("loud", 0.99, 0.99)), "works") is None
 
 
-def test_of_a_victim_whose_backdoor_does_not_work_no_number_is_quoted(told, rows):
+def test_of_a_victim_whose_backdoor_does_not_work_no_number_is_quoted(written, rows):
     assert len(rows.values("idle", "victim", "0.5", "clear", "auroc")) == 2  # they are kept
-    for said in (told[1], (told[0] / "table.md").read_text()):
+    for said in (written[1], (written[0] / "table.md").read_text()):
         assert "VOID, because the backdoor does not work: idle." in said
         assert "| idle |" not in said
         [section] = [part for part in said.split("\n## ") if part.startswith("idle\n")]
@@ -255,31 +263,33 @@ def test_of_a_victim_whose_backdoor_does_not_work_no_number_is_quoted(told, rows
         assert "| stat_contrast (control) |" in valid
 
 
-def test_where_nothing_is_valid_nothing_is_promised(told, tmp_path):
-    for path in told[0].glob("cells/idle*"):
+def test_where_nothing_is_valid_nothing_is_promised(written, tmp_path):
+    for path in written[0].glob("cells/idle*"):
         write_parquet(pq.read_table(path), tmp_path / "cells" / path.name)
     write_json(tmp_path / "gates" / "idle.json", {"passes": False, "reason": "no"})
-    said = tell(STANDING, tmp_path, {"idle": CASES["idle"]}, SEEDS)
+    said = write_leaderboard(SETTINGS, tmp_path, {"idle": CASES["idle"]}, SEEDS)
     assert "kept" not in said.partition("## What the lists promise")[2].partition("##")[0]
     assert not (tmp_path / "figures").exists()
 
 
-def test_the_published_protocol_cuts_the_pool_at_its_median(told):
-    clean, triggered = (scores(told, "victim", 0, part, "dede_mean")[:NUM_TRIGGERED] for part in ("clean", "triggered"))
+def test_the_published_protocol_cuts_the_pool_at_its_median(written):
+    clean, triggered = (
+        scores(written, "victim", 0, part, "dede_mean")[:NUM_TRIGGERED] for part in ("clean", "triggered")
+    )
     cut = np.median(np.r_[clean, triggered])
     tpr, fpr = (triggered > cut).mean(), (clean > cut).mean()
     assert tpr + fpr == pytest.approx(1)
-    assert f"{tpr:.1%} / {fpr:.1%} / {area(clean, triggered):.3f}" in told[1]
+    assert f"{tpr:.1%} / {fpr:.1%} / {area(clean, triggered):.3f}" in written[1]
 
 
 # --- what is written
 
 
-def test_telling_again_gives_the_same_bytes_and_figures_open(told):
-    files = [told[0] / "results.parquet", told[0] / "table.md", *sorted((told[0] / "figures").iterdir())]
+def test_writing_again_gives_the_same_bytes_and_figures_open(written):
+    files = [written[0] / "results.parquet", written[0] / "table.md", *sorted((written[0] / "figures").iterdir())]
     assert [path.name for path in files[2:]] == ["auroc.png", "lists.png"]
     before = [path.read_bytes() for path in files]
-    assert tell(STANDING, told[0], CASES, SEEDS) == told[1]
+    assert write_leaderboard(SETTINGS, written[0], CASES, SEEDS) == written[1]
     assert [path.read_bytes() for path in files] == before
     for picture in before[2:]:
         with Image.open(io.BytesIO(picture)) as image:
@@ -287,14 +297,14 @@ def test_telling_again_gives_the_same_bytes_and_figures_open(told):
             assert min(image.size) > 100
 
 
-def test_a_run_without_the_published_detector_is_told_without_it(told, tmp_path):
-    for path in told[0].glob("cells/works*"):
+def test_a_run_without_the_published_detector_is_shown_without_it(written, tmp_path):
+    for path in written[0].glob("cells/works*"):
         write_parquet(pq.read_table(path).drop_columns(["dede_mean", "dede_reverse"]), tmp_path / "cells" / path.name)
     write_json(tmp_path / "gates" / "works.json", {"passes": True, "reason": "so"})
-    said = tell(STANDING, tmp_path, {"works": CASES["works"]}, SEEDS)
+    said = write_leaderboard(SETTINGS, tmp_path, {"works": CASES["works"]}, SEEDS)
     assert "| works | clear (oracle: the best here) | 1.000 ± 0.000 |" in said
     assert "dede_reverse" not in said
 
 
 def test_no_figure_is_drawn_of_nothing(rows):
-    assert figures(rows, [], STANDING) == {}
+    assert figures(rows, [], SETTINGS) == {}

@@ -1,4 +1,4 @@
-"""The page of a small planted world: it stands alone, strangers' captions are text on it, its pictures are real."""
+"""The page of a small planted world: it needs no other file, captions are text on it, its pictures are real."""
 
 import io
 from html.parser import HTMLParser

@@ -1,4 +1,4 @@
-"""The zoo: branches in their order, what fails and what goes on, kills, and the table."""
+"""The zoo: branches in their order, what fails and what continues, kills, and the table."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_table_has_what_worked_and_the_mistake_says_what_did_not(work, capfd
     with pytest.raises(Mistake) as said:
         build_zoo(zoo(**branches))
     message = str(said.value)
-    assert "2 of 3 branches are not through" in message
+    assert "2 of 3 branches did not finish" in message
     assert "broken: `measure measure.yaml --made-by nowhere` ended with exit code 2: error: no record of a" in message
     assert "see zoo/logs/broken.log" in message
     assert "stranded: it needs broken" in message
@@ -133,7 +133,7 @@ def test_a_stopped_zoo_takes_its_jobs_along_and_a_killed_one_keeps_its_folder_un
         second = start(work)
         _, said = second.communicate(timeout=60)
         assert second.returncode == 2
-        assert "another run, or a job it left behind, is at work in zoo" in said
+        assert "another run, or a job that it left behind, is using zoo" in said
         os.kill(job, signal.SIGCONT)
         os.kill(job, signal.SIGKILL)
     third = start(work)

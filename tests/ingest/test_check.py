@@ -471,15 +471,15 @@ def test_a_killed_job_run_again_gives_the_same_bytes_and_redoes_nothing(write_pi
     os.kill(job.pid, signal.SIGKILL)
     assert job.wait() == -signal.SIGKILL
     while True:  # the driver's death ends its Ray, a moment later
-        standing = {path: path.stat().st_mtime_ns for path in output.glob("shards/*.json")}
+        finished = {path: path.stat().st_mtime_ns for path in output.glob("shards/*.json")}
         time.sleep(1)
-        if {path: path.stat().st_mtime_ns for path in output.glob("shards/*.json")} == standing:
+        if {path: path.stat().st_mtime_ns for path in output.glob("shards/*.json")} == finished:
             break
-    assert 2 <= len(standing) < 12
+    assert 2 <= len(finished) < 12
     (output / "samples" / ".train-00011.tar.parquet.0123abcd.tmp").write_bytes(b"half a file")
     check(CheckConfig(**settings))
     check(CheckConfig(**{**settings, "output": str(tmp_path / "undisturbed")}))
-    assert {path: path.stat().st_mtime_ns for path in standing} == standing
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
     one, two = contents(output), contents(tmp_path / "undisturbed")
     for files in (one, two):
         files.pop("run.json")
@@ -531,7 +531,7 @@ def test_nothing_to_check_two_shards_of_one_name_and_an_output_among_the_shards_
 def test_the_config_loads_and_opens_with_its_command():
     path = ROOT / "configs" / "check.yaml"
     load(CheckConfig, [str(path)])
-    assert path.read_text().startswith("# python jobs/check.py configs/digits/check.yaml\n")
+    assert path.read_text().startswith("# dede-ray check configs/digits/check.yaml\n")
 
 
 # --- real data

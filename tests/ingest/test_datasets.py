@@ -1,6 +1,6 @@
 """Files written exactly as the official distributions arrive as shards: pixels, labels, names and splits right.
 
-And what is made to do harm, or is damaged, does none and is told.
+And what is made to do harm, or is damaged, does none and is reported.
 """
 
 from __future__ import annotations

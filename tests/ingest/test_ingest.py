@@ -1,4 +1,4 @@
-"""Ingestion is killed, goes on, and is shared by any number of workers, and the shards are the same to the byte."""
+"""Ingestion is killed, resumes, and is shared by any number of workers; the shards are the same to the byte."""
 
 from __future__ import annotations
 
@@ -79,19 +79,19 @@ def test_killed_at_any_moment_and_run_again_it_gives_the_same_shards(pictures, u
         job.send_signal(signal.SIGKILL)
         job.communicate()
     receipts = {path.stem for path in (output / ".ingest").glob("*-*.json")}
-    standing = {path: path.stat().st_mtime_ns for path in output.glob("*.tar") if path.stem in receipts}
-    assert 12 - workers <= len(standing) < 18
+    finished = {path: path.stat().st_mtime_ns for path in output.glob("*.tar") if path.stem in receipts}
+    assert 12 - workers <= len(finished) < 18
 
     (output / ".train-00099.tar.tmp-1").write_bytes(b"half")  # as a kill within a shard leaves it
     ingest(IngestConfig.model_validate(settings(pictures, output, workers=1)))
     assert shards(output) == shards(undisturbed)
     assert result(output)["counts"] == result(undisturbed)["counts"]
     assert result(output)["left_out"] == result(undisturbed)["left_out"]
-    assert {path: path.stat().st_mtime_ns for path in standing} == standing  # none was made again
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished  # none was made again
 
 
 def stop_after(monkeypatch, num_shards: int):
-    """Let an ingestion in this process stop, as if killed, when so many shards stand."""
+    """Let an ingestion in this process stop, as if killed, when so many shards are done."""
     import dede_ray.ingest.ingest as module
 
     write, written = module.write_shard, []

@@ -33,7 +33,7 @@ SMOKE = "configs/smoke.yaml"
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what somebody clones, in which nothing has run yet."""
+    """A fresh copy of the repository, in which nothing has run yet."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("configs", "jobs", "dede_ray"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -50,7 +50,7 @@ def run_job(folder: Path, *argv: str, **variables: str) -> subprocess.CompletedP
 
 @pytest.fixture(scope="module")
 def smoke(checkout: Path) -> subprocess.CompletedProcess[str]:
-    """The smallest demo, run once for all tests; what it made lies in the checkout's runs/smoke."""
+    """The smallest demo, run once for all tests; its output is in the checkout's runs/smoke."""
     return run_job(checkout, "demo", SMOKE)
 
 
@@ -217,7 +217,7 @@ def test_a_decoder_of_another_victim_does_not_score(mistaken, monkeypatch, tmp_p
 
 
 def free_ports(count: int) -> list[str]:
-    """Ports that nobody listens on, below those that the system gives away and above those of Ray's workers."""
+    """Ports without a listener, below those that the system gives away and above those of Ray's workers."""
     found: list[str] = []
     for port in range(20_000 + os.getpid() % 8000, 32_000):
         with socket.socket() as probe:
@@ -327,7 +327,7 @@ def test_a_submitted_job_takes_a_config_and_overrides(head, smoke, checkout, tmp
 
 @pytest.mark.slow
 def test_scoring_on_a_running_cluster_gives_the_same_manifest(head, smoke, checkout, tmp_path):
-    """Without a config; the cluster's processes stand in another folder than the job."""
+    """Without a config; the cluster's processes run in another folder than the job."""
     scores = checkout / "runs/smoke/scores"
     before = {path.relative_to(scores): path.read_bytes() for path in scores.rglob("*") if path.is_file()}
     shutil.move(scores, tmp_path / "scores")

@@ -1,4 +1,4 @@
-"""Jobs that are submitted to a cluster: they run, tell what became of them, and can be stopped."""
+"""Jobs that are submitted to a cluster: they run, report how they ended, and can be stopped."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Submitter:
         return JobSubmissionClient(self.head.dashboard).get_job_status(name).value
 
     def ended(self, name: str, limit_s: float = 120) -> str:
-        """Its status once it is through."""
+        """Its status once it has ended."""
         deadline = time.monotonic() + limit_s
         while (status := self.status(name)) in ("PENDING", "RUNNING"):
             assert time.monotonic() < deadline, self.logs(name)
@@ -117,7 +117,7 @@ def test_training_scoring_and_evaluation_succeed_as_submitted_jobs_and_say_what_
 
 @pytest.mark.slow
 def test_every_job_can_be_submitted(cluster):
-    """Four at a time: each needs half a GB to say what it can be told."""
+    """Four at a time: each needs half a GB to list its settings."""
     assert len(JOBS) >= 16
     for begin in range(0, len(JOBS), 4):
         for job in JOBS[begin : begin + 4]:
