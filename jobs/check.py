@@ -1,4 +1,4 @@
-"""Examine shards before somebody trains or scores on them, without changing them: the shard doctor.
+"""Examine shards before they are trained on or scored, without changing them: the shard doctor.
 
 python jobs/check.py configs/digits/check.yaml --shards 'shards/train-*.tar' --output runs/check
 """

@@ -1,4 +1,4 @@
-"""Hold a manifest against the truth: numbers, a table, figures and a page to look at.
+"""Compare a manifest with the truth: numbers, a table, figures and a page to look at.
 
     python jobs/evaluate.py configs/digits/evaluate.yaml --output runs/digits/report
 

@@ -10,6 +10,7 @@ files, and each does only what its output folder still lacks, so a row of them c
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 import shlex
@@ -23,7 +24,7 @@ from typing import Any, get_origin
 import tyro
 from pydantic import Field, create_model
 
-from dede_ray.runtime.config import Config, Mistake, load, read_yaml
+from dede_ray.runtime.config import Config, Mistake, load, override, read_yaml
 from dede_ray.runtime.store import StoreError
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ GROUPS: dict[str, dict[str, Job]] = {
             "ingest.ingest:IngestConfig", "ingest.ingest:run",
         ),
         "check": Job(
-            "what is odd about shards, before somebody trains or scores on them",
+            "what is odd about shards, before they are trained on or scored",
             "ingest.check:CheckConfig", "ingest.check:check",
         ),
     },
@@ -154,7 +155,9 @@ def main(job: str | None = None) -> None:
         program = f"dede-ray {job}"
     try:
         if job not in JOBS:
-            raise Mistake(f"no job is called {job!r}; there are {', '.join(JOBS)} (see dede-ray --help)")
+            near = difflib.get_close_matches(job, JOBS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(JOBS)}"
+            raise Mistake(f"no job is called {job!r}; {hint} (see dede-ray --help)")
         run_job(JOBS[job].settings_class(), lambda settings: _run(job, settings), program, arguments, JOBS[job].default)
     except Mistake as mistake:
         sys.exit(_one_message(mistake))
@@ -181,21 +184,27 @@ def run_job(
         function: does the work.
         program: what a person typed before the arguments.
         arguments: path of a config, then overrides.
-        default: path of a config, or settings, where there are no arguments.
+        default: path of a config for a command without arguments; or settings, to which overrides may follow directly.
     """
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("dede_ray").setLevel(logging.INFO)
     try:
         if arguments and arguments[0] in {"-h", "--help"}:
             _explain_settings(kind, program)
-        if not arguments and default is None:
-            raise Mistake(f"no config given; run: {program} <config.yaml> (see configs/)")
-        if not arguments and isinstance(default, Config):
-            settings = default
+        begins_with_override = bool(arguments) and arguments[0].startswith("--")
+        if isinstance(default, Config) and (not arguments or begins_with_override):
+            settings = override(default, arguments, program)
+        elif begins_with_override or (not arguments and default is None):
+            command = " ".join([program, "<config.yaml>", *map(shlex.quote, arguments)])
+            raise Mistake(f"no config given; run: {command} (see configs/)")
         else:
             arguments = arguments or [str(default)]
-            is_demo = len(arguments) == 1 and "steps" in read_yaml(arguments[0])
-            settings = load(Steps if is_demo else kind, arguments)
+            is_demo = "steps" in read_yaml(arguments[0])
+            if is_demo and kind is not Steps and len(arguments) > 1:
+                raise Mistake(
+                    f"{arguments[0]} holds the steps of a demo, which take no further settings; change the file"
+                )
+            settings = load(Steps if is_demo else kind, arguments, program)
         outcome = function(settings)
     except (Mistake, StoreError) as mistake:
         sys.exit(_one_message(mistake))
@@ -204,7 +213,6 @@ def run_job(
 
 
 def _explain_settings(kind: type[Config], program: str) -> None:
-    print(f"usage: {program} <config.yaml> [--setting value ...]\n")
     # tyro wants a default for collections of settings, which the YAML gives; their help comes with it.
     empty: dict[str, Any] = {
         name: (field.annotation, origin())
@@ -212,7 +220,7 @@ def _explain_settings(kind: type[Config], program: str) -> None:
         if (origin := get_origin(field.annotation)) in (list, dict)
     }
     helped = create_model(kind.__name__, __base__=kind, **empty)  # type: ignore[call-overload]
-    tyro.cli(tyro.conf.AvoidSubcommands[helped], args=["--help"], prog=program)  # type: ignore[valid-type, misc]
+    tyro.cli(tyro.conf.AvoidSubcommands[helped], args=["--help"], prog=f"{program} <config.yaml>")  # type: ignore[valid-type, misc]
 
 
 def _one_message(mistake: Exception) -> int:

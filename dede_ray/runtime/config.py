@@ -11,7 +11,9 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import re
 import reprlib
+import shlex
 from pathlib import Path
 from typing import IO, Annotated, Any, ClassVar, TypeVar
 
@@ -69,12 +71,13 @@ class Config(BaseModel):
     """Of a job's settings: `output` may be a URL."""
 
 
-def load(kind: type[C], argv: list[str]) -> C:
+def load(kind: type[C], argv: list[str], program: str = "") -> C:
     """Read `run.yaml`, then apply overrides such as `--decoder.mask-ratio 0.75`.
 
     Args:
         kind: the settings class.
         argv: the YAML path, then the overrides.
+        program: what a person typed before them, for messages.
 
     Raises:
         Mistake: no such file, not YAML, an unknown key, a wrong type or a value out of range.
@@ -82,12 +85,30 @@ def load(kind: type[C], argv: list[str]) -> C:
     path, *overrides = argv
     content = read_yaml(path)
     try:
-        base = kind.model_validate(content)
-        if not overrides:
-            return base
-        return tyro.cli(tyro.conf.AvoidSubcommands[kind], default=base, args=overrides, prog=path)  # type: ignore[valid-type, misc]
+        settings = kind.model_validate(content)
     except ValidationError as error:
         raise Mistake(f"{path} does not describe a {kind.__name__}:\n{explain(error, kind)}") from None
+    return override(settings, overrides, f"{program} {path}".lstrip())
+
+
+def override(settings: C, overrides: list[str], name: str) -> C:
+    """Change settings by the words of a command line, such as `--decoder.mask-ratio 0.75`.
+
+    Args:
+        settings: those to begin with.
+        overrides: the words.
+        name: what a person typed before them, for messages.
+
+    Raises:
+        Mistake: a value out of range. An unknown setting ends the process with a message and exit code 2.
+    """
+    kind = type(settings)
+    if not overrides:
+        return settings
+    try:
+        return tyro.cli(tyro.conf.AvoidSubcommands[kind], default=settings, args=overrides, prog=name)  # type: ignore[valid-type]
+    except ValidationError as error:
+        raise Mistake(f"{name} with {shlex.join(overrides)} is no {kind.__name__}:\n{explain(error, kind)}") from None
 
 
 def config_file(path: str | Path) -> Path:
@@ -107,11 +128,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     """
     file = config_file(path)
     if not file.is_file():
-        configs = [p.as_posix() for folder in _BUNDLED for p in sorted(folder.rglob("*.yaml"))]
-        known = ["configs/" + p.rpartition("/configs/")[2] for p in configs]
-        # By the whole path, or by the file's name alone: configs/score_digits.yaml is configs/digits/score.yaml now.
-        near = difflib.get_close_matches(path, known, 1, 0.75)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = _similar_configs(path)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise Mistake(f"no config file at {path} (looked from {Path.cwd()}){hint}")
     try:
         content = yaml.safe_load(file.read_text())
@@ -141,16 +159,35 @@ def as_settings(kind: type[C], given: C | dict[str, Any] | str | Path) -> C:
         raise Mistake(f"these settings do not describe a {kind.__name__}:\n{explain(error, kind)}") from None
 
 
+def _similar_configs(path: str) -> list[str]:
+    """Configs that may have been meant: the nearest by its words in any order, or else those of the same file name.
+
+    So configs/score_digits.yaml and configs/digits/scor.yaml are near to configs/digits/score.yaml.
+    """
+
+    def words(name: str) -> str:
+        parts = Path(name).with_suffix("").parts
+        inner = parts[parts.index("configs") + 1 :] if "configs" in parts else parts
+        return " ".join(sorted(re.findall(r"[^\W_]+", " ".join(inner))))
+
+    bundled = [Path("configs", p.relative_to(folder)) for folder in _BUNDLED for p in folder.rglob("*.yaml")]
+    known = sorted({p.as_posix() for p in [*bundled, *Path(path).parent.glob("*.yaml")]})
+    by_words = {words(name): name for name in known}
+    near = difflib.get_close_matches(words(path), by_words, 1, 0.65)
+    return [by_words[name] for name in near] or [name for name in known if Path(name).name == Path(path).name][:3]
+
+
 def explain(error: ValidationError, kind: type[BaseModel]) -> str:
     """Say each validation error in one line: the field, what was found, what was expected."""
-    lines = []
+    lines: list[str] = []
     for problem in error.errors():
         parts, names = _place(kind, problem["loc"])
         field = ".".join(parts) or kind.__name__
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(problem["loc"][-1]), names, 1)
             hint = f"did you mean `{near[0]}`?" if near else f"known settings: {', '.join(names)}"
-            lines.append(f"  {field}: unknown setting; {hint}")
+            is_repeated = any(line.endswith(hint) for line in lines)
+            lines.append(f"  {field}: unknown setting" + ("" if is_repeated else f"; {hint}"))
         elif problem["type"] == "missing":
             lines.append(f"  {field}: required, but not given")
         else:

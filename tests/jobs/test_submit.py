@@ -124,7 +124,7 @@ def test_every_job_can_be_submitted(cluster):
             cluster.submit(f"help-{job}", f"jobs/{job}.py", "--help", wait=False)
         for job in JOBS[begin : begin + 4]:
             assert cluster.ended(f"help-{job}") == "SUCCEEDED", cluster.logs(f"help-{job}")
-            assert f"usage: jobs/{job}.py" in cluster.logs(f"help-{job}")
+            assert f"usage: python jobs/{job}.py <config.yaml>" in cluster.logs(f"help-{job}")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Settings are strict, mistakes are told in one message, and an output folder belongs to the run that claimed it."""
+"""Settings are strict, mistakes end in one message, and an output folder belongs to the run that claimed it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from dede_ray.poisoning.poison import PoisonConfig
-from dede_ray.runtime.cli import JOBS
+from dede_ray.runtime.cli import JOBS, main
 from dede_ray.runtime.cli import run_job as run_from_command_line
 from dede_ray.runtime.config import Config, Mistake, claim, finish, load, read_json, write_atomically, write_json
 from tests.benchmarks.speed import SpeedConfig
@@ -87,8 +87,43 @@ def test_a_file_that_is_not_text_is_a_mistake(tmp_path):
 
 def test_a_missing_file_is_a_mistake_that_names_the_nearest(monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(Mistake, match=r"no config file at configs/poison_digit\.yaml .*configs/poison_digits\.yaml\?"):
-        load(PoisonConfig, ["configs/poison_digit.yaml"])
+    with pytest.raises(Mistake, match=r"no config file at configs/digits/poson\.yaml .*configs/digits/poison\.yaml\?"):
+        load(PoisonConfig, ["configs/digits/poson.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("configs/score_digits.yaml", "configs/digits/score.yaml"),  # an earlier name: its words in another order
+        ("configs/attack_badencoder_cifar10.yaml", "configs/cifar10/attack/badencoder.yaml"),
+        ("configs/train_clip_digits_sifted.yaml", "configs/digits/train_clip_sifted.yaml"),
+        ("score_digits.yml", "configs/digits/score.yaml"),
+        ("configs/badnets.yaml", "configs/cifar10/poison/badnets.yaml"),  # its file name alone
+        (
+            "configs/train_clip.yaml",
+            "configs/cifar10/train_clip.yaml or configs/cluster/train_clip.yaml or configs/digits",
+        ),
+    ],
+)
+def test_a_missing_file_is_recognised_by_its_words_in_any_order_and_by_its_name(path, meant, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(Mistake, match=rf"; did you mean {meant}"):
+        load(PoisonConfig, [path])
+
+
+def test_a_missing_file_is_looked_for_among_those_beside_it(tmp_path):
+    (tmp_path / "my_scores.yaml").write_text(POISON)
+    with pytest.raises(Mistake, match=r"did you mean .*/my_scores\.yaml\?"):
+        load(PoisonConfig, [str(tmp_path / "my_score.yaml")])
+    with pytest.raises(Mistake, match=r"\)$"):  # nothing is near
+        load(PoisonConfig, [str(tmp_path / "entirely_else.yaml")])
+
+
+def test_known_settings_are_listed_once(yaml_file):
+    with pytest.raises(Mistake, match="known settings") as caught:
+        load(PoisonConfig, [yaml_file(POISON + "detectors: []\nsampling: 3\n")])
+    assert str(caught.value).count("unknown setting") == 2
+    assert str(caught.value).count("known settings: ") == 1
 
 
 @pytest.mark.parametrize(
@@ -175,6 +210,7 @@ def run_job(*argv: str) -> subprocess.CompletedProcess[str]:
         ([], "no config given; run: python jobs/ingest.py <config.yaml>"),
         (["configs/ingest_digit.yaml"], "did you mean configs/digits/ingest.yaml?"),
         (["configs/digits/poison.yaml"], "does not describe a IngestConfig"),
+        (["--seed", "3"], "no config given; run: python jobs/ingest.py <config.yaml> --seed 3"),
     ],
 )
 def test_a_mistake_ends_a_job_with_code_2_and_one_message(argv, message):
@@ -202,6 +238,23 @@ def test_help_is_written_by_the_field_docstrings():
     assert job.returncode == 0
     assert "--samples-per-shard" in job.stdout
     assert "Samples in one tar" in job.stdout
+
+
+def test_overrides_follow_directly_where_a_job_has_default_settings(capsys):
+    run_from_command_line(Small, lambda settings: settings.number, "small", ["--number", "7"], Small(output="there"))
+    assert capsys.readouterr().out == "7\n"
+    with pytest.raises(SystemExit):
+        run_from_command_line(Small, print, "small", ["--number", "-7"], Small())
+    assert "number" in capsys.readouterr().err
+
+
+def test_a_job_that_does_not_exist_is_a_mistake_that_names_the_nearest(monkeypatch, capsys):
+    for typed, hint in (("scroe", "did you mean score?"), ("x", "there are demo, ingest, check")):
+        monkeypatch.setattr(sys, "argv", ["dede-ray", typed])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert f"error: no job is called '{typed}'; {hint}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [job.settings_class() for job in JOBS.values()] + [SpeedConfig])
