@@ -173,8 +173,9 @@ def _similar_configs(path: str) -> list[str]:
     bundled = [Path("configs", p.relative_to(folder)) for folder in _BUNDLED for p in folder.rglob("*.yaml")]
     known = sorted({p.as_posix() for p in [*bundled, *Path(path).parent.glob("*.yaml")]})
     by_words = {words(name): name for name in known}
-    near = difflib.get_close_matches(words(path), by_words, 1, 0.65)
-    return [by_words[name] for name in near] or [name for name in known if Path(name).name == Path(path).name][:3]
+    close = [by_words[name] for name in difflib.get_close_matches(words(path), by_words, 1, 0.75)]
+    named = [name for name in known if Path(name).name == Path(path).name]
+    return close or named[:3] or [by_words[name] for name in difflib.get_close_matches(words(path), by_words, 1, 0.65)]
 
 
 def explain(error: ValidationError, kind: type[BaseModel]) -> str:

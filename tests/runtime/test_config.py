@@ -98,6 +98,7 @@ def test_a_missing_file_is_a_mistake_that_names_the_nearest(monkeypatch):
         ("configs/attack_badencoder_cifar10.yaml", "configs/cifar10/attack/badencoder.yaml"),
         ("configs/train_clip_digits_sifted.yaml", "configs/digits/train_clip_sifted.yaml"),
         ("score_digits.yml", "configs/digits/score.yaml"),
+        ("configs/demo_smoke.yaml", "configs/smoke.yaml"),
         ("configs/badnets.yaml", "configs/cifar10/poison/badnets.yaml"),  # its file name alone
         (
             "configs/train_clip.yaml",
