@@ -143,6 +143,25 @@ def read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
+def _similar_configs(path: str) -> list[str]:
+    """Configs that may have been meant: the one of nearly the same words in any order, or those of the same file name.
+
+    So configs/score_digits.yaml and configs/digits/scor.yaml both lead to configs/digits/score.yaml.
+    """
+
+    def words(name: str) -> str:
+        parts = Path(name).with_suffix("").parts
+        inner = parts[parts.index("configs") + 1 :] if "configs" in parts else parts
+        return " ".join(sorted(re.findall(r"[^\W_]+", " ".join(inner))))
+
+    bundled = [Path("configs", p.relative_to(folder)) for folder in _BUNDLED for p in folder.rglob("*.yaml")]
+    known = sorted({p.as_posix() for p in [*bundled, *Path(path).parent.glob("*.yaml")]})
+    by_words = {words(name): name for name in known}
+    close = [by_words[name] for name in difflib.get_close_matches(words(path), by_words, 1, 0.75)]
+    named = [name for name in known if Path(name).name == Path(path).name]
+    return close or named[:3] or [by_words[name] for name in difflib.get_close_matches(words(path), by_words, 1, 0.65)]
+
+
 def as_settings(kind: type[C], given: C | dict[str, Any] | str | Path) -> C:
     """Settings as people give them in Python: ready ones, a dict of them, or the path of a YAML file.
 
@@ -157,25 +176,6 @@ def as_settings(kind: type[C], given: C | dict[str, Any] | str | Path) -> C:
         return kind.model_validate(given)
     except ValidationError as error:
         raise Mistake(f"these settings do not describe a {kind.__name__}:\n{explain(error, kind)}") from None
-
-
-def _similar_configs(path: str) -> list[str]:
-    """Configs that may have been meant: the nearest by its words in any order, or else those of the same file name.
-
-    So configs/score_digits.yaml and configs/digits/scor.yaml are near to configs/digits/score.yaml.
-    """
-
-    def words(name: str) -> str:
-        parts = Path(name).with_suffix("").parts
-        inner = parts[parts.index("configs") + 1 :] if "configs" in parts else parts
-        return " ".join(sorted(re.findall(r"[^\W_]+", " ".join(inner))))
-
-    bundled = [Path("configs", p.relative_to(folder)) for folder in _BUNDLED for p in folder.rglob("*.yaml")]
-    known = sorted({p.as_posix() for p in [*bundled, *Path(path).parent.glob("*.yaml")]})
-    by_words = {words(name): name for name in known}
-    close = [by_words[name] for name in difflib.get_close_matches(words(path), by_words, 1, 0.75)]
-    named = [name for name in known if Path(name).name == Path(path).name]
-    return close or named[:3] or [by_words[name] for name in difflib.get_close_matches(words(path), by_words, 1, 0.65)]
 
 
 def explain(error: ValidationError, kind: type[BaseModel]) -> str:
