@@ -149,13 +149,15 @@ def _similar_configs(path: str) -> list[str]:
     So configs/score_digits.yaml and configs/digits/scor.yaml both lead to configs/digits/score.yaml.
     """
 
+    folder = Path(path).parent
+
     def words(name: str) -> str:
         parts = Path(name).with_suffix("").parts
-        inner = parts[parts.index("configs") + 1 :] if "configs" in parts else parts
-        return " ".join(sorted(re.findall(r"[^\W_]+", " ".join(inner))))
+        shared = parts.index("configs") + 1 if "configs" in parts else len(folder.parts) * folder.is_dir()
+        return " ".join(sorted(re.findall(r"[^\W_]+", " ".join(parts[shared:]))))
 
     bundled = [Path("configs", p.relative_to(folder)) for folder in _BUNDLED for p in folder.rglob("*.yaml")]
-    known = sorted({p.as_posix() for p in [*bundled, *Path(path).parent.glob("*.yaml")]})
+    known = sorted({p.as_posix() for p in [*bundled, *folder.glob("*.yaml")]})
     by_words = {words(name): name for name in known}
     close = [by_words[name] for name in difflib.get_close_matches(words(path), by_words, 1, 0.75)]
     named = [name for name in known if Path(name).name == Path(path).name]
