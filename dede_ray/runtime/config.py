@@ -106,7 +106,7 @@ def override(settings: C, overrides: list[str], name: str) -> C:
     if not overrides:
         return settings
     try:
-        return tyro.cli(tyro.conf.AvoidSubcommands[kind], default=settings, args=overrides, prog=name)  # type: ignore[valid-type]
+        return tyro.cli(tyro.conf.AvoidSubcommands[kind], default=settings, args=overrides, prog=name)  # type: ignore[valid-type, misc]
     except ValidationError as error:
         raise Mistake(f"{name} with {shlex.join(overrides)} is no {kind.__name__}:\n{explain(error, kind)}") from None
 
