@@ -45,10 +45,10 @@ class Mistake(ValueError):
     Example:
         >>> import dede_ray
         >>> try:
-        ...     dede_ray.read_manifest("runs/nothing")
+        ...     dede_ray.list_shards([])
         ... except dede_ray.Mistake as mistake:
         ...     print(mistake)
-        no manifest (manifest.json) at runs/nothing/manifest.json; run the job that writes it, or correct the path
+        the list of shards is empty; name .tar files, a folder of them, or a pattern
     """
 
 
