@@ -31,7 +31,7 @@ from pydantic import Field, ValidationError
 from ray.exceptions import RayTaskError
 from safetensors.torch import save
 
-from dede_ray.data.ledger import BASE_SCHEMA, Chosen, KeyedShare, PassSummary, read_end, read_parts, standing_shards
+from dede_ray.data.ledger import BASE_SCHEMA, Chosen, KeyedShare, PassSummary, read_end, read_parts, shards_of_pass
 from dede_ray.data.near_duplicates import perceptual_hash
 from dede_ray.data.passes import PassResources, run_over_parts, run_pass
 from dede_ray.data.shards import Limits, Shard, count_samples, list_shards
@@ -184,7 +184,7 @@ class _Run:
         self.source = place(config.embeddings) if config.embeddings else None
         if self.source is None and not config.shards:
             raise Mistake("nothing to score: name `shards` to read, or `embeddings` of an earlier run")
-        self.shards = list_shards(config.shards) if self.source is None else standing_shards(self.source / "scores")
+        self.shards = list_shards(config.shards) if self.source is None else shards_of_pass(self.source / "scores")
         self.calibration = self._calibration_shards()
         if self.source is not None and "image" in needs:
             lacking = [one.label for one in self.all_detectors if "image" in one.needs]
@@ -237,7 +237,7 @@ class _Run:
     def _calibration_shards(self) -> list[Shard]:
         if self.source is not None:
             stands = (self.source / "calibration" / "pass.json").is_file()
-            return standing_shards(self.source / "calibration") if stands else []
+            return shards_of_pass(self.source / "calibration") if stands else []
         return list_shards(self.config.calibration) if self.config.calibration else []
 
     # ---------------------------------------------------------------------------------------------- fitting
