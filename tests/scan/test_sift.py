@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 import dede_ray.scan.sift
 from dede_ray.data.ledger import BASE_SCHEMA
-from dede_ray.data.shards import Limits, Sample, Shard, ShardEnd, _why_unreadable, iter_samples, list_shards, sample_id
+from dede_ray.data.shards import Limits, Sample, Shard, ShardEnd, iter_samples, list_shards, sample_id, why_unreadable
 from dede_ray.runtime.config import Mistake
 from dede_ray.scan.decisions import AssumedPoisonRate, FixedThreshold
 from dede_ray.scan.manifest import DECISION_COLUMNS, write_manifest
@@ -214,7 +214,7 @@ def test_the_samples_left_are_those_not_dropped_whatever_the_tar(tmp_path, data)
     plain, zipped = tmp_path / "a.tar", tmp_path / "b.tar"  # the reader looks at the content, not at the name
     plain.write_bytes(content)
     zipped.write_bytes(gzip.compress(content))
-    assume(_why_unreadable(Shard("a.tar", str(plain), 0)) is None)  # others are refused as a whole
+    assume(why_unreadable(Shard("a.tar", str(plain), 0)) is None)  # others are refused as a whole
     before, end = samples_of(plain), ShardEnd()
     assume(before)
     places = data.draw(st.sets(st.integers(0, len(before) - 1), max_size=len(before) - 1))
