@@ -4,8 +4,8 @@ Pan et al., "ASSET: Robust Backdoor Data Detection Across a Multiplicity of Deep
 2023. Each mini-batch of the suspected set takes four steps:
 
 1. offset down: on as many clean (base) samples, minimise the variance of the network's logits;
-2. nested concentration: a new network learns to tell this mini-batch from these base samples. Clean ones cannot be
-   told apart and stay in the middle, poisoned ones can;
+2. nested concentration: a new network learns to separate this mini-batch from these base samples. Clean ones
+   cannot be separated and stay in the middle, poisoned ones can;
 3. select what lies out, by the adjusted outlyingness of that network's outputs;
 4. offset up: on the selected samples, undo what the first step did.
 
@@ -341,7 +341,7 @@ def asset_published(
         image_NHWC: the suspected images, as stored.
         label_N: their labels, 0 to num_classes - 1.
         feature_ND: the poisoned model's features of them, as the nested network shall see them.
-        base_image_BHWC, base_feature_BD: the same of clean images, whose labels nobody needs.
+        base_image_BHWC, base_feature_BD: the same of clean images, whose labels are not needed.
         settings: of the loop and the threshold.
         device: where the networks live.
 

@@ -114,7 +114,7 @@ class References:
         return self._distances(embedding_BE.double() - self.centre_E, own_B)
 
     def _distances(self, query_BE: Tensor, own_B: Tensor) -> Tensor:
-        """`own_B` is left out, -1 is nobody.
+        """`own_B` is left out, -1 is none.
 
         In float64: products of matrices round differently for batches of different sizes, and a float32 score must
         not show it. For the same reason copies are at no distance, instead of at that of their rounding.

@@ -599,7 +599,7 @@ def test_what_stored_embeddings_are_scored_is_what_detectors_score_of_them_by_ha
             np.testing.assert_allclose(there, score_B, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_rescoring_refuses_detectors_and_encoders_that_the_embeddings_do_not_fit(attached, scored, everything, decoder_folder, tmp_path):
+def test_rescoring_refuses_what_the_embeddings_do_not_fit(attached, scored, everything, decoder_folder, tmp_path):
     def refused(message: str, **changed) -> None:
         with pytest.raises(Mistake, match=message):
             score(everything(tmp_path / "other", **{**rescoring(attached), **changed}))
