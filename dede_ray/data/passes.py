@@ -131,7 +131,7 @@ class PassResources(Config):
         )
 
     def of_actor(self) -> dict[str, Any]:
-        """What Ray is asked for."""
+        """The resources of one actor, in Ray's words."""
         asked: dict[str, Any] = {"num_cpus": self.cpus_per_actor, "num_gpus": self.gpus_per_actor}
         return asked | ({"memory": self.memory_per_actor} if self.memory_per_actor else {})
 

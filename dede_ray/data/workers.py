@@ -46,7 +46,7 @@ from dede_ray.runtime.store import Place
 
 logger = logging.getLogger(__name__)
 TRIES = 3
-"""Of a task whose process keeps dying, before its chunks are taken for the cause; and of a read that fails."""
+"""Attempts at a task whose process dies, before its chunks are taken for the cause; and at a read that fails."""
 JOURNAL = "DEDE_RAY_JOURNAL"
 """Environment variable: a file on each machine to which actors add a line for each chunk that they begin."""
 
@@ -91,7 +91,7 @@ class Work(Protocol):
 
 
 class PartWork(Protocol):
-    """The same for a pass over parts: gets the rows of one part that have no error."""
+    """The work of a pass over parts: gets the rows of one part that have no error."""
 
     columns: dict[str, pa.DataType]
 

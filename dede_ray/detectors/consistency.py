@@ -57,12 +57,12 @@ class Heads(Config):
     """The contrastive form's two MLP heads, and how they are trained."""
 
     width: int = Field(256, ge=1)
-    """Of the hidden layer and of the space in which the encoders are compared."""
+    """Width of the hidden layer and of the space in which the encoders are compared."""
     temperature: float = Field(0.07, gt=0)
     epochs: int = Field(5, ge=1)
     batch_size: int = Field(512, ge=2)
     learning_rate: float = Field(1e-3, gt=0)
-    """Of AdamW at the beginning; falls to 0 along a cosine."""
+    """AdamW's at the beginning; falls to 0 along a cosine."""
 
 
 class Consistency(DetectorSettings):
@@ -97,9 +97,9 @@ class Consistency(DetectorSettings):
     drawn_from: DrawnFrom = "suspected"
     """What is fitted on: the corpus itself, or clean samples."""
     ridge: float = Field(1e-3, gt=0)
-    """Of the map, in units of the mean variance of u's components."""
+    """Ridge penalty of the map, in units of the mean variance of u's components."""
     stiff_ridge: float = Field(1.0, gt=0)
-    """The same of the maps that choose what the last one is fitted on."""
+    """Ridge penalty of the maps that choose what the last one is fitted on."""
     trim: float = Field(0.1, ge=0, le=0.5)
     """Share of the fitting set, that which looks most misplaced, that the next fit leaves out: several times the
     poison."""
@@ -116,7 +116,7 @@ class Consistency(DetectorSettings):
     softness: float = Field(1.0, ge=0)
     """Lengths of `xc_misplaced` are whitened by S + softness * mean variance: 0 is whitened, very large plain."""
     heads: Heads = Heads()
-    """Of the contrastive form."""
+    """Settings of the contrastive form."""
     seed: int = 0
     """Draws the references and the held-out samples, and trains the heads."""
 

@@ -69,7 +69,7 @@ class Inversion(Config):
     batch_size: int = Field(128, ge=2)
     """The publication takes 32 for CLIP."""
     learning_rates: tuple[float, float, float] = (0.5, 0.1, 0.05)
-    """Of Adam, at first and after each of the two epochs below."""
+    """Learning rates of Adam: at first, and after each of the two epochs below."""
     drops: tuple[int, int] | None = None
     """Epochs at which the learning rate falls: 30 and 50, or 200 and 500."""
     min_weight: float | None = Field(None, gt=0)
@@ -78,7 +78,7 @@ class Inversion(Config):
     """Steps without a smaller stamp before it stops early: 10, or 35."""
 
     def of_size(self, image_px: int) -> Inversion:
-        """The same with the numbers for an image size where none are given."""
+        """These settings, with the numbers for an image size where none are given."""
         is_small = image_px <= LARGEST_SMALL_PX
         family = {
             "drops": (30, 50) if is_small else (200, 500),
@@ -133,9 +133,9 @@ class InvertedStamp:
     cosine: float
     """C: mean cosine of two stamped images, in the batch where it was found."""
     cosine_of_all: float
-    """The same over all shadow images."""
+    """Mean cosine over all shadow images."""
     cosine_before: float
-    """The same of all shadow images without the stamp."""
+    """Mean cosine of all shadow images without the stamp."""
     num_steps: int
     seed: int
     victim: str
@@ -458,7 +458,7 @@ class DecreeConfig(Config):
     images_seed: int = Field(0, ge=0)
     """Draws the shadow images, the same for all."""
     threshold: float = Field(0.1, gt=0, le=1)
-    """Of PL1; the publication's."""
+    """PL1 below which an encoder is called backdoored; the publication's."""
     inversion: Inversion = Inversion()
     limits: Limits = Limits()
     resources: InversionResources = InversionResources()

@@ -146,7 +146,7 @@ class Neighbourhood(References):
         return self.score_at(self.distances(embedding_BE, sample_ids))
 
     def score_at(self, distance_BM: Tensor) -> dict[str, Tensor]:
-        """The same from distances to all references."""
+        """`score`, from the distances to all references."""
         distance_Bk, index_Bk = self._nearest(distance_BM)
         ratio_Bk = distance_Bk[:, -1:] / self.k_distance_M[index_Bk].clamp_min(TINY)
         return {

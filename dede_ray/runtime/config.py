@@ -59,7 +59,7 @@ def _are_seeds(seeds: list[int]) -> list[int]:
 
 
 Seeds = Annotated[list[int], Field(min_length=1), AfterValidator(_are_seeds)]
-"""What is repeated with other draws."""
+"""Seeds of repetitions, each with draws of its own."""
 
 
 class Config(BaseModel):
@@ -68,7 +68,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     writes_to_stores: ClassVar[bool] = False
-    """Of a job's settings: `output` may be a URL."""
+    """Whether a job with these settings can write to a store: `output` may be a URL."""
 
 
 def load(kind: type[C], argv: list[str], program: str = "") -> C:

@@ -130,7 +130,7 @@ class ObjectPath:
         return self._info().type != fs.FileType.NotFound
 
     def num_bytes(self) -> int:
-        """Of the object."""
+        """The object's size."""
         return self._info().size
 
     def version(self) -> str:

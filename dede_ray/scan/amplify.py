@@ -81,7 +81,7 @@ class AmplifyConfig(Rounds):
     output: str
     amplify: Amplify = Amplify()
     max_seeds: int = Field(2000, ge=LEAST_SEEDS)
-    """Of more distinct seeds so many are drawn, by their keys. They are held in memory, with their maps."""
+    """Distinct seeds to use, at most, drawn by their keys. They are held in memory, with their maps."""
     max_clean: int = Field(5000, ge=LEAST_SEEDS)
     """About so many clean pictures are drawn, and held in memory."""
     chunk_size: int = Field(256, ge=1)

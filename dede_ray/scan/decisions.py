@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Shapes: N samples to judge, n calibration samples, M distinct samples among the N: those with a score, copies once.
 
 CONFIDENCE = 0.9
-"""Of the lower bounds on the number of poisoned samples: all of them hold at once with this probability."""
+"""Probability that all lower bounds on the number of poisoned samples hold at once."""
 
 
 class About(TypedDict, total=False):

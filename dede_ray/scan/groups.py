@@ -40,12 +40,12 @@ class Rows:
     p_value: NDArray[np.float64]
     """NaN where there is none."""
     content_hash: Sequence[str | None]
-    """Of the bytes of the encoded picture."""
+    """Hash of the encoded picture's bytes."""
     perceptual_hash: Sequence[int | None] | None = None
     """64 bits, `near_duplicates.perceptual_hash`."""
     captions: Sequence[str | None] | None = None
     embedding_NE: NDArray[np.floating] | None = None
-    """Of any encoder; a clump is then also what is near in its eyes."""
+    """Embeddings by any encoder; a clump is then also what is near in its eyes."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Grouping(Config):
     near_distance: int = Field(4, ge=0, le=8)
     """Bits in which the perceptual hashes of almost equal pictures differ, at most."""
     min_cosine: float = Field(0.95, gt=0, le=1)
-    """Of the embeddings of samples of one caption; 1 for equal directions only."""
+    """Cosine above which the embeddings of two samples of one caption are near; 1 for equal directions only."""
     min_clump: int = Field(3, ge=2)
     """Samples of one caption, near each other, that make a clump."""
 

@@ -180,7 +180,7 @@ class Inputs:
     calibration: list[Shard]
     detectors: list[DetectorSettings]
     second: list[DetectorSettings]
-    """Those of the second stage."""
+    """The detectors of the second stage."""
 
     @property
     def all_detectors(self) -> list[DetectorSettings]:
@@ -530,7 +530,7 @@ class ScoreWork(_Scoring):
 
 
 class RescoreWork(_Scoring):
-    """The same from stored embeddings; what else was stored is carried over."""
+    """What an actor does with a part of stored embeddings; what else was stored is carried over."""
 
     def __init__(self, encoding: Encoding, detectors: list[DetectorSettings], states: list[str | None]):
         super().__init__(load_victim(encoding.victim), detectors, states)
@@ -545,7 +545,7 @@ class RescoreWork(_Scoring):
 
 
 LOOKS: dict[str, pa.DataType] = {"caption": pa.string(), "perceptual_hash": pa.uint64()}
-"""What findings are made of."""
+"""Columns that findings are made of."""
 
 
 @dataclass(frozen=True)
@@ -661,5 +661,5 @@ class _Deciding:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that scores depend on."""
+    """Versions of the libraries that scores depend on."""
     return {name: importlib.metadata.version(name) for name in VERSIONS_OF}

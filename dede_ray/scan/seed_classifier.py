@@ -80,7 +80,7 @@ class Amplify(Config):
     held_out: float = Field(0.25, gt=0, lt=1)
     """Share of the seeds and of the clean images that the control keeps for itself."""
     least_auroc: float = Field(0.9, ge=0.5, le=1)
-    """Of true seeds in the control; with less, the classifier learnt nothing that they share."""
+    """AUROC of true seeds in the control; with less, the classifier learnt nothing that they share."""
     seed: int = Field(0, ge=0)
     """Draws weights, windows and places."""
 
@@ -430,16 +430,16 @@ class Rounds(Config):
 
 @dataclass(frozen=True, eq=False)
 class Amplification:
-    """What came of the seeds."""
+    """The classifier that the seeds led to, and what it found."""
 
     amplified: Amplified
     """The classifier of the last round that passed its control, or of the first one."""
     scores: NDArray[np.floating]
-    """(N,), of the corpus, by that classifier."""
+    """(N,): that classifier's scores of the corpus."""
     verdict: Verdict
     """The decision on these scores; where the control fails it flags nothing, and its report says so."""
     rounds: list[dict[str, Any]]
-    """Of each round: num_seeds, way, control_auroc, bar, passes, num_flagged, change."""
+    """For each round: num_seeds, way, control_auroc, bar, passes, num_flagged, change."""
 
 
 def choose_seeds(scores: NDArray[Any], flagged: NDArray[np.bool_], sample_ids: Sequence[str]) -> NDArray[np.intp]:

@@ -92,7 +92,7 @@ def corpus(tmp_path: Path, write_pictures: Callable[..., list[Path]]) -> Path:
 
 
 def kept(folder: Path) -> list[str]:
-    """Ids of the samples that stand in the sifted shards."""
+    """Ids of the samples in the sifted shards."""
     return [sample_id(shard.name, s.key) for shard in list_shards(str(folder)) for s in samples_of(Path(shard.url))]
 
 
@@ -181,7 +181,7 @@ def test_a_tar_is_copied_up_to_its_end_and_no_further(tmp_path, write_pictures):
 
 class Tar(bytes):
     def __repr__(self) -> str:
-        return f"<tar of {len(self):,} bytes>"  # pages of zeros beside a failure help nobody
+        return f"<tar of {len(self):,} bytes>"  # a failure should not print pages of zeros
 
 
 @st.composite
@@ -391,12 +391,12 @@ def test_a_killed_job_run_again_gives_the_same_bytes(tmp_path):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(job.pid, signal.SIGKILL)
     job.wait()
-    standing = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/*.tar")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/*.tar")}
     receipts = {path.stem for path in tmp_path.glob("killed/parts/*.json")}
     assert 5 <= len(receipts) < 60, "it was killed in the middle"
     assert start("killed").wait() == 0
     assert start("undisturbed").wait() == 0
-    assert {p.name for p in standing if p.name in receipts and p.stat().st_mtime_ns != standing[p]} == set()
+    assert {p.name for p in before if p.name in receipts and p.stat().st_mtime_ns != before[p]} == set()
     killed, undisturbed = content_of(tmp_path / "killed"), content_of(tmp_path / "undisturbed")
     assert killed.pop("run.json") != undisturbed.pop("run.json"), "they name their folders"
     assert killed == undisturbed
