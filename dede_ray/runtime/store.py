@@ -1,7 +1,7 @@
 """Where our files are: on a file system, or on an object store (s3://, gs://) by the same words.
 
-`place` turns what a person writes into a `pathlib.Path` or, for a URL, an `ObjectPath`, which knows as much of a path's
-manners as our folders need. `write_atomically` is the one way in which anything is committed: on a file system a
+`place` turns what a person writes into a `pathlib.Path` or, for a URL, an `ObjectPath`, which has the methods of a
+`Path` that our code uses. `write_atomically` is the one way in which anything is committed: on a file system a
 temporary name is renamed, on an object store one request puts the whole object. Neither needs the other's means, and
 in both a file is absent or whole, whatever is killed.
 
