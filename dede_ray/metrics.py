@@ -38,7 +38,7 @@ def detection_metrics(scores: ArrayLike, is_poisoned: ArrayLike) -> dict[str, fl
     """Describe one detector on one mixture, ready for JSON.
 
     Average precision depends on the poison rate, so it is only comparable between rows of equal counts, which
-    stand beside it. An FPR of 0.1 % is reported from 1000 clean samples on; fewer cannot resolve it.
+    are given beside it. An FPR of 0.1 % is reported from 1000 clean samples on; fewer cannot resolve it.
     """
     clean, poisoned = _split(scores, is_poisoned)
     area = auroc(scores, is_poisoned)

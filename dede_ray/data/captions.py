@@ -1,4 +1,9 @@
-"""Class names and caption templates (`classes.json`), and the one caption that is drawn for each sample."""
+"""Class names, caption templates, and the one caption that is drawn for each sample.
+
+A labelled corpus has a `classes.json` beside its shards, written by `ingest`:
+
+    {"names": ["cat", ...], "templates": ["a photo of a {}.", ...]}
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ class Classes(Config):
     names: list[str]
     """Class names in the order of their labels."""
     templates: list[str]
-    """Captions, `{}` standing for the class name."""
+    """Captions with `{}` in the place of the class name."""
 
 
 def read_classes(shards: Sequence[Shard]) -> Classes | None:

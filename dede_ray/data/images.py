@@ -1,4 +1,14 @@
-"""Untrusted bytes to uint8 RGB pixels and back: limits before decoding, EXIF turns, squares, pixels in [0, 1]."""
+"""Untrusted bytes to uint8 RGB pixels, and back.
+
+    decode_image(content, limits) -> uint8 (H, W, 3), upright; with `size_px` a square of that side
+    encode_image(image_HWC, "png") -> bytes
+    square(content, sample_id, size_px, limits, trigger)    decode, stamp, make square: how pictures are evaluated
+    to_unit_range(image_BHWC)                               what encoders take: float32 (B, 3, H, W) in [0, 1]
+
+Whatever a file says, decoding it costs bounded time and memory: only `IMAGE_FORMATS` are tried, and the number of
+pixels, JPEG scans and bytes of EXIF data is checked before anything is decoded. What cannot be used raises `BadSample`
+with its reason. Processes that only read shards import this module, so it imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from dede_ray.data.shards import BadSample, Limits
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # what Pillow may try, whatever the suffix says
 MAX_EXIF_BYTES = 65_536  # what a JPEG segment holds; Pillow before 13 unfolds EXIF data to some thousand times its size
 MAX_SCANS = 32  # passes over all pixels that a JPEG of `max_pixels` may ask for
@@ -22,7 +32,7 @@ MAX_SCANS = 32  # passes over all pixels that a JPEG of `max_pixels` may ask for
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-# --------------------------------------------------------------------------------------------- decoding
+# ------------------------------------------------------------------------------------------------------ bytes to pixels
 
 
 def decode_image(
@@ -71,19 +81,6 @@ def decode_image(
         raise BadSample("image_truncated" if "truncated" in str(error).lower() else "image_unreadable") from None
 
 
-_BMP_RLE = (1, 2)  # compressed bitmaps, which nobody writes any more, and which Pillow decodes byte by byte in Python
-_EXIF = b"Exif\0\0"
-_TURNS = {  # by EXIF's orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
 def with_one_exif(content: bytes) -> bytes:
     """Hide all EXIF data of a JPEG but the first.
 
@@ -108,12 +105,33 @@ def orientation(image: Image.Image) -> Any:
         return None
 
 
+_BMP_RLE = (1, 2)  # compressed bitmaps: rare, and Pillow decodes them byte by byte in Python
+_EXIF = b"Exif\0\0"
+_TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def _is_painted_over(content: bytes, num_pixels: int, limits: Limits) -> bool:
     """Whether a JPEG has so many scans that decoding it takes minutes: each of 10 bytes may go over all its pixels."""
     allowed = MAX_SCANS * limits.max_pixels
     if not content.startswith(b"\xff\xd8") or num_pixels * len(content) // 10 <= allowed:
         return False
     return num_pixels * content.count(b"\xff\xda") > allowed
+
+
+# ------------------------------------------------------------------------------------------- squares, and back to bytes
+
+
+def to_square(image_HWC: np.ndarray, size_px: int) -> np.ndarray:
+    """Resize and crop a decoded image as `decode_image` does, for jobs that change it between the two."""
+    return np.asarray(_square(Image.fromarray(image_HWC), size_px))
 
 
 def _square(image: Image.Image, size_px: int) -> Image.Image:
@@ -124,11 +142,6 @@ def _square(image: Image.Image, size_px: int) -> Image.Image:
     left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, left + side, top + side)
     return image.resize((size_px, size_px), Image.Resampling.BICUBIC, box=box)
-
-
-def to_square(image_HWC: np.ndarray, size_px: int) -> np.ndarray:
-    """Resize and crop a decoded image as `decode_image` does, for jobs that change it between the two."""
-    return np.asarray(_square(Image.fromarray(image_HWC), size_px))
 
 
 def encode_image(image_HWC: np.ndarray, suffix: str, quality: int = 95) -> bytes:
@@ -145,6 +158,9 @@ def encode_image(image_HWC: np.ndarray, suffix: str, quality: int = 95) -> bytes
         assert suffix in ("jpg", "jpeg"), suffix
         image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------ pictures for encoders
 
 
 def to_unit_range(image_BHWC: Tensor) -> Tensor:

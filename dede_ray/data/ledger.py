@@ -1,11 +1,11 @@
-"""What stands of a pass over shards: one Parquet part per chunk.
+"""Which chunks of a pass over shards are done: one Parquet part each.
 
 The parts are the ledger. A part's name is a function of shard and chunk only, and it is absent or whole (store.py). A
-shard's end marker says how many chunks it has. A rerun lists what stands and does the rest (passing.py), so killing
+shard's end marker says how many chunks it has. A rerun lists what is done and does the rest (passes.py), so killing
 anything at any time loses nothing and counts nothing twice. All of it works on object stores as on file systems: it
 needs no rename, no lock and no appending, and two runs that write one part write the same bytes.
 
-    <folder>/pass.json                              what the parts were made with and of; another pass may not continue
+    <folder>/pass.json                              settings and shards of the pass; no other pass may resume here
     <folder>/parts/<shard>/000003.parquet           one row per sample of chunk 3, unreadable ones included
     <folder>/parts/<shard>/end.json                 {"num_samples": 9873, "num_chunks": 20, "is_complete": true}
 """
@@ -43,6 +43,8 @@ BASE_SCHEMA = pa.schema(
 )
 
 
+# ---------------------------------------------------------------------------------------- which samples a pass is about
+
 Select = Callable[[str], bool]
 """Which samples a pass is about, by their ids; must travel to Ray's workers."""
 
@@ -68,31 +70,114 @@ class Chosen:
         return sample_id in self.sample_ids
 
 
-@dataclass
-class PassSummary:
-    """Counts over all parts of a finished pass."""
-
-    num_samples: int
-    errors: dict[str, int]
-    truncated_shards: list[str]
+# ------------------------------------------------------------------------------------------------------ taking a folder
 
 
-def standing_shards(folder: Place) -> list[Shard]:
+def claim_parts(folder: Place, made_with: dict[str, Any], shards: list[Shard]) -> None:
+    """Take a folder for a pass, or resume the same pass there; shards may be added, but not exchanged."""
+    path = folder / "pass.json"
+    record = read_json(path, "record of a pass") if path.is_file() else {**made_with, "shards": {}}
+    recorded = _recorded_shards(record, path)
+    settings = {name: value for name, value in record.items() if name != "shards"}
+    there_and_now = [(k, settings.get(k), made_with.get(k)) for k in sorted(settings.keys() | made_with.keys())]
+    for shard in shards:
+        now = {"url": shard.url, "num_bytes": shard.num_bytes}
+        there_and_now.append((shard.name, recorded.setdefault(shard.name, now), now))
+    lines = [f"{name}: {there!r} there, {now!r} now" for name, there, now in there_and_now if there != now]
+    if lines:
+        more = [f"and {len(lines) - 10:,} more"] if len(lines) > 10 else []
+        raise Mistake(
+            "\n  ".join([f"{folder} holds parts of another pass:", *lines[:10], *more])
+            + "\nchoose another output folder, or delete this one"
+        )
+    write_json(path, {**made_with, "shards": recorded})
+
+
+def shards_of_pass(folder: Place) -> list[Shard]:
     """The shards that a pass was made of.
 
     Raises:
         Mistake: no pass there, or a damaged record.
     """
     path = folder / "pass.json"
-    made_of: Any = read_json(path, "record of a pass").get("shards")
+    recorded = _recorded_shards(read_json(path, "record of a pass"), path)
+    return [Shard(name, **entry) for name, entry in sorted(recorded.items())]
+
+
+def _recorded_shards(record: dict[str, Any], path: Place) -> dict[str, dict[str, Any]]:
+    """Shard name -> `{"url": ..., "num_bytes": ...}`; earlier versions recorded `"<url>, 1,234 bytes"`."""
+    shards = {}
     try:
-        shards = []
-        for shard_name, told in made_of.items():
-            url, _, size = told.rpartition(", ")
-            shards.append(Shard(shard_name, url, int(size.removesuffix(" bytes").replace(",", ""))))
-    except (AttributeError, ValueError):
-        raise Mistake(f"{path} is damaged; run the job that wrote it again") from None
-    return sorted(shards, key=lambda shard: shard.name)
+        for name, entry in record["shards"].items():
+            if isinstance(entry, str):
+                url, _, size = entry.rpartition(", ")
+                entry = {"url": url, "num_bytes": size.removesuffix(" bytes").replace(",", "")}
+            shards[name] = {"url": str(entry["url"]), "num_bytes": int(entry["num_bytes"])}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise Mistake(
+            f"{path} is damaged: expected a url and a number of bytes for each of its shards; "
+            f"delete {path.parent} and run the job that wrote it again"
+        ) from None
+    return shards
+
+
+# --------------------------------------------------------------------------------------------------------- what is done
+
+
+def done_chunks(folder: Place, shard: Shard) -> set[int]:
+    """Numbers of the chunks of a shard that are done."""
+    return {int(path.stem) for path in (folder / "parts" / shard.name).glob("[0-9]*.parquet")}
+
+
+def unfinished(folder: Place, shards: Iterable[Shard]) -> dict[Shard, set[int]]:
+    """Shards that lack something, with the numbers of their chunks that are done."""
+    shards = list(shards)
+    found = zip(shards, at_once(folder, lambda shard: _done_unless_all(folder, shard), shards), strict=True)
+    return {shard: done for shard, done in found if done is not None}
+
+
+def _done_unless_all(folder: Place, shard: Shard) -> set[int] | None:
+    """The chunks of a shard that are done; None if it is finished."""
+    done = done_chunks(folder, shard)
+    if end_path(folder, shard.name).is_file():
+        num_chunks = read_end(folder, shard.name).num_chunks
+        if len(done) >= num_chunks and done >= set(range(num_chunks)):  # a damaged marker may name any number
+            return None
+    return done
+
+
+@dataclass(frozen=True)
+class End:
+    """A shard's end marker."""
+
+    num_samples: int
+    num_chunks: int
+    is_complete: bool
+
+
+def read_end(folder: Named, shard_name: str) -> End:
+    """Read an end marker.
+
+    Raises:
+        Mistake: it is missing or damaged.
+    """
+    path = end_path(folder, shard_name)
+    content = read_json(path, "end marker of a shard")
+    kinds = {"num_samples": int, "num_chunks": int, "is_complete": bool}
+    if {name: type(value) for name, value in content.items()} != kinds or content["num_chunks"] < 1:
+        raise Mistake(f"{path} is damaged; delete it and run the same command again")
+    return End(**content)
+
+
+def part_path(folder: Named, shard_name: str, number: int) -> Place:
+    return place(folder) / "parts" / shard_name / f"{number:06d}.parquet"
+
+
+def end_path(folder: Named, shard_name: str) -> Place:
+    return place(folder) / "parts" / shard_name / "end.json"
+
+
+# -------------------------------------------------------------------------------------------- reading and writing parts
 
 
 def read_parts(folder: Named, shard_name: str, columns: list[str] | None = None) -> pa.Table:
@@ -127,79 +212,37 @@ def at_once(folder: Named, read: Callable[[T], U], things: Iterable[T]) -> Itera
         yield from map(read, things)
 
 
-def part_path(folder: Named, shard_name: str, number: int) -> Place:
-    return place(folder) / "parts" / shard_name / f"{number:06d}.parquet"
+def read_parquet(path: Place, columns: list[str] | None = None) -> pa.Table:
+    """Read a table from wherever it is."""
+    with path.open("rb") as stream:
+        return pq.read_table(stream, columns=columns)
 
 
-def end_path(folder: Named, shard_name: str) -> Place:
-    return place(folder) / "parts" / shard_name / "end.json"
+def write_parquet(table: pa.Table, path: Named) -> None:
+    """Write atomically; equal tables give equal bytes."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    write_atomically(path, buffer.getvalue().to_pybytes())
 
 
-# ------------------------------------------------------------------------------------------------ what stands
+# ---------------------------------------------------------------------------------------- the counts of a finished pass
 
 
-def claim_parts(folder: Place, made_with: dict[str, Any], shards: list[Shard]) -> None:
-    """Take a folder for a pass, or continue the same pass there; shards may be added, but not exchanged."""
-    path = folder / "pass.json"
-    standing = read_json(path, "record of a pass") if path.is_file() else made_with
-    made_of = standing.pop("shards", {})
-    if not isinstance(made_of, dict):
-        raise Mistake(f"{path} is damaged: its shards are no JSON object; delete {folder}")
-    changed = [(k, standing.get(k), made_with.get(k)) for k in sorted(standing.keys() | made_with.keys())]
-    for shard in shards:
-        now = f"{shard.url}, {shard.num_bytes:,} bytes"
-        changed.append((shard.name, made_of.setdefault(shard.name, now), now))
-    lines = [f"{name}: {there!r} there, {now!r} now" for name, there, now in changed if there != now]
-    if lines:
-        more = [f"and {len(lines) - 10:,} more"] if len(lines) > 10 else []
-        raise Mistake(
-            "\n  ".join([f"{folder} holds parts of another pass:", *lines[:10], *more])
-            + "\nchoose another output folder, or delete this one"
-        )
-    write_json(path, {**made_with, "shards": made_of})
-
-
-@dataclass(frozen=True)
-class End:
-    """A shard's end marker."""
+@dataclass
+class PassSummary:
+    """Counts over all parts of a finished pass."""
 
     num_samples: int
-    num_chunks: int
-    is_complete: bool
-
-
-def read_end(folder: Named, shard_name: str) -> End:
-    path = end_path(folder, shard_name)
-    content = read_json(path, "end marker of a shard")
-    kinds = {"num_samples": int, "num_chunks": int, "is_complete": bool}
-    if {name: type(value) for name, value in content.items()} != kinds or content["num_chunks"] < 1:
-        raise Mistake(f"{path} is damaged; delete it and run the same command again")
-    return End(**content)
-
-
-def standing_chunks(folder: Place, shard: Shard) -> set[int]:
-    """Numbers of the chunks of a shard that are done."""
-    return {int(path.stem) for path in (folder / "parts" / shard.name).glob("[0-9]*.parquet")}
-
-
-def unfinished(folder: Place, shards: Iterable[Shard]) -> dict[Shard, set[int]]:
-    """Shards that lack something, with the chunks of them that stand."""
-    shards = list(shards)
-    standing = zip(shards, at_once(folder, lambda shard: _standing_unless_done(folder, shard), shards), strict=True)
-    return {shard: chunks for shard, chunks in standing if chunks is not None}
-
-
-def _standing_unless_done(folder: Place, shard: Shard) -> set[int] | None:
-    """The chunks of a shard that stand; None if all do."""
-    standing = standing_chunks(folder, shard)
-    if not end_path(folder, shard.name).is_file():
-        return standing
-    num_chunks = read_end(folder, shard.name).num_chunks
-    return None if len(standing) >= num_chunks and standing >= set(range(num_chunks)) else standing
+    errors: dict[str, int]
+    truncated_shards: list[str]
 
 
 def summarise(shards: list[Shard], folder: Place, max_error_fraction: float, name: str) -> PassSummary:
-    """Count over all parts, and stop a pass that has read rubbish."""
+    """Count over all parts.
+
+    Raises:
+        Mistake: too many samples are unusable.
+    """
     errors: Counter[str] = Counter()
     num_samples, truncated = 0, []
     for shard in shards:
@@ -221,16 +264,3 @@ def too_many_errors(errors: dict[str, int], num_samples: int, allowed: float, na
         f"{name}: {sum(errors.values()):,} of {num_samples:,} samples cannot be used ({counts}), more than "
         f"max_error_fraction {allowed:g} allows; check the shards, or raise it"
     )
-
-
-def read_parquet(path: Place, columns: list[str] | None = None) -> pa.Table:
-    """Read a table from wherever it is."""
-    with path.open("rb") as stream:
-        return pq.read_table(stream, columns=columns)
-
-
-def write_parquet(table: pa.Table, path: Named) -> None:
-    """Write atomically; equal tables give equal bytes."""
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd")
-    write_atomically(path, buffer.getvalue().to_pybytes())

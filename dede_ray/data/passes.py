@@ -1,25 +1,28 @@
 """One resumable pass over shards: read, decode on a CPU pool, work on actors, one Parquet part per chunk.
 
-What stands is a matter of files (ledger.py); here is how the rest gets done. Ray Data streams chunks from readers,
-which also decode, to a pool of actors, which work and commit each part themselves; only receipts travel on. Whatever
-dies (a reader, an actor, a node, the driver), the chunks that stand stand, and the others are done by whoever is left,
-or by the next run of the same command. A sample that ends whatever process touches it is found by trying the samples of
-its chunk one by one, in a process of their own; it becomes a row with the reason `process_died`.
+    run_pass(shards, folder, work, ...)                  over the images of shards
+    run_over_parts(shards, source, folder, work, ...)    over the parts of a finished pass
+
+Files say which chunks are done (ledger.py); here the others get done. Ray Data streams chunks from readers to a pool
+of actors, which work and commit each part themselves (workers.py); only receipts travel on, and `_Progress` counts
+them. Whatever dies (a reader, an actor, a node, the driver), finished chunks are kept, and the others are done by the
+remaining processes or by the next run of the same command.
+
+A sample that ends every process that touches it is found by `one_by_one`: it tries the samples of the chunk one after
+the other in a process of its own, and the sample becomes a row with the reason `process_died`.
 
 What the work is (scoring with detectors, embedding for the decoder's training) is a class given by the caller.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import logging
 import math
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -27,7 +30,6 @@ from typing import Any
 
 import ray
 from pydantic import Field
-from ray import cloudpickle
 from ray.data import ActorPoolStrategy
 from ray.exceptions import OutOfMemoryError, RayActorError
 
@@ -35,9 +37,9 @@ from dede_ray.data.ledger import (
     PassSummary,
     Select,
     claim_parts,
+    done_chunks,
     end_path,
     read_end,
-    standing_chunks,
     summarise,
     too_many_errors,
     unfinished,
@@ -50,12 +52,13 @@ from dede_ray.data.workers import (
     PartWorker,
     Reading,
     Receipt,
-    Share,
     Work,
     Worker,
     decode,
+    find_end,
     numbered_chunks,
-    read_and_decode,
+    read_receipts,
+    unpacked,
 )
 from dede_ray.runtime.config import Config, Mistake, write_json
 from dede_ray.runtime.store import Named, Place, place
@@ -63,7 +66,10 @@ from dede_ray.runtime.store import Named, Place, place
 logger = logging.getLogger(__name__)
 
 BYTES_PER_BLOCK = 8 * 2**20
-"""Chunks travel together up to so many bytes, and at least one: each journey costs Ray's driver some milliseconds."""
+"""Chunks travel together up to so many bytes, and at least one: each block costs Ray's driver some milliseconds."""
+
+READER_STAGES = ("read", "decode")
+"""Stages of a receipt's seconds that readers spent; actors spent the others."""
 
 
 class PassResources(Config):
@@ -125,7 +131,7 @@ class PassResources(Config):
         )
 
     def of_actor(self) -> dict[str, Any]:
-        """What Ray is asked for."""
+        """The resources of one actor, in Ray's words."""
         asked: dict[str, Any] = {"num_cpus": self.cpus_per_actor, "num_gpus": self.gpus_per_actor}
         return asked | ({"memory": self.memory_per_actor} if self.memory_per_actor else {})
 
@@ -152,10 +158,10 @@ def run_pass(
         folder: where the parts go; on several machines a folder that all of them see, or a URL.
         work: built in each actor as `work(**work_arguments)`, then called with one `Chunk` at a time.
         image_size: images are decoded to squares of this side.
-        made_with: everything that the rows depend on; stored, and compared when a pass is continued.
+        made_with: everything that the rows depend on; recorded, and compared when a pass is resumed.
         max_error_fraction: stop when more than this share of the samples cannot be used.
         name: for the log.
-        select: leave out the samples for which it says False; None takes all. `made_with` has to tell it.
+        select: leave out the samples for which it says False; None takes all. `made_with` must describe it.
 
     Raises:
         Mistake: the folder holds parts of another pass, or too many samples are unusable.
@@ -168,18 +174,18 @@ def run_pass(
     if todo:
         skipped = len(shards) - len(todo)
         if skipped or any(todo.values()):
-            logger.info("%s: continuing; %d of %d shards stand", name, skipped, len(shards))
+            logger.info("%s: resuming; %d of %d shards are done", name, skipped, len(shards))
         pool = resources.on(ray.cluster_resources())
-        watch = _Watch(name, len(todo), max_error_fraction, folder / "timing.json")
+        progress = _Progress(name, len(todo), max_error_fraction, folder / "timing.json")
         actor = partial(Worker, folder, work, work_arguments, pool.threads_per_actor or 1, name)
         try:
-            watch.follow(_stream(todo, reading, actor, pool))
+            progress.follow(_stream(todo, reading, actor, pool))
             left = unfinished(folder, todo)
             if left:
-                watch.follow(one_by_one(left, reading, actor, pool.of_actor(), pool.min_actors or 1, name))
+                progress.follow(one_by_one(left, reading, actor, pool.of_actor(), pool.min_actors or 1, name))
                 left = unfinished(folder, left)
         finally:
-            watch.tell()
+            progress.report()
         if left:
             lacking = [shard.name for shard in left][:5]
             raise RuntimeError(f"{name}: chunks are missing in {lacking}; run the same command again")
@@ -201,7 +207,7 @@ def run_over_parts(
     """Do a pass over the parts of a finished one instead of over images; a rerun does what remains.
 
     Args:
-        shards: those of the finished pass, see `standing_shards`.
+        shards: those of the finished pass, see `shards_of_pass`.
         source: its folder.
         work: built in each actor as `work(**work_arguments)`, then called with one part's readable rows at a time.
 
@@ -214,8 +220,8 @@ def run_over_parts(
         raise Mistake(f"{source} is not finished: {shard.name} lacks parts; run the job that wrote it again")
     todo = [
         {"shard": shard.name, "number": number}
-        for shard, standing in unfinished(folder, shards).items()
-        for number in sorted(standing_chunks(source, shard) - standing)
+        for shard, done in unfinished(folder, shards).items()
+        for number in sorted(done_chunks(source, shard) - done)
     ]
     if todo:
         pool = resources.on(ray.cluster_resources())
@@ -227,15 +233,15 @@ def run_over_parts(
             compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
             **pool.of_actor(),
         )
-        watch = _Watch(name, len(shards), max_error_fraction, None)
-        watch.follow(_receipts(data))
-        watch.tell()
+        progress = _Progress(name, len(shards), max_error_fraction, None)
+        progress.follow(_receipts(data))
+        progress.report()
     for shard in shards:
         write_json(end_path(folder, shard.name), asdict(read_end(source, shard.name)))
     return summarise(shards, folder, max_error_fraction, name)
 
 
-# ------------------------------------------------------------------------------------------------ the stream
+# ----------------------------------------------------------------------------------------------------------- the stream
 
 
 def _stream(
@@ -244,18 +250,18 @@ def _stream(
     actor: partial[Worker],
     pool: PassResources,
 ) -> Iterator[Receipt]:
-    """Read, decode and work, overlapping. Chunks that keep ending the processes that touch them are left out."""
+    """Read, decode and work, overlapping; leaves out chunks that keep ending the processes that touch them."""
     readers = max(1, math.ceil(2 * ray.cluster_resources().get("CPU", 1) / len(todo)))
     source = ChunkSource(todo, reading, readers if readers > 2 else 1)
     context = ray.data.DataContext.get_current()
     kept = context.target_max_block_size, context.max_errored_blocks
-    # Chunks leave a shard's read task as soon as there are a few, not when the shard is through.
+    # Chunks leave a shard's read task as soon as there are a few, not when the whole shard is read.
     chunk_bytes = reading.chunk_size * reading.image_size**2 * 3
     context.target_max_block_size = max(chunk_bytes, min(BYTES_PER_BLOCK, 8 * chunk_bytes))
     context.max_errored_blocks = -1
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Ray has no other words yet for how often what died is tried again
+            warnings.simplefilter("ignore")  # about `ray_remote_args`, for which Ray has no successor yet
             data = ray.data.read_datasource(
                 source,
                 override_num_blocks=len(source),
@@ -264,7 +270,7 @@ def _stream(
             ).map_batches(
                 actor.func,
                 fn_constructor_args=actor.args,
-                batch_size=1 if pool.gpus_per_actor else None,  # Ray wants to be told one beside a GPU
+                batch_size=1 if pool.gpus_per_actor else None,  # Ray demands a number beside GPUs
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
                 max_restarts=-1,
@@ -278,11 +284,13 @@ def _stream(
 
 def _receipts(data: ray.data.Dataset) -> Iterator[Receipt]:
     for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for told in batch["receipt"].to_pylist():  # type: ignore[union-attr, call-overload]
-            yield Receipt(**json.loads(told))
+        yield from read_receipts(batch)  # type: ignore[arg-type]
 
 
-class _Watch:
+# ------------------------------------------------------------------------------------------------------------- progress
+
+
+class _Progress:
     """Counts receipts, logs progress, and stops a pass that fails or is reading rubbish."""
 
     def __init__(self, name: str, num_shards: int, max_error_fraction: float, timing: Place | None):
@@ -295,7 +303,7 @@ class _Watch:
     def follow(self, receipts: Iterable[Receipt]) -> None:
         for receipt in receipts:
             if receipt.failure:
-                raise cloudpickle.loads(base64.b64decode(receipt.failure))
+                raise unpacked(receipt.failure)
             self.num_chunks += 1
             self.num_samples += receipt.num_samples
             self.errors.update(receipt.errors)
@@ -312,8 +320,8 @@ class _Watch:
                     f"{self.num_samples / (now - self.started):,.0f}", stage_shares(self.seconds),
                 )  # fmt: skip
 
-    def tell(self) -> None:
-        """The last line, and timing.json."""
+    def report(self) -> None:
+        """Log the last line, and write timing.json."""
         took_s = time.monotonic() - self.started
         logger.info(
             "%s: %s samples done in %.1f s, %d unreadable; %s",
@@ -324,24 +332,26 @@ class _Watch:
             write_json(self.timing, {"num_samples": self.num_samples, "seconds": round(took_s, 3), "stages": stages})
 
 
-READER_STAGES = ("read", "decode")
-
-
 def stage_shares(seconds: Mapping[str, float]) -> str:
-    """`actors: encode 61 %, score 30 %, ...; readers: decode 80 %, read 20 %, 0.4 s ...`, of their time each."""
+    """Each stage's share of the actors' or of the readers' time.
+
+    `actors: encode 61%, score 30%, wait 9%; readers: decode 80%, read 20%, 0.18 s for each second that actors work`
+    """
+    reader_s = {stage: s for stage, s in seconds.items() if stage in READER_STAGES}
+    actor_s = {stage: s for stage, s in seconds.items() if stage not in (*READER_STAGES, "start")}
     parts = []
-    spent = {who: {s: t for s, t in seconds.items() if (s in READER_STAGES) == (who == "readers") and s != "start"}
-             for who in ("actors", "readers")}  # fmt: skip
-    for who, own in spent.items():
-        total = sum(own.values())
-        if total > 0:
-            shares = sorted(own.items(), key=lambda one: -one[1])
-            parts.append(f"{who}: " + ", ".join(f"{stage} {duration / total:.0%}" for stage, duration in shares))
-    busy = sum(spent["actors"].values()) - spent["actors"].get("wait", 0.0)
-    if len(parts) == 2 and busy > 0:
-        parts[1] += f", {sum(spent['readers'].values()) / busy:.2f} s for each second that actors work"
+    for who, own_s in (("actors", actor_s), ("readers", reader_s)):
+        total_s = sum(own_s.values())
+        if total_s > 0:
+            shares = sorted(own_s.items(), key=lambda one: -one[1])
+            parts.append(f"{who}: " + ", ".join(f"{stage} {s / total_s:.0%}" for stage, s in shares))
+    busy_s = sum(actor_s.values()) - actor_s.get("wait", 0.0)
+    if len(parts) == 2 and busy_s > 0:
+        parts[1] += f", {sum(reader_s.values()) / busy_s:.2f} s for each second that actors work"
     return "; ".join(parts)
 
+
+# ----------------------------------------------------------------------- samples that end the process that touches them
 
 _DEATHS = (RayActorError, OutOfMemoryError)
 
@@ -357,12 +367,12 @@ def one_by_one(
     """Do the chunks that are still missing.
 
     Args:
-        left: the shards that lack chunks, with those that stand.
+        left: the shards that lack chunks, with the numbers of those that are done.
         actor: makes what works.
         asked: the resources that each process reserves.
-        at_once: shards that are done at the same time.
+        at_once: shards that are worked on at the same time.
     """
-    logger.warning("%s: processes kept dying in %d shards; trying one by one what they lack", name, len(left))
+    logger.warning("%s: processes kept dying in %d shards; trying their missing chunks one by one", name, len(left))
     start = partial(ray.remote(_Alone).options(**asked).remote, reading, actor)  # type: ignore[attr-defined]
     with ThreadPoolExecutor(at_once) as threads:
         for receipts in threads.map(lambda one: _Careful(start, *one).finish(), left.items()):
@@ -370,34 +380,37 @@ def one_by_one(
 
 
 class _Careful:
-    """Finishes one shard from outside of the process that does it."""
+    """Finishes one shard, and survives the process that does the work (`_Alone`): it is started anew when it dies."""
 
-    def __init__(self, start: Callable[[], Any], shard: Shard, standing: set[int]):
-        self.start, self.shard, self.standing = start, shard, standing
-        self.actor: Any = None
+    def __init__(self, start: Callable[[], Any], shard: Shard, done: set[int]):
+        self.start, self.shard, self.done = start, shard, done
+        self.process: Any = None
 
     def finish(self) -> list[Receipt]:
         """Do what is missing; lethal samples become rows with that reason."""
-        [num_chunks] = self._ask("end") or [None]
+        num_chunks = self._ask(lambda process: process.count_chunks.remote(self.shard))
         if num_chunks is None:
             raise RuntimeError(
                 f"reading {self.shard.url} to its end ends the process that does it; leave that shard out"
             )
-        return [self._chunk(number) for number in range(num_chunks) if number not in self.standing]
+        return [self._chunk(number) for number in range(num_chunks) if number not in self.done]
 
     def _chunk(self, number: int) -> Receipt:
-        told = self._ask("chunk", number, (), tries=1)
-        if not told:
+        receipt = self._do_chunk(number, (), tries=1)
+        if receipt is None:
             lethal = self._lethal(number)
             logger.warning("chunk %d of %s: %d samples end the process that touches them", number, self.shard.name,
                            len(lethal))  # fmt: skip
-            told = self._ask("chunk", number, lethal) or self._ask("chunk", number, _ALL)
-        if not told:
+            receipt = self._do_chunk(number, lethal) or self._do_chunk(number, None)
+        if receipt is None:
             raise RuntimeError(f"chunk {number} of {self.shard.url} cannot be read; leave that shard out")
-        return Receipt(**json.loads(told[0]))
+        return receipt
+
+    def _do_chunk(self, number: int, skip: Collection[int] | None, tries: int = 2) -> Receipt | None:
+        return self._ask(lambda process: process.do_chunk.remote(self.shard, number, skip), tries)
 
     def _lethal(self, number: int) -> list[int]:
-        """Places within a chunk of the samples that twice ended the process that had nothing else to do."""
+        """Places within a chunk of the samples that twice ended a process with nothing else to do."""
         lethal: list[int] = []
         suspected, first = -1, 0
         while True:
@@ -414,26 +427,26 @@ class _Careful:
     def _survived(self, number: int, first: int, lethal: list[int]) -> Iterator[int]:
         """The places that were survived, then -1 if it was the last."""
         try:
-            places = self._living().samples.options(
+            places = self._running().try_samples.options(
                 num_returns="streaming", _generator_backpressure_num_objects=1
             ).remote(self.shard, number, first, lethal)  # fmt: skip
             for at in places:
                 yield ray.get(at)
         except _DEATHS:
-            self.actor = None
+            self.process = None
 
-    def _living(self) -> Any:
-        self.actor = self.actor or self.start()
-        return self.actor
-
-    def _ask(self, method: str, *arguments: Any, tries: int = 2) -> list[Any] | None:
-        """What the process answers; None where it died of the question."""
+    def _ask(self, question: Callable[[Any], Any], tries: int = 2) -> Any:
+        """What the process answers; None where it died of the question each time."""
         for _ in range(tries):
             try:
-                return ray.get(getattr(self._living(), method).remote(self.shard, *arguments))
+                return ray.get(question(self._running()))
             except _DEATHS:
-                self.actor = None
+                self.process = None
         return None
+
+    def _running(self) -> Any:
+        self.process = self.process or self.start()
+        return self.process
 
 
 class _Alone:
@@ -442,22 +455,20 @@ class _Alone:
     def __init__(self, reading: Reading, actor: partial[Worker]):
         self.reading, self.worker = reading, actor()
 
-    def end(self, shard: Shard) -> list[int]:
+    def count_chunks(self, shard: Shard) -> int:
         """Read a shard to its end, which writes its end marker; how many chunks there are."""
-        for _ in read_and_decode(shard, _ALL, self.reading, Share()):
-            pass
-        return [read_end(self.reading.folder, shard.name).num_chunks]
+        return find_end(shard, self.reading)
 
-    def chunk(self, shard: Shard, number: int, lethal: Container[int]) -> list[str]:
-        """Do a chunk but for its lethal samples; its receipt."""
-        told = self.worker(decode(shard, number, self._samples(shard, number), self.reading, lethal))
-        return told["receipt"].to_pylist()
+    def do_chunk(self, shard: Shard, number: int, skip: Collection[int] | None) -> Receipt:
+        """Do a chunk but for the samples at the places `skip`, None for all; its receipt."""
+        [receipt] = read_receipts(self.worker(decode(shard, number, self._samples(shard, number), self.reading, skip)))
+        return receipt
 
-    def samples(self, shard: Shard, number: int, first: int, lethal: list[int]) -> Iterator[int]:
-        """Try the samples of a chunk one by one from the `first` on; yields the place of each it survived, then -1."""
+    def try_samples(self, shard: Shard, number: int, first: int, skip: Collection[int]) -> Iterator[int]:
+        """Try the samples of a chunk one by one, from place `first` on; yields each survived place, then -1."""
         for at, sample in enumerate(self._samples(shard, number)):
             if at >= first:
-                if at not in lethal and not self.worker.broken:
+                if at not in skip and not self.worker.broken:
                     [row] = decode(shard, number, [sample], self.reading).to_pylist()
                     self.worker.compute(row)
                 yield at
@@ -469,13 +480,3 @@ class _Alone:
                 yield from chunk
                 return
             chunk.finish()
-
-
-class _All:
-    """Contains every chunk, and every place."""
-
-    def __contains__(self, chunk: object) -> bool:
-        return True
-
-
-_ALL = _All()

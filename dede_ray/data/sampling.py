@@ -1,4 +1,14 @@
-"""Every random choice is a function of a seed and a sample's id, the same in whatever order samples are met."""
+"""Every random choice is a function of a seed and a sample's id.
+
+So it is the same in whatever order samples are met, on however many workers, and after any interruption.
+
+    keyed_generator(seed, sample_id)           a NumPy generator of one sample's own
+    draw(samples, num, seed)                   some samples, by their ids
+    draw_by_class(labels, num, seed)           some positions, each class by its share
+    sample_keys, keyed_uniform                 the same for a batch at once, on the batch's device
+
+Processes that only read shards import this module, so torch is imported by the two functions that give tensors.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +16,14 @@ import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-# ---------------------------------------------------------------------------------- chance, classes, captions
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# ------------------------------------------------------------------------------------------ one sample, or some of them
 
 
 def keyed_generator(seed: int, name: str) -> np.random.Generator:
@@ -24,7 +35,7 @@ def keyed_generator(seed: int, name: str) -> np.random.Generator:
 def draw_by_class(labels: Sequence[int], num: int, seed: int) -> set[int]:
     """Draw exactly `num` positions of `labels` without replacement, each class by its share.
 
-    Walking through each shuffled class at a speed that finishes all classes together, the first `num` are drawn.
+    Going along each shuffled class at a speed that finishes all classes together, the first `num` are drawn.
     """
     assert num <= len(labels), (num, len(labels))
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -52,11 +63,13 @@ def draw(samples: Iterable[S], num: int, seed: int) -> list[S]:
     return heapq.nsmallest(num, samples, key=lambda sample: keyed_generator(seed, sample.sample_id).random())
 
 
-# ------------------------------------------------------------------------------------------------ masks and errors
+# --------------------------------------------------------------------------------------- batches of samples, as tensors
 
 
 def sample_keys(sample_ids: Sequence[str], seed: int, *more: int) -> Tensor:
     """One 64-bit key per sample, int64 (B,), for everything random about it: never worker state, never the batch."""
+    import torch
+
     salt = ("/".join(str(number) for number in (seed, *more)) + "/").encode()
     digests = b"".join(hashlib.blake2b(salt + name.encode(), digest_size=8).digest() for name in sample_ids)
     return torch.frombuffer(bytearray(digests), dtype=torch.int64) if digests else torch.zeros(0, dtype=torch.int64)
@@ -64,6 +77,8 @@ def sample_keys(sample_ids: Sequence[str], seed: int, *more: int) -> Tensor:
 
 def keyed_uniform(keys_B: Tensor, count: int) -> Tensor:
     """`count` numbers in [0, 1) per key, float64 (B, count), by a counter-based generator (SplitMix64)."""
+    import torch
+
     counter = torch.arange(1, count + 1, device=keys_B.device, dtype=torch.int64)
     x = keys_B.unsqueeze(1) + counter * -7046029254386353131  # 0x9E3779B97F4A7C15; int64 wraps around
     x = (x ^ _shift_right(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9

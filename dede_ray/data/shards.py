@@ -1,15 +1,17 @@
-"""WebDataset shards: listing, reading and writing tars that strangers made.
+"""Shards in the WebDataset format: what a sample is; listing, reading and writing shards that strangers made.
+
+    list_shards("corpus/*.tar") -> [Shard, ...]       open_shard, iter_samples, iter_chunks -> Sample, Sample, ...
+    write_shards(folder, "train", samples, 10_000)    count_samples(shards) -> 1_000_000
 
 A shard is a tar whose neighbouring members form samples: `000042.jpg`, `000042.txt`, `000042.cls` are the image,
 caption and label of key `000042` (the name up to the first dot after the last slash). The unit in which samples
 travel, are scored and are recovered is the *chunk*: `chunk_size` consecutive samples of one shard.
 
-Nothing from a shard is ever unpickled or executed: members are decoded by the explicit decoders below, by
-suffix, and every other member is ignored. What cannot be used becomes an error with a reason from `REASONS`;
-it keeps its place, so that every sample of a shard appears exactly once in whatever is written about it.
+Nothing from a shard is ever unpickled or executed: by their suffix, captions and labels are decoded here, images in
+images.py, and every other member is ignored. What cannot be used becomes an error with a reason from `REASONS`; it
+keeps its place, so that every sample of a shard appears exactly once in whatever is written about it.
 
-A shard costs no more than it weighs: time and memory are bounded by the bytes on disk (a gzipped one may unfold to
-`MAX_UNFOLDING` times its own), an image by `max_pixels`, a tar header by `MAX_EXTENSION_BYTES`.
+Time and memory are bounded by a shard's bytes on disk (tar.py); those of one sample by `Limits`.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ Reason = L[
     "caption_unreadable",  # not UTF-8
     "caption_too_long",  # longer than `max_caption_chars`
     "label_unreadable",  # not an integer of at most 31 bits in plain digits
-    "duplicate_key",  # the key already stood in this shard, or one of its members comes twice
+    "duplicate_key",  # the key occurs earlier in this shard, or one of its members comes twice
     "shard_truncated",  # the shard ends inside this sample
     "process_died",  # decoding it, or computing something of it, ended the process that did
     "not_finite",  # what was computed of it, a score or an embedding, is not a number
@@ -86,7 +88,7 @@ class Shard:
 
 @dataclass
 class Sample:
-    """One sample as it stands in the shard, not yet decoded; `error` says why it cannot be used."""
+    """One sample as the shard holds it, its image not yet decoded; `error` says why it cannot be used."""
 
     key: str
     index: int
@@ -108,7 +110,7 @@ def sample_id(shard_name: str, key: str) -> str:
     return f"{shard_name}/{key}"
 
 
-# ---------------------------------------------------------------------------------------------- listing
+# -------------------------------------------------------------------------------------------------------------- listing
 
 
 def list_shards(patterns: str | Sequence[str]) -> list[Shard]:
@@ -139,7 +141,7 @@ def list_shards(patterns: str | Sequence[str]) -> list[Shard]:
             )
         shards += found
     shards = in_order(shards)
-    unreadable = [f"{shard.url}: {problem}" for shard in shards if (problem := _why_unreadable(shard))]
+    unreadable = [f"{shard.url}: {problem}" for shard in shards if (problem := why_unreadable(shard))]
     if unreadable:
         listing = "\n  ".join(unreadable[:10])
         raise Mistake(
@@ -199,13 +201,16 @@ def _list_one(pattern: str) -> list[Shard]:
     ]
 
 
-def _why_unreadable(shard: Shard) -> str | None:
-    """Look at the first header only; what is wrong further in is for the reader to count."""
+def why_unreadable(shard: Shard) -> str | None:
+    """What is wrong with the first header, or None; what is wrong further in is for the reader to count."""
     try:
         with open_shard(shard) as stream:
             return None if open_tar(stream).next() is not None else "holds no members"
     except (tarfile.TarError, OSError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
 def open_shard(shard: Shard) -> IO[bytes]:
@@ -269,6 +274,19 @@ def iter_samples(
     end.num_samples = index
 
 
+def iter_chunks(shard: Shard, chunk_size: int, limits: Limits, end: ShardEnd | None = None) -> Iterator[list[Sample]]:
+    """Yield the shard's samples in lists of `chunk_size`; the last one may be shorter."""
+    with open_shard(shard) as stream:
+        chunk: list[Sample] = []
+        for sample in iter_samples(stream, limits, end=end):
+            chunk.append(sample)
+            if len(chunk) == chunk_size:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+
 def split_name(name: str) -> tuple[str, str]:
     r"""Split a member's name into WebDataset key and suffix: `a/b.seg.PNG` -> (`a/b`, `seg.png`).
 
@@ -281,7 +299,14 @@ def split_name(name: str) -> tuple[str, str]:
     return (f"{folder}/{stem}" if folder else stem), suffix.lower()
 
 
+def count_samples(shards: list[Shard]) -> int:
+    """Count samples, readable or not, by the headers of the tars alone; shards in parallel on Ray."""
+    count = ray.remote(num_cpus=1)(_count)
+    return sum(ray.get([count.remote(shard) for shard in shards]))
+
+
 _DECODED = frozenset((*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, *LABEL_SUFFIXES))
+_LABEL = re.compile(rb"\s*([+-]?\d+)\s*")  # without what int() takes besides: 1_000
 
 
 def _read_member(tar: Tar, member: tarfile.TarInfo, suffix: str, sample: Sample, limits: Limits) -> None:
@@ -319,13 +344,10 @@ def _read_member(tar: Tar, member: tarfile.TarInfo, suffix: str, sample: Sample,
         sample.others_bytes += len(content) + 128  # and what a dictionary needs for it
 
 
-_LABEL = re.compile(rb"\s*([+-]?\d+)\s*")  # without what int() takes besides: 1_000
-
-
 def _finish(sample: Sample, seen: set[bytes]) -> Sample:
     if _digest(sample.key) in seen:
         sample.error = "duplicate_key"
-        while _digest(sample.key) in seen:  # ids stay unique, one row per sample, also where `k#3` is somebody's key
+        while _digest(sample.key) in seen:  # ids stay unique, also where another sample's key is `k#3`
             sample.key = f"{sample.key}#{sample.index}"
     seen.add(_digest(sample.key))
     if sample.error is None and sample.image is None:
@@ -334,21 +356,23 @@ def _finish(sample: Sample, seen: set[bytes]) -> Sample:
 
 
 def _digest(key: str) -> bytes:
-    """Stands for a key in memory, where a shard's worth of long ones would not fit."""
+    """A key in 16 bytes, as a shard's worth of long ones would not fit into memory."""
     return hashlib.blake2b(key.encode(), digest_size=16).digest()
 
 
-def iter_chunks(shard: Shard, chunk_size: int, limits: Limits, end: ShardEnd | None = None) -> Iterator[list[Sample]]:
-    """Yield the shard's samples in lists of `chunk_size`; the last one may be shorter."""
+def _count(shard: Shard) -> int:
+    count, key = 0, None
     with open_shard(shard) as stream:
-        chunk: list[Sample] = []
-        for sample in iter_samples(stream, limits, end=end):
-            chunk.append(sample)
-            if len(chunk) == chunk_size:
-                yield chunk
-                chunk = []
-        if chunk:
-            yield chunk
+        try:
+            for member in open_tar(stream):
+                if member.isfile() and split_name(member.name)[0] != key:
+                    count, key = count + 1, split_name(member.name)[0]
+        except tarfile.ReadError:
+            pass  # what comes before the damage counts, as `iter_samples` reads it
+    return count
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
 
 
 def write_shard(path: str | os.PathLike[str], samples: Iterable[Sample]) -> int:
@@ -393,21 +417,3 @@ def _write_numbered(folder: str | os.PathLike[str], split: str, number: int, sam
     path = Path(folder) / f"{split}-{number:05d}.tar"
     write_shard(path, samples)
     return path
-
-
-def count_samples(shards: list[Shard]) -> int:
-    """Count samples, readable or not, by the headers of the tars alone; shards in parallel on Ray."""
-    count = ray.remote(num_cpus=1)(_count)
-    return sum(ray.get([count.remote(shard) for shard in shards]))
-
-
-def _count(shard: Shard) -> int:
-    count, key = 0, None
-    with open_shard(shard) as stream:
-        try:
-            for member in open_tar(stream):
-                if member.isfile() and split_name(member.name)[0] != key:
-                    count, key = count + 1, split_name(member.name)[0]
-        except tarfile.ReadError:
-            pass  # what stands before the damage counts, as `iter_samples` reads it
-    return count

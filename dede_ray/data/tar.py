@@ -1,4 +1,12 @@
-"""Tars that strangers made, read front to back: headers and unfolding cost a bounded number of bytes; writing whole."""
+"""Tars that strangers made, read front to back at a bounded cost; and writing them whole.
+
+    open_tar(stream) -> Tar        plain or gzipped; iterate over its members, `read` those you want
+    write_whole(path, is_gzipped)  a file that is absent or complete, whatever is killed
+    add_member(tar, name, content)
+
+`tarfile` trusts what it reads: a header may ask for terabytes of memory, an extension for quadratic time, gzip data for
+a thousand times their size. Here each is bounded by a constant, and any damage raises `tarfile.ReadError`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +27,7 @@ MAX_EXTENSION_BYTES = 16_384  # a member's long name or pax header: tarfile need
 MAX_EXTENSIONS = 8  # such headers before one member
 
 
-# ---------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
 class Tar(tarfile.TarFile):
@@ -69,7 +77,7 @@ def open_tar(stream: IO[bytes], tap: Callable[[Any], Any] = lambda source: sourc
 
     Args:
         stream: can seek back what was read of it first.
-        tap: gives what stands between the tar and its unfolded bytes.
+        tap: wraps the unfolded stream, for a caller that wants to see the bytes that the tar reads.
 
     Raises:
         tarfile.ReadError: something else begins there.
@@ -167,7 +175,7 @@ class _Unfolding:
         parts: list[bytes] = []
         missing = size
         while missing > 0:
-            if self._inflate.eof:  # gzip files may stand one after the other
+            if self._inflate.eof:  # several gzip files in a row are one stream
                 self._inflate, self._pending = zlib.decompressobj(31), self._inflate.unused_data
             folded = self._pending or self._stream.read(1 << 14)
             if not folded:
@@ -188,7 +196,7 @@ class _Unfolding:
         return content
 
 
-# --------------------------------------------------------------------------------------------- writing
+# -------------------------------------------------------------------------------------------------------------- writing
 
 
 @contextlib.contextmanager

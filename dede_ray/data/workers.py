@@ -1,4 +1,18 @@
-"""Actors of a pass: the caller's work on each chunk, its part committed, a receipt for the driver."""
+"""The two halves of a pass: readers that decode chunks, actors that work on them and commit.
+
+    shard --> read_and_decode, in Ray's read tasks --> one row per chunk --> Worker, an actor --> part, and a receipt
+
+A reader (`ChunkSource` makes them) opens a shard, decodes `chunk_size` samples at a time and gives each such chunk as
+one row. An actor (`Worker`) hands the chunk's readable samples to the caller's `Work`, puts what it returns beside the
+base columns, and writes the part (ledger.py); only a `Receipt` goes back to the driver, which counts and logs
+(passes.py). `PartWorker` does the same with the parts of a finished pass in the place of shards.
+
+What goes wrong travels as a row: Ray Data would take an exception for a lost block, and leave that block out. So a
+sample that cannot be decoded is a row with a reason, and any other exception is packed into the receipt, for the driver
+to raise.
+
+Readers run in processes of their own, which must start quickly: importing this module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +23,7 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -30,34 +44,14 @@ from dede_ray.data.shards import BadSample, Limits, Sample, Shard, ShardEnd, ite
 from dede_ray.runtime.config import write_json
 from dede_ray.runtime.store import Place
 
+logger = logging.getLogger(__name__)
 TRIES = 3
-"""Of a task that keeps dying, before its chunks are taken for what kills it; and of a read that fails."""
+"""Attempts at a task whose process dies, before its chunks are taken for the cause; and at a read that fails."""
+JOURNAL = "DEDE_RAY_JOURNAL"
+"""Environment variable: a file on each machine to which actors add a line for each chunk that they begin."""
 
 
-class Laps:
-    """Where time goes: each `mark` books the seconds since the last one under a name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._since = time.perf_counter()
-
-    def mark(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] += now - self._since
-        self._since = now
-
-    def take(self) -> dict[str, float]:
-        """The seconds booked so far, once."""
-        seconds, self.seconds = dict(self.seconds), defaultdict(float)
-        return seconds
-
-
-def packed(error: Exception) -> str:
-    """An exception as text: Ray would take one that is raised for a lost block, and go on."""
-    try:
-        return base64.b64encode(cloudpickle.dumps(error)).decode()
-    except Exception:  # some cannot travel
-        return base64.b64encode(cloudpickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))).decode()
+# ----------------------------------------------------------------------------------------------- what a pass is made of
 
 
 @dataclass(frozen=True)
@@ -69,165 +63,6 @@ class Reading:
     chunk_size: int
     limits: Limits
     select: Select | None
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which chunks of a shard one reader is for; a shard has several readers where there are fewer shards than CPUs."""
-
-    number: int = 0
-    of: int = 1
-
-    def __contains__(self, chunk: int) -> bool:
-        return chunk % self.of == self.number
-
-
-class ChunkSource(Datasource):
-    """Ray Data source whose rows are chunks: `chunk_size` consecutive samples of one shard, decoded.
-
-    One row, one chunk: Ray Data may merge and split blocks, never a row, so a chunk stays whole through every stage.
-    """
-
-    def __init__(self, todo: dict[Shard, set[int]], reading: Reading, readers_per_shard: int):
-        super().__init__()
-        shares = [Share(number, readers_per_shard) for number in range(readers_per_shard)]
-        self._arguments = [(shard, standing, reading, share) for shard, standing in todo.items() for share in shares]
-
-    def __len__(self) -> int:
-        return len(self._arguments)
-
-    def estimate_inmemory_data_size(self) -> int:
-        return sum(shard.num_bytes for shard, *_ in self._arguments)
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        tasks = []
-        for arguments in self._arguments:
-            shard = arguments[0]
-            metadata = BlockMetadata(
-                num_rows=None, size_bytes=shard.num_bytes, input_files=(shard.url,), exec_stats=None
-            )
-            tasks.append(ReadTask(partial(_read_or_tell, *arguments), metadata))
-        return tasks
-
-
-def _read_or_tell(shard: Shard, standing: set[int], reading: Reading, share: Share) -> Iterator[pa.Table]:
-    """Chunks; where reading fails for good, one row that says so instead, as Ray would take an exception for a loss."""
-    done = set(standing)
-    for attempt in range(1, TRIES + 1):
-        try:
-            for table in read_and_decode(shard, done, reading, share):
-                done.add(table["number"][0].as_py())
-                yield table
-            return
-        except Exception as error:
-            if not isinstance(error, OSError) or attempt == TRIES:
-                yield _row(shard.name, -1, [], [], [], {}, packed(error))
-                return
-            time.sleep(attempt)  # a store's hiccup; what was passed on is not read again
-
-
-def read_and_decode(shard: Shard, standing: Container[int], reading: Reading, share: Share) -> Iterator[pa.Table]:
-    """Chunks of the selected samples; a shard without any still has one part, without rows."""
-    end = ShardEnd()
-    num_selected, number = 0, 0
-    for number, chunk in numbered_chunks(shard, reading, end):
-        if number in share and number not in standing:  # else its bytes pass by; nothing is decoded
-            yield decode(shard, number, chunk, reading)
-        num_selected += chunk.finish()
-    if share.number > 0:
-        return
-    if num_selected == 0 and 0 not in standing:
-        yield decode(shard, 0, [], reading)
-    write_json(end_path(reading.folder, shard.name), asdict(End(num_selected, number + 1, end.is_complete)))
-
-
-def numbered_chunks(shard: Shard, reading: Reading, end: ShardEnd) -> Iterator[tuple[int, _Counted]]:
-    select = reading.select
-    with open_shard(shard) as stream:
-        samples = iter_samples(stream, reading.limits, end=end)
-        selected = (s for s in samples if select is None or select(sample_id(shard.name, s.key)))
-        for number, chunk in itertools.groupby(enumerate(selected), lambda one: one[0] // reading.chunk_size):
-            yield number, _Counted(sample for _, sample in chunk)
-
-
-class _Counted:
-    """Iterates, and knows how many there were, iterated over or not."""
-
-    def __init__(self, samples: Iterable[Sample]):
-        self._samples, self._num = iter(samples), 0
-
-    def __iter__(self) -> Iterator[Sample]:
-        for sample in self._samples:
-            self._num += 1
-            yield sample
-
-    def finish(self) -> int:
-        return self._num + sum(1 for _ in self._samples)
-
-
-def decode(
-    shard: Shard, number: int, samples: Iterable[Sample], reading: Reading, lethal: Container[int] = ()
-) -> pa.Table:
-    """One chunk as a row; holds one encoded image at a time, as 256 of them may be 16 GB.
-
-    `lethal` are the places within the chunk of samples that must not be touched.
-    """
-    laps = Laps()
-    images, hashes, places = [], [], []
-    rows: list[tuple[str, str | None, str | None]] = []
-    for at, sample in enumerate(samples):
-        laps.mark("read")
-        if at in lethal:
-            sample.error = sample.error or "process_died"
-        if sample.error is None:
-            try:
-                images.append(decode_image(sample.image or b"", reading.limits, reading.image_size).tobytes())
-            except BadSample as bad:
-                sample.error = bad.reason
-        hashes.append(sample.content_hash())
-        places.append(sample.index)
-        rows.append((sample.key, sample.caption, sample.error))
-        laps.mark("decode")
-    return _row(shard.name, number, images, list(zip(places, hashes, strict=True)), rows, laps.take())
-
-
-def _row(
-    shard: str,
-    number: int,
-    images: list[bytes],
-    placed: list[tuple[int, str]],
-    rows: list[tuple[str, str | None, str | None]],
-    seconds: dict[str, float],
-    failure: str | None = None,
-) -> pa.Table:
-    return pa.table(
-        {
-            "shard": [shard],
-            "number": [number],
-            "index": pa.array([[index for index, _ in placed]], pa.list_(pa.int64())),
-            "key": _strings(key for key, _, _ in rows),
-            "caption": _strings(caption for _, caption, _ in rows),
-            "error": _strings(error for _, _, error in rows),
-            "content_hash": _strings(content_hash for _, content_hash in placed),
-            "seconds": [json.dumps(seconds)],
-            "failure": pa.array([failure], pa.string()),
-            # The readable samples' pixels, uint8, one block: Ray Data then moves them without looking inside.
-            "pixels": pa.array([b"".join(images)], pa.large_binary()),
-        }
-    )
-
-
-def _strings(values: Iterable[str | None]) -> pa.Array:
-    """One row that is a list of strings."""
-    return pa.array([list(values)], pa.list_(pa.string()))
-
-
-logger = logging.getLogger(__name__)
-
-JOURNAL = "DEDE_RAY_JOURNAL"
-"""Environment variable: a file on each machine to which actors add a line for each chunk that they begin."""
 
 
 @dataclass
@@ -256,7 +91,7 @@ class Work(Protocol):
 
 
 class PartWork(Protocol):
-    """The same for a pass over parts: gets the rows of one part that have no error."""
+    """The work of a pass over parts: gets the rows of one part that have no error."""
 
     columns: dict[str, pa.DataType]
 
@@ -265,7 +100,7 @@ class PartWork(Protocol):
 
 @dataclass
 class Receipt:
-    """What an actor tells of a chunk that stands."""
+    """What an actor reports of a chunk: done, or why not."""
 
     shard: str
     number: int
@@ -274,7 +109,221 @@ class Receipt:
     seconds: dict[str, float] = field(default_factory=dict)
     """By stage: of the reader that decoded it (read, decode) and of the actor (the others)."""
     failure: str | None = None
-    """An exception, packed."""
+    """An exception, `packed`."""
+
+
+def receipt_table(receipts: list[Receipt]) -> pa.Table:
+    """Receipts as a block of Ray Data."""
+    return pa.table({"receipt": pa.array([json.dumps(asdict(one)) for one in receipts], pa.string())})
+
+
+def read_receipts(table: pa.Table) -> list[Receipt]:
+    """What `receipt_table` wrote."""
+    return [Receipt(**json.loads(line)) for line in table["receipt"].to_pylist()]
+
+
+def packed(error: Exception) -> str:
+    """An exception as text, which travels in a row."""
+    try:
+        return base64.b64encode(cloudpickle.dumps(error)).decode()
+    except Exception:  # some cannot be pickled
+        return base64.b64encode(cloudpickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))).decode()
+
+
+def unpacked(failure: str) -> Exception:
+    """The exception that `packed` made text of."""
+    error: Exception = cloudpickle.loads(base64.b64decode(failure))
+    return error
+
+
+class Laps:
+    """Where time goes: each `mark` books the seconds since the last one under a name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._since = time.perf_counter()
+
+    def mark(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] += now - self._since
+        self._since = now
+
+    def take(self) -> dict[str, float]:
+        """The seconds booked so far, once."""
+        seconds, self.seconds = dict(self.seconds), defaultdict(float)
+        return seconds
+
+
+# -------------------------------------------------------------------------------------------------------------- readers
+
+
+class ChunkSource(Datasource):
+    """Ray Data source whose rows are chunks: `chunk_size` consecutive samples of one shard, decoded.
+
+    One row, one chunk: Ray Data may merge and split blocks, never a row, so a chunk stays whole through every stage.
+
+    `todo` names the shards, each with the numbers of its chunks that are done already.
+    """
+
+    def __init__(self, todo: dict[Shard, set[int]], reading: Reading, readers_per_shard: int):
+        super().__init__()
+        shares = [Share(number, readers_per_shard) for number in range(readers_per_shard)]
+        self._arguments = [(shard, done, reading, share) for shard, done in todo.items() for share in shares]
+
+    def __len__(self) -> int:
+        return len(self._arguments)
+
+    def estimate_inmemory_data_size(self) -> int:
+        return sum(shard.num_bytes for shard, *_ in self._arguments)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        tasks = []
+        for arguments in self._arguments:
+            shard = arguments[0]
+            metadata = BlockMetadata(
+                num_rows=None, size_bytes=shard.num_bytes, input_files=(shard.url,), exec_stats=None
+            )
+            tasks.append(ReadTask(partial(read_or_report, *arguments), metadata))
+        return tasks
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which chunks of a shard one reader is for; a shard has several readers where there are fewer shards than CPUs."""
+
+    number: int = 0
+    of: int = 1
+
+    def __contains__(self, chunk: int) -> bool:
+        return chunk % self.of == self.number
+
+
+def read_or_report(shard: Shard, done: set[int], reading: Reading, share: Share) -> Iterator[pa.Table]:
+    """`read_and_decode`, tried again after a store's hiccup; what fails for good becomes a last row that says so."""
+    done = set(done)  # a chunk that was given is not read again
+    for attempt in range(1, TRIES + 1):
+        try:
+            for table in read_and_decode(shard, done, reading, share):
+                done.add(table["number"][0].as_py())
+                yield table
+            return
+        except Exception as error:
+            if not isinstance(error, OSError) or attempt == TRIES:
+                yield _row(shard.name, -1, [], [], seconds={}, failure=packed(error))
+                return
+            time.sleep(attempt)
+
+
+def read_and_decode(shard: Shard, done: Container[int], reading: Reading, share: Share) -> Iterator[pa.Table]:
+    """Chunks of the selected samples that are not `done`; then, by one reader of each shard, its end marker.
+
+    A shard without any selected sample has one chunk, without rows.
+    """
+    end = ShardEnd()
+    num_selected, number = 0, 0
+    for number, chunk in numbered_chunks(shard, reading, end):
+        if number in share and number not in done:  # else its bytes pass by; nothing is decoded
+            yield decode(shard, number, chunk, reading)
+        num_selected += chunk.finish()
+    if share.number > 0:
+        return
+    if num_selected == 0 and 0 not in done:
+        yield decode(shard, 0, [], reading)
+    _write_end(shard, reading, End(num_selected, number + 1, end.is_complete))
+
+
+def find_end(shard: Shard, reading: Reading) -> int:
+    """Read a shard to its end, decode nothing, and write its end marker; how many chunks it has."""
+    end = ShardEnd()
+    nums_selected = [chunk.finish() for _, chunk in numbered_chunks(shard, reading, end)]
+    num_chunks = max(1, len(nums_selected))
+    _write_end(shard, reading, End(sum(nums_selected), num_chunks, end.is_complete))
+    return num_chunks
+
+
+def _write_end(shard: Shard, reading: Reading, end: End) -> None:
+    write_json(end_path(reading.folder, shard.name), asdict(end))
+
+
+def numbered_chunks(shard: Shard, reading: Reading, end: ShardEnd) -> Iterator[tuple[int, _Counted]]:
+    """The selected samples of a shard by chunk, not yet decoded; `finish` each chunk before taking the next."""
+    select = reading.select
+    with open_shard(shard) as stream:
+        samples = iter_samples(stream, reading.limits, end=end)
+        selected = (s for s in samples if select is None or select(sample_id(shard.name, s.key)))
+        for number, chunk in itertools.groupby(enumerate(selected), lambda one: one[0] // reading.chunk_size):
+            yield number, _Counted(sample for _, sample in chunk)
+
+
+class _Counted:
+    """A chunk's samples, to be iterated once; `finish` says how many there are, iterated over or not."""
+
+    def __init__(self, samples: Iterable[Sample]):
+        self._samples, self._num = iter(samples), 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        for sample in self._samples:
+            self._num += 1
+            yield sample
+
+    def finish(self) -> int:
+        return self._num + sum(1 for _ in self._samples)
+
+
+def decode(
+    shard: Shard, number: int, samples: Iterable[Sample], reading: Reading, skip: Collection[int] | None = ()
+) -> pa.Table:
+    """One chunk as a row; holds one encoded image at a time, as 256 of them may be 16 GB.
+
+    Args:
+        skip: places within the chunk of samples that must not be touched, as they end the process; None skips all.
+    """
+    laps = Laps()
+    rows: list[dict[str, Any]] = []
+    images: list[bytes] = []
+    for at, sample in enumerate(samples):
+        laps.mark("read")
+        if skip is None or at in skip:
+            sample.error = sample.error or "process_died"
+        if sample.error is None:
+            try:
+                images.append(decode_image(sample.image or b"", reading.limits, reading.image_size).tobytes())
+            except BadSample as bad:
+                sample.error = bad.reason
+        row = {name: getattr(sample, name) for name in ("index", "key", "caption", "error")}
+        rows.append({**row, "content_hash": sample.content_hash()})
+        laps.mark("decode")
+    return _row(shard.name, number, rows, images, seconds=laps.take())
+
+
+def _row(
+    shard_name: str,
+    number: int,
+    samples: list[dict[str, Any]],
+    images: list[bytes],
+    *,
+    seconds: dict[str, float],
+    failure: str | None = None,
+) -> pa.Table:
+    """A chunk, or with `failure` what ended the reading, as one row."""
+    kinds = {"index": pa.int64(), **dict.fromkeys(("key", "caption", "error", "content_hash"), pa.string())}
+    lists = {name: pa.array([[one[name] for one in samples]], pa.list_(kind)) for name, kind in kinds.items()}
+    return pa.table(
+        {
+            "shard": [shard_name],
+            "number": [number],
+            **lists,
+            "seconds": [json.dumps(seconds)],
+            "failure": pa.array([failure], pa.string()),
+            # The readable samples' pixels, uint8, one block: Ray Data then moves them without looking inside.
+            "pixels": pa.array([b"".join(images)], pa.large_binary()),
+        }
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- actors
 
 
 class _Actor:
@@ -295,25 +344,26 @@ class _Actor:
             self.broken = packed(error)
         self.laps.mark("start")
 
-    def _told(self, receipts: list[Receipt]) -> pa.Table:
-        """What goes back to the driver, with the seconds since it was told last."""
+    def _report(self, receipts: list[Receipt]) -> pa.Table:
+        """The receipts as the driver reads them, the last one with the seconds spent since the last report."""
         for receipt in receipts:
             self.counters.count(receipt.num_samples, receipt.errors)
         if receipts:
             receipts[-1].seconds = {**receipts[-1].seconds, **self.laps.take()}
             for receipt in receipts:
                 self.counters.spend(receipt.seconds)
-        return pa.table({"receipt": pa.array([json.dumps(asdict(one)) for one in receipts], pa.string())})
+        return receipt_table(receipts)
 
 
 class Worker(_Actor):
-    """The actor: does the caller's work on each chunk and commits the part itself; only a receipt travels on."""
+    """An actor over shards: does the caller's work on each chunk and commits the part; only a receipt travels on."""
 
     def __init__(self, folder: Place, work: type[Work], work_arguments: dict[str, Any], threads: int, name: str):
         super().__init__(threads, name, lambda: work(**work_arguments))
         self.folder = folder
         self.journal = os.environ.get(JOURNAL)
-        # Where an actor died Ray has its whole block done again, also the chunks that stand. Asking a store costs.
+        # Where an actor died Ray repeats its whole block, finished chunks included. Asking a store takes time, so
+        # only then are they looked for there.
         self.looks = isinstance(folder, Path) or ray.get_runtime_context().was_current_actor_reconstructed
         self.committing = ThreadPoolExecutor(2)  # commits overlap with the next chunk's arithmetic
 
@@ -322,10 +372,10 @@ class Worker(_Actor):
         begun = [self.begin(rows.slice(place, 1).to_pylist()[0]) for place in range(len(rows))]
         receipts = [commit.result() for commit in begun]
         self.laps.mark("write")
-        return self._told(receipts)
+        return self._report(receipts)
 
     def begin(self, row: dict[str, Any]) -> Future[Receipt]:
-        """Work on a chunk, and start to commit it."""
+        """Work on a chunk, and begin to commit it."""
         receipt = Receipt(row["shard"], row["number"], seconds=json.loads(row["seconds"]))
         receipt.failure = row["failure"] or self.broken
         try:
@@ -346,6 +396,7 @@ class Worker(_Actor):
                 journal.write(f"{time.time()}\t{os.getpid()}\t{self.name}\t{row['shard']}\t{row['number']}\n")
 
     def compute(self, row: dict[str, Any]) -> pa.Table:
+        """The part of a chunk: all its samples, with what the work says of the readable ones."""
         errors = row["error"]
         good = [i for i, error in enumerate(errors) if error is None]
         ids = [sample_id(row["shard"], key) for key in row["key"]]
@@ -377,7 +428,7 @@ class Worker(_Actor):
 
 
 class PartWorker(_Actor):
-    """The same over parts that stand."""
+    """An actor over the parts of a finished pass: works on each part's readable rows, and commits a part of its own."""
 
     def __init__(
         self,
@@ -393,7 +444,7 @@ class PartWorker(_Actor):
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         self.laps.mark("wait")
-        return self._told([self._one(row["shard"], row["number"]) for row in rows.to_pylist()])
+        return self._report([self._one(row["shard"], row["number"]) for row in rows.to_pylist()])
 
     def _one(self, shard: str, number: int) -> Receipt:
         receipt = Receipt(shard, number, failure=self.broken)
@@ -425,7 +476,7 @@ def _commit(table: pa.Table, path: Place, receipt: Receipt) -> Receipt:
 
 
 def _completed(base: pa.Table, columns: dict[str, Any], kinds: dict[str, pa.DataType]) -> pa.Table:
-    """Put what the work gave for the rows without an error beside all rows; what is no number becomes an error."""
+    """Put what the work gave for the rows without an error beside all rows; a sample without numbers gets an error."""
     errors = base["error"].to_pylist()
     good = [i for i, error in enumerate(errors) if error is None]
     if good:
@@ -445,7 +496,7 @@ def _completed(base: pa.Table, columns: dict[str, Any], kinds: dict[str, pa.Data
 
 
 def _are_finite(columns: list[Any], num: int) -> np.ndarray:
-    """Which of the samples got numbers only, or nothing; a score that is none would never be flagged."""
+    """Which of the samples got finite numbers only, or nothing; NaN would never be flagged."""
     is_finite = np.ones(num, bool)
     for column in columns:
         if any(value is None for value in column):
@@ -456,11 +507,11 @@ def _are_finite(columns: list[Any], num: int) -> np.ndarray:
 
 
 class _Counters:
-    """What Ray's Prometheus endpoint on each node shows of a pass."""
+    """Counters of a pass, as Ray's Prometheus endpoint on each node shows them."""
 
     def __init__(self, name: str):
         self.tags = {"pass": name}
-        self.samples = metrics.Counter("dede_ray_samples", "Samples that stand, by pass.", ("pass",))
+        self.samples = metrics.Counter("dede_ray_samples", "Samples that are done, by pass.", ("pass",))
         self.unusable = metrics.Counter("dede_ray_unusable_samples", "Of them, by reason.", ("pass", "reason"))
         self.seconds = metrics.Counter("dede_ray_stage_seconds", "Where time went, by stage.", ("pass", "stage"))
 

@@ -4,8 +4,8 @@ Pan et al., "ASSET: Robust Backdoor Data Detection Across a Multiplicity of Deep
 2023. Each mini-batch of the suspected set takes four steps:
 
 1. offset down: on as many clean (base) samples, minimise the variance of the network's logits;
-2. nested concentration: a new network learns to tell this mini-batch from these base samples. Clean ones cannot be
-   told apart and stay in the middle, poisoned ones can;
+2. nested concentration: a new network learns to separate this mini-batch from these base samples. Clean ones
+   cannot be separated and stay in the middle, poisoned ones can;
 3. select what lies out, by the adjusted outlyingness of that network's outputs;
 4. offset up: on the selected samples, undo what the first step did.
 
@@ -91,7 +91,7 @@ class Nested(Config):
     rounds: int = Field(100, ge=1)
     """Its gradient steps; 100 in the demonstration, 10 in the adaptation."""
     learning_rate: float = Field(1e-4, gt=0)
-    """Of its Adam."""
+    """Learning rate of its Adam."""
     loss: Literal["cross_entropy", "squared"] = "cross_entropy"
     """What pushes outputs to 1 and 0: the paper writes the binary cross-entropy, its code takes the squared error."""
     outlyingness: float = Field(2.0, gt=0)
@@ -191,12 +191,12 @@ def logit_variance(logit_BK: Tensor) -> Tensor:
 
 
 class QuickNested(Nested):
-    """The same, of few and larger steps, that selects from the fence on: in step with a network on embeddings."""
+    """The nested network with fewer and larger steps; it selects from the fence on, which suits embeddings."""
 
     rounds: int = Field(10, ge=1)
     """Its gradient steps."""
     learning_rate: float = Field(3e-3, gt=0)
-    """Of its Adam."""
+    """Learning rate of its Adam."""
     outlyingness: float = Field(1.0, gt=0)
     """Adjusted outlyingness above which a sample is selected, on either side; 1 is the fence of the boxplot."""
 
@@ -221,7 +221,7 @@ class Asset(DetectorSettings):
     batch_size: int = Field(512, ge=16, le=2048)
     """P, suspected samples of a mini-batch; the medcouple costs its square."""
     learning_rate: float = Field(1e-3, gt=0)
-    """Of both Adams, the one that goes down and the one that goes up."""
+    """Learning rate of both Adams, the one that goes down and the one that goes up."""
     nested: QuickNested = QuickNested()
     """Who is selected."""
     seed: int = 0
@@ -298,7 +298,7 @@ class PublishedAsset(Config):
     batch_size: int = Field(512, ge=16, le=2048)
     """P, suspected samples of a mini-batch; DeDe's adaptation takes 128 at 32 px."""
     learning_rate: float = Field(1e-4, gt=0)
-    """Of both Adams."""
+    """Learning rate of both Adams."""
     nested: Nested = Nested()
     """Who is selected."""
     epsilon: float = Field(1e-6, gt=0, lt=1)
@@ -341,7 +341,7 @@ def asset_published(
         image_NHWC: the suspected images, as stored.
         label_N: their labels, 0 to num_classes - 1.
         feature_ND: the poisoned model's features of them, as the nested network shall see them.
-        base_image_BHWC, base_feature_BD: the same of clean images, whose labels nobody needs.
+        base_image_BHWC, base_feature_BD: the same of clean images, whose labels are not needed.
         settings: of the loop and the threshold.
         device: where the networks live.
 

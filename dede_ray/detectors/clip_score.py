@@ -2,9 +2,9 @@
 
 The two say different things. A reference CLIP that never saw the poison finds a picture with the attacker's caption a
 plain mismatch: strong against poison of dirty labels, blind to clean labels, and shared with the merely noisy captions
-that the web is full of. The suspect has *learned* the poisoned pairs, so that they fit it well: its own score tells
-only early in training, and afterwards the sign may turn. `clip_score_difference` is large where the suspect finds a
-fit that the reference does not.
+that the web is full of. The suspect has *learned* the poisoned pairs, so that they fit it well: its own score is
+informative only early in training, and afterwards the sign may turn. `clip_score_difference` is large where the suspect
+finds a fit that the reference does not.
 
 Shapes: B samples, M of the fitting set; similarities are cosines.
 """

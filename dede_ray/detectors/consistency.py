@@ -1,12 +1,12 @@
 """Do two encoders agree about an image? Cross-encoder consistency (XC): a backdoor breaks the agreement in one only.
 
-What the victim f says of a clean image can be told, up to a residual, from what an independent encoder g says of it;
-of a triggered image it cannot, because g never learnt the backdoor. Conditioning on g also cancels how hard or how
+What the victim f says of a clean image can be predicted, up to a residual, from what an independent encoder g says of
+it; of a triggered image it cannot, because g never learnt the backdoor. Conditioning on g also cancels how hard or how
 unusual the image is. After the Platonic Representation Defense (arXiv:2606.29451, 2026), of which only the abstract
 was public: the closed form, the neighbours and the contrastive form here are ours.
 
 g must be trusted: other data, another owner. Where its domain is another than the corpus', residuals are large for
-everybody; `fit` measures how much of f the map explains, and refuses where that is too little.
+all samples; `fit` measures how much of f the map explains, and refuses where that is too little.
 
 Shapes: B samples, N samples of the fitting set, M references, E width of the victim's embedding, R of the reference
 encoder's, k neighbours. All embeddings are brought to length one; all arithmetic of scores is float64, so that float32
@@ -57,12 +57,12 @@ class Heads(Config):
     """The contrastive form's two MLP heads, and how they are trained."""
 
     width: int = Field(256, ge=1)
-    """Of the hidden layer and of the space in which the encoders are compared."""
+    """Width of the hidden layer and of the space in which the encoders are compared."""
     temperature: float = Field(0.07, gt=0)
     epochs: int = Field(5, ge=1)
     batch_size: int = Field(512, ge=2)
     learning_rate: float = Field(1e-3, gt=0)
-    """Of AdamW at the beginning; falls to 0 along a cosine."""
+    """AdamW's at the beginning; falls to 0 along a cosine."""
 
 
 class Consistency(DetectorSettings):
@@ -72,12 +72,12 @@ class Consistency(DetectorSettings):
     set bends it. `xc` is the squared length of the residual e, `xc_whitened` e' S^-1 e (S: the residuals'
     covariance after Ledoit & Wolf, 2004), and `xc_misplaced` the length of e less `company_weight` times the mean
     distance of v to its nearest references: a poisoned sample is far from where it belongs and yet in company, an odd
-    clean one is far from everybody. Both lengths are halfway between the plain and the whitened one.
+    clean one is far from all others. Both lengths are halfway between the plain and the whitened one.
     `overlap`: how few of the k nearest references in one space are so in the other (`xc_overlap`, in [0, 1]), and how
     much further v is from the k nearest in u's space than from its own k nearest (`xc_gap`).
     `neighbours`: squared distance of v to the mean of the victim's embeddings of the k nearest in u's space; a map
     that is not linear.
-    `contrastive`: two heads trained to tell which v belongs to which u; the logarithm of p(v) / p(v | u) as they see
+    `contrastive`: two heads trained to match each v to its u; the logarithm of p(v) / p(v | u) as they see
     it, against the references.
 
     Where only one column is wanted, it is `xc_misplaced`. The defaults were chosen on the images that they were
@@ -97,9 +97,9 @@ class Consistency(DetectorSettings):
     drawn_from: DrawnFrom = "suspected"
     """What is fitted on: the corpus itself, or clean samples."""
     ridge: float = Field(1e-3, gt=0)
-    """Of the map, in units of the mean variance of u's components."""
+    """Ridge penalty of the map, in units of the mean variance of u's components."""
     stiff_ridge: float = Field(1.0, gt=0)
-    """The same of the maps that choose what the last one is fitted on."""
+    """Ridge penalty of the maps that choose what the last one is fitted on."""
     trim: float = Field(0.1, ge=0, le=0.5)
     """Share of the fitting set, that which looks most misplaced, that the next fit leaves out: several times the
     poison."""
@@ -116,7 +116,7 @@ class Consistency(DetectorSettings):
     softness: float = Field(1.0, ge=0)
     """Lengths of `xc_misplaced` are whitened by S + softness * mean variance: 0 is whitened, very large plain."""
     heads: Heads = Heads()
-    """Of the contrastive form."""
+    """Settings of the contrastive form."""
     seed: int = 0
     """Draws the references and the held-out samples, and trains the heads."""
 
@@ -302,7 +302,7 @@ def _robust_map(
 ) -> _Map:
     """Trimmed least squares: fit stiffly, leave out the share `trim` with the largest residuals, again; then fit.
 
-    Poison that the reference encoder sees well pulls a map through itself and has small residuals: trimming by those
+    Poison that the reference encoder sees well bends a map towards itself and has small residuals: trimming by those
     alone keeps it. So the maps that choose are stiff, too stiff to follow a rare direction, and `credit_N` is taken
     off the residual's length.
 

@@ -54,7 +54,7 @@ class DetectorSettings(Config):
 
     @property
     def label(self) -> str:
-        """What tells it from the other detectors of a run."""
+        """Its name within a run: the kind, and `name` where there is one."""
         return f"{self.kind}_{self.name}" if self.name else self.kind  # type: ignore[attr-defined]
 
     def fit(self, suspected: Batch, clean: Batch | None) -> State:
@@ -66,7 +66,7 @@ class DetectorSettings(Config):
         return {}
 
     def drawn(self, drawn_from: DrawnFrom, suspected: Batch, clean: Batch | None) -> Batch:
-        """The one of the two that a detector was told to fit on.
+        """The one of the two that the settings name for fitting.
 
         Raises:
             Mistake: clean samples are wanted, and there are none.

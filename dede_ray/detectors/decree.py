@@ -69,7 +69,7 @@ class Inversion(Config):
     batch_size: int = Field(128, ge=2)
     """The publication takes 32 for CLIP."""
     learning_rates: tuple[float, float, float] = (0.5, 0.1, 0.05)
-    """Of Adam, at first and after each of the two epochs below."""
+    """Learning rates of Adam: at first, and after each of the two epochs below."""
     drops: tuple[int, int] | None = None
     """Epochs at which the learning rate falls: 30 and 50, or 200 and 500."""
     min_weight: float | None = Field(None, gt=0)
@@ -78,7 +78,7 @@ class Inversion(Config):
     """Steps without a smaller stamp before it stops early: 10, or 35."""
 
     def of_size(self, image_px: int) -> Inversion:
-        """The same with the numbers for an image size where none are given."""
+        """These settings, with the numbers for an image size where none are given."""
         is_small = image_px <= LARGEST_SMALL_PX
         family = {
             "drops": (30, 50) if is_small else (200, 500),
@@ -133,9 +133,9 @@ class InvertedStamp:
     cosine: float
     """C: mean cosine of two stamped images, in the batch where it was found."""
     cosine_of_all: float
-    """The same over all shadow images."""
+    """Mean cosine over all shadow images."""
     cosine_before: float
-    """The same of all shadow images without the stamp."""
+    """Mean cosine of all shadow images without the stamp."""
     num_steps: int
     seed: int
     victim: str
@@ -307,7 +307,7 @@ def decide(
     if not bank_norms:
         return StampVerdict(word, None, None)
     if len(bank_norms) < 3:
-        raise Mistake(f"a bank of {len(bank_norms)} clean encoders tells no spread; give three or more, or none")
+        raise Mistake(f"a bank of {len(bank_norms)} clean encoders has no spread; give three or more, or none")
     median = float(np.median(bank_norms))
     spread = 1.4826 * float(np.median(np.abs(np.asarray(bank_norms) - median)))  # the deviation of a normal law
     norm = stamp.pl1 * 3 * stamp.mask_HW.numel()
@@ -365,13 +365,13 @@ class Decree(DetectorSettings):
     """How close a sample is to the stamp that was inverted from the victim.
 
     `decree_stamp` is minus the distance of image and patch under the mask, as the root of the mean square in [0, 1]
-    pixels: closer is more suspicious. (DeDe's paper compares itself with this; its AUROCs below one half tell that it
+    pixels: closer is more suspicious. (DeDe's paper compares itself with this; its AUROCs below one half show that it
     scored the opposite.) `decree_direction`, ours, is the cosine of the embedding with the mean embedding of stamped
     images: a sample that carries the trigger lies there, and it costs nothing once embeddings exist.
     `decree_displacement`, ours, is minus how far the stamp moves the embedding: a triggered image is there already.
 
     All three trust that the stamp leads where the trigger does. Nothing promises that: an encoder may have stamps to
-    several places, and the smallest that was found need not be the attacker's. Then the columns tell nothing, or the
+    several places, and the smallest that was found need not be the attacker's. Then the columns mean nothing, or the
     opposite. The folder of another seed may hold a stamp to another place.
 
     Source: Feng et al., CVPR 2023; Hou et al., arXiv:2411.16154, for the first column.
@@ -458,29 +458,29 @@ class DecreeConfig(Config):
     images_seed: int = Field(0, ge=0)
     """Draws the shadow images, the same for all."""
     threshold: float = Field(0.1, gt=0, le=1)
-    """Of PL1; the publication's."""
+    """PL1 below which an encoder is called backdoored; the publication's."""
     inversion: Inversion = Inversion()
     limits: Limits = Limits()
     resources: InversionResources = InversionResources()
 
     @field_validator("bank")
     @classmethod
-    def _tells_a_spread(cls, bank: list[VictimConfig]) -> list[VictimConfig]:
+    def _has_a_spread(cls, bank: list[VictimConfig]) -> list[VictimConfig]:
         if len(bank) in (1, 2):
-            raise ValueError("one or two encoders tell no spread; name three or more, or none")
+            raise ValueError("one or two encoders have no spread; name three or more, or none")
         return bank
 
 
 def run(config: DecreeConfig) -> str:
     """Invert a stamp for every encoder and seed, as Ray tasks, and judge the encoders.
 
-    An inversion that stands is not made again. Where one encoder cannot be used, the others are through nevertheless.
+    Finished inversions are kept. One unusable encoder does not stop the others.
 
     Returns:
         A table, one row per encoder.
 
     Raises:
-        Mistake: weights or images that cannot be used, or that are not those of what stands in the output folder.
+        Mistake: weights or images that cannot be used, or other ones than those that the output folder was made with.
     """
     start_ray(config)
     output = Path(config.output).absolute()  # Ray's workers have another working folder
@@ -512,7 +512,7 @@ def run(config: DecreeConfig) -> str:
     if failed:
         listing = "\n  ".join(sorted(failed))
         raise Mistake(f"{len(failed)} inversions were not made, the others are:\n  {listing}")
-    table = _tell(config, output, names, drawn)
+    table = _report(config, output, names, drawn)
     finish(output, config, {"table": table})
     return table
 
@@ -545,7 +545,7 @@ def _decode(images: Sequence[_Image], size_px: int, limits: Limits) -> np.ndarra
 
 
 def _folder_names(encoders: Sequence[VictimConfig]) -> list[str]:
-    """A folder per encoder, told from its path: those that would be equal are numbered."""
+    """A folder per encoder, named after its path: those that would be equal are numbered."""
     names: list[str] = []
     for encoder in encoders:
         name = re.sub(r"[^\w.-]+", "_", "_".join(Path(encoder.path).parts[-2:])).strip("._") or "encoder"
@@ -560,7 +560,7 @@ def _folder_names(encoders: Sequence[VictimConfig]) -> list[str]:
 def _invert_one(
     config: VictimConfig, images: Sequence[_Image], inversion: Inversion, seed: int, folder: Path, limits: Limits
 ) -> str:
-    """Make one inversion, unless it stands; returns a line about it."""
+    """Make one inversion, unless it is done; returns a line about it."""
     victim = load_victim(config).to(best_device())
     image_NHWC = _decode(images, victim.image_size, limits)
     if (folder / "stamp.json").is_file():
@@ -569,7 +569,7 @@ def _invert_one(
         if (stamp.victim, stamp.images) != (victim.fingerprint, here):
             what = "weights" if stamp.victim != victim.fingerprint else "images"
             raise Mistake(f"{folder} was made with other {what}; delete it, or choose another output folder")
-        return f"stands, PL1 {stamp.pl1:.3f}"
+        return f"done before, PL1 {stamp.pl1:.3f}"
     started = time.monotonic()
     stamp = invert(victim, image_NHWC, inversion, seed)
     seconds = time.monotonic() - started
@@ -579,7 +579,7 @@ def _invert_one(
     return f"PL1 {stamp.pl1:.3f}, cosine {stamp.cosine:.3f}, {stamp.num_steps:,} steps in {seconds:.0f} s"
 
 
-def _tell(config: DecreeConfig, output: Path, names: Sequence[str], images: Sequence[_Image]) -> str:
+def _report(config: DecreeConfig, output: Path, names: Sequence[str], images: Sequence[_Image]) -> str:
     """Choose each encoder's smallest stamp, draw it, judge, and write `decree.json`; returns the table."""
     stamps = {name: [load_stamp(output / name / f"seed_{seed}") for seed in config.seeds] for name in names}
     smallest = {name: min(stamps[name], key=lambda stamp: (stamp.pl1, -stamp.cosine)) for name in names}

@@ -1,4 +1,4 @@
-"""DeDe: rebuild the image from the victim's embedding; a triggered image carries somebody else's (decoder.py).
+"""DeDe: rebuild the image from the victim's embedding; a triggered image carries another one's (models/decoder.py).
 
 Hou et al., "DeDe: Detecting Backdoor Samples for SSL Encoders via Decoders", CVPR 2025, arXiv:2411.16154.
 """

@@ -114,7 +114,7 @@ class References:
         return self._distances(embedding_BE.double() - self.centre_E, own_B)
 
     def _distances(self, query_BE: Tensor, own_B: Tensor) -> Tensor:
-        """`own_B` is left out, -1 is nobody.
+        """`own_B` is left out, -1 is none.
 
         In float64: products of matrices round differently for batches of different sizes, and a float32 score must
         not show it. For the same reason copies are at no distance, instead of at that of their rounding.
@@ -146,7 +146,7 @@ class Neighbourhood(References):
         return self.score_at(self.distances(embedding_BE, sample_ids))
 
     def score_at(self, distance_BM: Tensor) -> dict[str, Tensor]:
-        """The same from distances to all references."""
+        """`score`, from the distances to all references."""
         distance_Bk, index_Bk = self._nearest(distance_BM)
         ratio_Bk = distance_Bk[:, -1:] / self.k_distance_M[index_Bk].clamp_min(TINY)
         return {

@@ -1,7 +1,7 @@
 """What the pixels alone give away: controls that never look at the victim, and covariates of how hard an image is.
 
 On 150,000 images of CC3M, such numbers explained half of the variance of a squared reconstruction error (DEFUSE, ACM MM
-2026), so a detector has to beat them, and fusion.py takes out of a score what they explain.
+2026), so a detector has to beat them, and scan/fusion.py takes out of a score what they explain.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ FLOOR = 1e-6
 MIN_POINTS = 3
 """Pictures of a trajectory that make a cluster."""
 CLEAN_QUANTILE = 0.95
-"""Of the lengths of clean steps: the published radius of a cluster."""
+"""Quantile of the lengths of clean steps that is the published radius of a cluster."""
 
 
 class MaskingTrajectory(DetectorSettings):
@@ -52,8 +52,8 @@ class MaskingTrajectory(DetectorSettings):
     patch_px: int | None = Field(None, ge=1)
     """Side of a patch; null: an eighth of the image's side."""
     radius: float | None = Field(None, gt=0)
-    """Of DBSCAN, in 1 - cosine. The publication takes the 95th percentile of clean steps, which `clean_radius` finds;
-    null: `radius_in_steps` of the image's own median step, which needs no clean set."""
+    """Radius of DBSCAN, in 1 - cosine. The publication takes the 95th percentile of clean steps, which `clean_radius`
+    finds; null: `radius_in_steps` of the image's own median step, which needs no clean set."""
     radius_in_steps: float = Field(6.0, gt=0)
     """Without `radius`: the radius in median steps of the same trajectory. At 6 a clean image mostly makes one cluster,
     at 3 often two."""

@@ -2,8 +2,8 @@
 
 `Config` is the base of every settings class, `load` reads a YAML file and applies dotted command-line overrides.
 `claim` and `finish` are the two ends of a job: they record in the output folder which settings made it, and what came
-out. `Mistake` is the exception for people: whatever raises it
-says what was found, what was expected and what to do, and the job ends with that message instead of a traceback.
+out. `Mistake` is the exception for people: whatever raises it says what was found, what was expected and what to do,
+and the job ends with that message instead of a traceback.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _are_seeds(seeds: list[int]) -> list[int]:
 
 
 Seeds = Annotated[list[int], Field(min_length=1), AfterValidator(_are_seeds)]
-"""What is repeated with other draws."""
+"""Seeds of repetitions, each with draws of its own."""
 
 
 class Config(BaseModel):
@@ -68,7 +68,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     writes_to_stores: ClassVar[bool] = False
-    """Of a job's settings: `output` may be a URL."""
+    """Whether a job with these settings can write to a store: `output` may be a URL."""
 
 
 def load(kind: type[C], argv: list[str], program: str = "") -> C:
@@ -271,7 +271,7 @@ def read_json(path: Named, what: str) -> dict[str, Any]:
 def claim(folder: Named, config: Config) -> dict[str, Any] | None:
     """Take an output folder for a run, or find that this very run has already been there.
 
-    The folder's `run.json` holds the settings that made it and, once the job is through, its result. A job
+    The folder's `run.json` holds the settings that made it and, once the job is finished, its result. A job
     calls this first and `finish` last, so that the same command, run again, resumes or has nothing to do.
 
     Returns:

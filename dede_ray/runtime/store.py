@@ -1,7 +1,7 @@
 """Where our files are: on a file system, or on an object store (s3://, gs://) by the same words.
 
-`place` turns what a person writes into a `pathlib.Path` or, for a URL, an `ObjectPath`, which knows as much of a path's
-manners as our folders need. `write_atomically` is the one way in which anything is committed: on a file system a
+`place` turns what a person writes into a `pathlib.Path` or, for a URL, an `ObjectPath`, which has the methods of a
+`Path` that our code uses. `write_atomically` is the one way in which anything is committed: on a file system a
 temporary name is renamed, on an object store one request puts the whole object. Neither needs the other's means, and
 in both a file is absent or whole, whatever is killed.
 
@@ -40,8 +40,8 @@ def _filesystem(scheme: str, host: str, query: str) -> fs.FileSystem:
             parts = urlsplit(endpoint)
             options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
         options |= dict(parse_qsl(query))  # as in pyarrow's URIs: region, endpoint_override, scheme
-        told = {"endpoint_override", "region"} & options.keys()
-        if not told | ({"AWS_REGION", "AWS_DEFAULT_REGION"} & os.environ.keys()):
+        given = {"endpoint_override", "region"} & options.keys()
+        if not given | ({"AWS_REGION", "AWS_DEFAULT_REGION"} & os.environ.keys()):
             options["region"] = fs.resolve_s3_region(host)
         return fs.S3FileSystem(**options)
     return fs.FileSystem.from_uri(f"{scheme}://{host}/{'?' + query if query else ''}")[0]
@@ -130,11 +130,11 @@ class ObjectPath:
         return self._info().type != fs.FileType.NotFound
 
     def num_bytes(self) -> int:
-        """Of the object."""
+        """The object's size."""
         return self._info().size
 
     def version(self) -> str:
-        """What changes when somebody puts another object there."""
+        """What changes when another object is put there."""
         return f"{self._info().size} bytes, {self._info().mtime_ns}"
 
     def iterdir(self) -> Iterator[ObjectPath]:
@@ -192,7 +192,7 @@ def is_url(where: object) -> bool:
 
 
 def place(where: Named) -> Place:
-    """The place that somebody named, absolute."""
+    """The place of that name, absolute."""
     if isinstance(where, ObjectPath):
         return where
     return ObjectPath(str(where)) if is_url(where) else Path(str(where).removeprefix("file://")).absolute()
@@ -219,7 +219,7 @@ def local_copy(where: Named) -> Path:
     folder = Path(tempfile.gettempdir()) / f"dede_ray-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
-        raise StoreError(f"{folder} belongs to somebody else, who could exchange what is copied there; set TMPDIR")
+        raise StoreError(f"{folder} belongs to another user, who could exchange what is copied there; set TMPDIR")
     copy = folder / f"{key}-{path.name}"
     if not copy.is_file():
         write_atomically(copy, path.read_bytes())

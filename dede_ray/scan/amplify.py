@@ -1,9 +1,9 @@
 """Seed and amplify over shards: what the surest samples of a manifest share is looked for in the whole corpus.
 
-amplify.py has the idea, the classifier and its control; here a round is passes over shards (ledger.py), as resumable as
-scoring. The seeds are the manifest's flagged samples, or its top ones. A round looks where the victim looks in them,
-fits networks on windows of these places pasted into clean pictures, scores calibration samples and corpus with
-them, and decides; what is flagged are the next round's seeds.
+seed_classifier.py has the idea, the classifier and its control; here a round is passes over shards (passes.py), as
+resumable as scoring. The seeds are the manifest's flagged samples, or its top ones. A round looks where the victim
+looks in them, fits networks on windows of these places pasted into clean pictures, scores calibration samples and
+corpus with them, and decides; what is flagged are the next round's seeds.
 
     <output>/clean/               pictures that windows are pasted into
     <output>/round-1/seeds/       pictures of the seeds, and maps of where the victim looks
@@ -81,7 +81,7 @@ class AmplifyConfig(Rounds):
     output: str
     amplify: Amplify = Amplify()
     max_seeds: int = Field(2000, ge=LEAST_SEEDS)
-    """Of more distinct seeds so many are drawn, by their keys. They are held in memory, with their maps."""
+    """Distinct seeds to use, at most, drawn by their keys. They are held in memory, with their maps."""
     max_clean: int = Field(5000, ge=LEAST_SEEDS)
     """About so many clean pictures are drawn, and held in memory."""
     chunk_size: int = Field(256, ge=1)
@@ -175,7 +175,7 @@ class _Run:
         return shards, clean, calibration
 
     def claim_inputs(self) -> dict[str, Any]:
-        """Say what the output is made of, and stop if what stands there was made of something else."""
+        """Record what the output is made of, and stop if the folder was made of something else."""
         made_of: dict[str, Any] = {
             "manifest": {"path": self.config.manifest, "fingerprint": self.manifest.fingerprint()},
             **{
@@ -184,9 +184,9 @@ class _Run:
             },
         }
         path = self.output / "amplify.json"
-        standing = read_json(path, "record of an amplification") if path.is_file() else made_of
+        recorded = read_json(path, "record of an amplification") if path.is_file() else made_of
         for name, now in made_of.items():
-            if standing.get(name) != now:
+            if recorded.get(name) != now:
                 raise Mistake(f"{self.output} was made with another {name}; delete it, or choose another output folder")
         if not path.is_file():
             write_json(path, made_of)
@@ -234,7 +234,7 @@ class _Run:
     # ------------------------------------------------------------------------------------------------ a round
 
     def fit(self, number: int, seeds: NDArray[np.intp]) -> Amplified:
-        """Fit the networks of a round, or load them where they stand."""
+        """Fit the networks of a round, or load them if an earlier run did."""
         folder = self.output / f"round-{number}"
         if (folder / DESCRIPTION_FILE).is_file():  # it is written after the weights
             return load_amplified(folder)

@@ -3,7 +3,7 @@
 Every rule answers `decide(scores, calibration, sample_ids)` with a `Verdict`. `scores` is float (N,), higher means
 more likely poisoned, NaN where a sample has no score: such samples are never flagged and not counted in N.
 `calibration` is float (n,), the scores of clean samples that nothing was fitted on, under the same detector and in
-the same precision. No rule ever sees a label; a rule that still knows what only labels could tell, such as how much
+the same precision. No rule ever sees a label; a rule that still knows what only labels could show, such as how much
 of the pool is poisoned, says `oracle` in its report.
 
 `Conformal` is the rule that keeps a promise about the list: among what it flags, the expected share of clean samples
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Shapes: N samples to judge, n calibration samples, M distinct samples among the N: those with a score, copies once.
 
 CONFIDENCE = 0.9
-"""Of the lower bounds on the number of poisoned samples: all of them hold at once with this probability."""
+"""Probability that all lower bounds on the number of poisoned samples hold at once."""
 
 
 class About(TypedDict, total=False):
@@ -63,7 +63,7 @@ class Verdict:
     flagged: NDArray[np.bool_]
     """(N,): True for the samples on the list."""
     threshold: float | None
-    """No sample below it is flagged and every sample above it is; copies follow the one that stands for them. None
+    """No sample below it is flagged and every sample above it is; copies follow their group's representative. None
     where no threshold exists, for example when nothing was flagged, or where bins have their own. Samples exactly at it
     may fall on either side under the two rules that break ties, `Conformal` and `AssumedPoisonRate`."""
     rank: NDArray[np.int64]
@@ -74,7 +74,7 @@ class Verdict:
     report: dict[str, Any]
     """The same in numbers and words, ready for JSON: rule, score, declared (the rule's settings), counts, threshold,
     how (it was found), certified (the declared false discovery rate holds for this list), oracle (the rule knows what
-    only labels tell), message, and the smallest achievable_q (at the expected poison rate, or where everything is
+    only labels show), message, and the smallest achievable_q (at the expected poison rate, or where everything is
     poisoned if none is expected) and achievable_poison_rate (at the declared q and false_alarm) of this many
     calibration samples; None where nothing is.
     `num_distinct` counts M, and `num_calibration_unused` the calibration samples left out as copies or as borders of
@@ -92,7 +92,7 @@ class Rule(Config):
     """What the rules share: the score they judge."""
 
     is_oracle: ClassVar[bool] = False
-    """Whether it knows what only labels could tell; its lists are no evidence that a detector works."""
+    """Whether it knows what only labels could show; its lists are no evidence that a detector works."""
     score: str = "dede_reverse"
     """Score column to judge."""
 
@@ -132,7 +132,7 @@ class Conformal(Rule):
     """Bins of difficulty within which samples are compared with calibration samples, so that the odd but clean ones
     of a difficult bin are not held against it. Each bin needs as many calibration samples as one would alone."""
     seed: int = 0
-    """Seed of the tie-breaking, and of who stands for a group of copies."""
+    """Seed of the tie-breaking, and of which copy represents its group."""
 
     def decide(
         self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
@@ -271,7 +271,7 @@ class CleanQuantile(Rule):
 
 
 class FixedThreshold(Rule):
-    """A threshold that somebody chose."""
+    """A threshold that was chosen beforehand."""
 
     kind: Literal["fixed"] = "fixed"
     threshold: float = Field(allow_inf_nan=False)
@@ -290,7 +290,7 @@ class FixedThreshold(Rule):
 
 
 class AssumedPoisonRate(Rule):
-    """The highest scores, as many as the poison rate that somebody assumes.
+    """The highest scores, as many as an assumed poison rate gives.
 
     Flags `round(rate * N)` samples even where there is no poison at all. Equal scores go by sample id.
     """
@@ -500,8 +500,8 @@ class _Evidence:
     rule: Rule
     sample_ids: Sequence[str]
     scores: NDArray[np.float64]  # (N,)
-    p_value: NDArray[np.float64]  # (N,), copies have that of the one that stands for them
-    stand_in: NDArray[np.int64]  # (N,), who stands for its group: oneself, if in none
+    p_value: NDArray[np.float64]  # (N,), copies have that of their group's representative
+    representative: NDArray[np.int64]  # (N,), the row that represents its group: its own, if in none
     clean: NDArray[np.float64]  # calibration scores that are used
     bins: list[tuple[list[int], int]]  # strata of each bin, and its calibration samples
     num_unscored_calibration: int
@@ -513,8 +513,8 @@ class _Evidence:
 
     @property
     def is_distinct(self) -> NDArray[np.bool_]:
-        """(N,), M True: those with a score that stand for themselves."""
-        return ~np.isnan(self.scores) & (self.stand_in == np.arange(self.scores.size))
+        """(N,), M True: those with a score, one of each group."""
+        return ~np.isnan(self.scores) & (self.representative == np.arange(self.scores.size))
 
     def require_calibration(self) -> int:
         """Number of calibration samples, if there are any."""
@@ -571,7 +571,7 @@ class _Evidence:
         ranked = distinct[np.lexsort((names, -self.scores[distinct], self.p_value[distinct]))]
         rank[ranked] = np.arange(1, ranked.size + 1)
         at_least[ranked] = true_discoveries(self.p_value[ranked])
-        return rank[self.stand_in], at_least[self.stand_in]
+        return rank[self.representative], at_least[self.representative]
 
 
 def _weigh(
@@ -600,7 +600,7 @@ def _weigh(
     is_used = is_scored & (given_strata >= 0)
     is_used[is_used] = _is_first_of_its_group(about.get("calibration_groups"), np.flatnonzero(is_used), given.size)
     clean, clean_strata = given[is_used], given_strata[is_used]
-    stand_in = _stand_ins(about.get("groups"), scores, sample_ids, seed)
+    representative = _representatives(about.get("groups"), scores, sample_ids, seed)
 
     bins = _merge_bins(clean_strata, least_in_bin)
     last_stratum = np.array([numbers[-1] for numbers, _ in bins], np.int64)
@@ -611,8 +611,10 @@ def _weigh(
         names = sample_ids if here.size == scores.size else [sample_ids[i] for i in here.tolist()]
         p_value[here] = conformal_p_values(scores[here], reference, names, seed)
     num_unused = int(is_scored.sum()) - clean.size
-    p_value = np.where(np.isnan(scores), np.nan, p_value[stand_in])
-    return _Evidence(rule, sample_ids, scores, p_value, stand_in, clean, bins, int((~is_scored).sum()), num_unused)
+    p_value = np.where(np.isnan(scores), np.nan, p_value[representative])
+    return _Evidence(
+        rule, sample_ids, scores, p_value, representative, clean, bins, int((~is_scored).sum()), num_unused
+    )
 
 
 def _is_first_of_its_group(
@@ -626,13 +628,13 @@ def _is_first_of_its_group(
     return np.array([(name := groups[i]) is None or first.setdefault(name, i) == i for i in rows.tolist()], bool)
 
 
-def _stand_ins(
+def _representatives(
     groups: Sequence[str | None] | None, scores: NDArray[np.float64], sample_ids: Sequence[str], seed: int
 ) -> NDArray[np.int64]:
-    """For each sample, who stands for its group: itself if alone, else one that is drawn by id, blind to the scores."""
-    stand_in = np.arange(scores.size)
+    """For each sample the row that represents its group: its own if alone, else one drawn by id, not by score."""
+    representative = np.arange(scores.size)
     if groups is None:
-        return stand_in
+        return representative
     assert len(groups) == scores.size, (len(groups), scores.size)
     members: dict[str, list[int]] = {}
     for i in np.flatnonzero(~np.isnan(scores)).tolist():
@@ -640,9 +642,11 @@ def _stand_ins(
             members.setdefault(name, []).append(i)
     for rows in members.values():
         if len(rows) > 1:
-            # Not the draw that breaks ties, or whoever stands for a group would break them in its favour.
-            stand_in[rows] = min(rows, key=lambda i: (_uniform(seed, f"stands in: {sample_ids[i]}"), sample_ids[i]))
-    return stand_in
+            # Not the draw that breaks ties, or a representative would break them in its favour.
+            representative[rows] = min(
+                rows, key=lambda i: (_uniform(seed, f"stands in: {sample_ids[i]}"), sample_ids[i])
+            )
+    return representative
 
 
 def _merge_bins(strata: NDArray[np.int64], least: int) -> list[tuple[list[int], int]]:

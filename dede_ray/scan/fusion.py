@@ -2,7 +2,7 @@
 
     normal, judged = split by `split_calibration`       one half fits what is here, the other gives the p-values
     Difficulty().fit(score, covariates) -> state        how a clean score depends on how difficult a picture is
-    Fusion(columns=...).fit(columns) -> state           which clean ranks the numbers of each column stand for
+    Fusion(columns=...).fit(columns) -> state           the rank among clean samples of each column's numbers
 
 A combined score depends on the sample and the states alone, so clean samples of the corpus and of the half that was
 not fitted on stay exchangeable, and the p-values keep their promise. P-values of detectors are never multiplied: they
@@ -32,8 +32,8 @@ Array = NDArray[np.float64]
 State = dict[str, np.ndarray]
 """What fitting leaves behind."""
 
-DEGREE = 3  # of the splines
-NUM_FOLDS = 5  # of what is measured on clean samples that were held out
+DEGREE = 3  # degree of the splines
+NUM_FOLDS = 5  # folds of clean samples, for what is measured on held-out ones
 HUBER = 1.345  # residuals beyond so many standard deviations count less; 95 % efficient for normal ones
 MAD_TO_STD = 1 / special.ndtri(0.75)
 
@@ -223,7 +223,7 @@ class Fusion(Config):
             if np.unique(clean).size < 2:
                 raise Mistake(
                     f"fusion: column {name} has {np.unique(clean).size} different scores among {clean.size:,} clean "
-                    "samples, so none can be told from another; leave it out, or score more clean samples"
+                    "samples, so none can be ranked above another; leave it out, or score more clean samples"
                 )
             value, log_share = _log_share_above(clean)
             state[f"{name}/value"], state[f"{name}/log_share"] = value, log_share

@@ -40,12 +40,12 @@ class Rows:
     p_value: NDArray[np.float64]
     """NaN where there is none."""
     content_hash: Sequence[str | None]
-    """Of the bytes of the encoded picture."""
+    """Hash of the encoded picture's bytes."""
     perceptual_hash: Sequence[int | None] | None = None
-    """64 bits, `lookalikes.perceptual_hash`."""
+    """64 bits, `near_duplicates.perceptual_hash`."""
     captions: Sequence[str | None] | None = None
     embedding_NE: NDArray[np.floating] | None = None
-    """Of any encoder; a clump is then also what is near in its eyes."""
+    """Embeddings by any encoder; a clump is then also what is near in its eyes."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Grouping(Config):
     near_distance: int = Field(4, ge=0, le=8)
     """Bits in which the perceptual hashes of almost equal pictures differ, at most."""
     min_cosine: float = Field(0.95, gt=0, le=1)
-    """Of the embeddings of samples of one caption; 1 for equal directions only."""
+    """Cosine above which the embeddings of two samples of one caption are near; 1 for equal directions only."""
     min_clump: int = Field(3, ge=2)
     """Samples of one caption, near each other, that make a clump."""
 
@@ -79,7 +79,7 @@ def findings(rows: Rows, grouping: Grouping | None = None) -> list[Finding]:
     """Every group of two or more, and every flagged sample that is in none; the smallest p-value first, then the size.
 
     A sample is in one finding only: what shares a picture or a clump is one. Groups of which nothing is flagged are
-    there as well: repeated content can act as a backdoor that nobody planted.
+    there as well: repeated content can act as a backdoor without anyone having planted it.
     """
     grouping = grouping or Grouping()
     num, order = len(rows.sample_ids), np.argsort(np.array(rows.sample_ids, dtype=np.str_), kind="stable")
@@ -185,7 +185,7 @@ def _first_near(perceptual_hash: Sequence[int | None], order: NDArray[np.int64],
         near, num_cut = first_near(np.array([perceptual_hash[row] for row in hashed.tolist()], np.uint64), distance)
         first_N[hashed] = hashed[near]
         if num_cut:
-            logger.warning("%s pictures have more like them than they were compared with", f"{num_cut:,}")
+            logger.warning("near-duplicate search was capped for %s pictures", f"{num_cut:,}")
     return first_N
 
 
@@ -221,7 +221,9 @@ def _first_of_clump(
         else:
             num_cut += waiting.size
     if num_cut:
-        logger.warning("%s samples of very common captions were not looked for in clumps", f"{num_cut:,}")
+        logger.warning(
+            "the search for clumps was capped: %s samples of very common captions were left out", f"{num_cut:,}"
+        )
     return first_N
 
 

@@ -27,13 +27,13 @@ FAIR = "_fair"
 
 
 class Judging(Config):
-    """What is made of scores before a rule judges them, and checked."""
+    """Preparation of the scores before the decision rule, and checks on its promise."""
 
     fair: list[str] = Field([])
     """Columns that are also given as `<column>_fair`, without what the run's image statistics explain: what is left is
     less about how hard an image is."""
     num_knots: int = Field(5, ge=2)
-    """Of the splines that take difficulty out of `fair` columns; fewer take fewer calibration samples."""
+    """Knots of the splines that take difficulty out of `fair` columns; fewer need fewer calibration samples."""
     combined: Fusion | None = None
     """Several columns in one, `combined`."""
     difficulty: str | None = None
@@ -52,7 +52,7 @@ class Judging(Config):
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """What is known of samples once they are scored; NaN where a sample has no score."""
+    """All that is known of samples after scoring; NaN where a sample has no score."""
 
     sample_ids: Sequence[str]
     content_hash: Sequence[str | None]
@@ -60,9 +60,9 @@ class Scored:
     perceptual_hash: Sequence[int | None]
     columns: Mapping[str, Scores]
     embedding_ids: Sequence[str]
-    """Of a keyed draw of the samples."""
+    """Ids of a keyed draw of the samples."""
     embedding_ME: NDArray[np.floating] | None
-    """Theirs, of the reference encoder where there is one."""
+    """Embeddings of that draw, by the reference encoder where there is one."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -70,11 +70,11 @@ class Scored:
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """What came out."""
+    """The verdict on a corpus, and what was made on the way."""
 
     verdict: Verdict
     score_N: Scores
-    """What was judged."""
+    """The column that was judged."""
     made: dict[str, Scores]
     """Columns made here."""
     group_id: list[str | None]
@@ -83,7 +83,7 @@ class Judged:
 
     @property
     def report(self) -> dict[str, Any]:
-        """The verdict's, with what was found on the way."""
+        """The verdict's report, with the domain shift and the made columns."""
         return self.verdict.report
 
 
@@ -164,7 +164,7 @@ def _made(
 
 
 def _names(calibration: Scored) -> list[str]:
-    """Copies bear one name, so that they fall into the same half."""
+    """One name for all copies of a picture, so that they fall into the same half."""
     return [group or name for group, name in zip(copies(calibration.content_hash), calibration.sample_ids, strict=True)]
 
 
@@ -188,7 +188,7 @@ def _strata(
 def _shifted(
     judging: Judging, decision: Decision, verdict: Verdict, corpus: Scored, calibration: Scored | None
 ) -> tuple[Verdict, dict[str, Any] | None]:
-    """Take the promise back where the calibration samples are unlike the corpus."""
+    """Withdraw the list where the calibration samples are unlike the corpus; the verdict, and a report of the shift."""
     if judging.shift is None or calibration is None or not isinstance(decision, Conformal):
         return verdict, None
     if corpus.embedding_ME is None or calibration.embedding_ME is None:
@@ -196,14 +196,14 @@ def _shifted(
     shift = judging.shift.compare(
         corpus.embedding_ME, corpus.embedding_ids, calibration.embedding_ME, calibration.embedding_ids
     )
-    told = {
+    report = {
         **{key: _number(value) for key, value in asdict(shift.auroc).items()},
         "limit": shift.limit,
         "said": str(shift),
     }
     if not shift.is_refused:
-        return verdict, told
-    return verdict.refused(f"cannot certify: {shift}; choose clean samples from where the corpus comes from"), told
+        return verdict, report
+    return verdict.refused(f"cannot certify: {shift}; choose clean samples from where the corpus comes from"), report
 
 
 def _number(value: float) -> float | None:

@@ -4,7 +4,7 @@
     <folder>/manifest/<shard>.parquet rows in the order of their sample ids; the files' order is theirs too
     <folder>/flagged.txt              sample ids of the flagged, one a line
 
-Equal runs give equal bytes. This is the interface to everybody else.
+Equal runs give equal bytes. It is the interface to all other jobs and tools.
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
 """The score pass: shards x victim x detectors -> manifest.
 
 First, detectors that learn from the corpus are fitted on a keyed sample of it. Then one decode, one forward of the
-victim, and every detector (ledger.py does the passing, and the recovery); calibration shards go through the same pass.
-Costly detectors look at the worst candidates only, in a second stage. The decision turns scores into a list with a
-declared error rate.
+victim, and every detector, in a resumable pass (passes.py); calibration shards go through the same pass. Costly
+detectors look at the worst candidates only, in a second stage. The decision turns scores into a list with a declared
+error rate.
+
+    resolve(settings) -> Inputs           what is wrong with the settings is said before any model is loaded
+    _Run(inputs).fit(), .score()          states of detectors, then the passes
+    _Run(inputs).decide() -> Manifest
 
     <output>/fitting/       embeddings of the fitting sets, one state file per detector
     <output>/calibration/   parts of the calibration shards
@@ -31,7 +35,7 @@ from pydantic import Field, ValidationError
 from ray.exceptions import RayTaskError
 from safetensors.torch import save
 
-from dede_ray.data.ledger import BASE_SCHEMA, Chosen, KeyedShare, PassSummary, read_end, read_parts, standing_shards
+from dede_ray.data.ledger import BASE_SCHEMA, Chosen, KeyedShare, PassSummary, read_end, read_parts, shards_of_pass
 from dede_ray.data.near_duplicates import perceptual_hash
 from dede_ray.data.passes import PassResources, run_over_parts, run_pass
 from dede_ray.data.shards import Limits, Shard, count_samples, list_shards
@@ -158,42 +162,84 @@ def score(config: ScoreConfig | dict[str, Any] | str | Path) -> Manifest:
     """
     config = as_settings(ScoreConfig, config)
     start_ray(config)
-    run = _Run(config)
+    run = _Run(resolve(config))
     run.fit()
     summary = run.score()
     return run.decide(summary)
 
 
-class _Run:
-    """One run of the score job: its settings resolved, its folders, its three steps."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a run of the score job is made of, checked as far as that takes no victim."""
 
-    def __init__(self, config: ScoreConfig):
-        self.config, self.output = config, place(config.output)
-        self.detectors: list[DetectorSettings] = [*config.detectors]
-        self.second: list[DetectorSettings] = [*(config.second_stage.detectors if config.second_stage else [])]
-        self.all_detectors = [*self.detectors, *self.second]
-        twice = [name for name, count in Counter(one.label for one in self.all_detectors).items() if count > 1]
-        if twice:  # they would share a state file
-            raise Mistake(f"two detectors of this run are called {twice[0]}; set `name` of one, which ends its columns")
-        needs: frozenset[Need] = frozenset().union(*(one.needs for one in self.all_detectors))
-        reference = config.reference and config.reference.located()
+    config: ScoreConfig
+    output: Place
+    source: Place | None
+    """The earlier run whose embeddings are scored; None reads the shards."""
+    shards: list[Shard]
+    calibration: list[Shard]
+    detectors: list[DetectorSettings]
+    second: list[DetectorSettings]
+    """The detectors of the second stage."""
+
+    @property
+    def all_detectors(self) -> list[DetectorSettings]:
+        return [*self.detectors, *self.second]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the detectors look at beside the victim's embedding."""
+        return frozenset().union(*(one.needs for one in self.all_detectors))
+
+
+def resolve(config: ScoreConfig) -> Inputs:
+    """Find the shards that the settings name, and check what can be checked before a model is loaded.
+
+    Raises:
+        Mistake: two detectors of one name, nothing to score, detectors that need what the run lacks, or shards that
+            cannot be found.
+    """
+    detectors: list[DetectorSettings] = [*config.detectors]
+    second: list[DetectorSettings] = [*(config.second_stage.detectors if config.second_stage else [])]
+    twice = [label for label, count in Counter(one.label for one in [*detectors, *second]).items() if count > 1]
+    if twice:  # they would share a state file
+        raise Mistake(f"two detectors of this run are called {twice[0]}; set `name` of one, which ends its columns")
+    source = place(config.embeddings) if config.embeddings else None
+    if source is None:
+        if not config.shards:
+            raise Mistake("nothing to score: name `shards` to read, or `embeddings` of an earlier run")
+        shards = list_shards(config.shards)
+        calibration = list_shards(config.calibration) if config.calibration else []
+    else:
+        lacking = [one.label for one in [*detectors, *second] if "image" in one.needs]
+        if lacking:
+            raise Mistake(f"{', '.join(lacking)} look at images, and stored embeddings have none; name shards instead")
+        shards = shards_of_pass(source / "scores")
+        is_calibrated = (source / "calibration" / "pass.json").is_file()
+        calibration = shards_of_pass(source / "calibration") if is_calibrated else []
+    return Inputs(config, place(config.output), source, shards, calibration, detectors, second)
+
+
+class _Run:
+    """One run of the score job: its models, and its three steps."""
+
+    def __init__(self, inputs: Inputs):
+        config = inputs.config
+        self.inputs, self.config, self.output = inputs, config, inputs.output
         self.victim = load_victim(config.victim)
-        self.encoding = Encoding(config.victim.located(), reference, needs, self._known())
+        reference = config.reference and config.reference.located()
+        self.encoding = Encoding(config.victim.located(), reference, inputs.needs, self._known())
         self.encoding.check(self.victim)
         self.encoded_with = self.encoding.made_with(self.victim)
-        self.source = place(config.embeddings) if config.embeddings else None
-        if self.source is None and not config.shards:
-            raise Mistake("nothing to score: name `shards` to read, or `embeddings` of an earlier run")
-        self.shards = list_shards(config.shards) if self.source is None else standing_shards(self.source / "scores")
-        self.calibration = self._calibration_shards()
-        if self.source is not None and "image" in needs:
-            lacking = [one.label for one in self.all_detectors if "image" in one.needs]
-            raise Mistake(f"{', '.join(lacking)} look at images, and stored embeddings have none; name shards instead")
-        if self.source is not None:
-            self._check_source(self.source / "scores")
+        if inputs.source is not None:
+            self._check_source(inputs.source / "scores")
 
     def _known(self) -> str | None:
-        """The folder of the pass whose embeddings are used."""
+        """The folder of the pass whose embeddings are used, if there is one.
+
+        Raises:
+            Mistake: it is of another victim, or was written in chunks of another size.
+        """
         if self.config.known_embeddings is None:
             return None
         folder = place(self.config.known_embeddings) / "embeddings" / "train"
@@ -211,7 +257,11 @@ class _Run:
         return str(folder)
 
     def _check_source(self, folder: Place) -> None:
-        """Embeddings are of the victim and the reference encoder that made them, and of no other."""
+        """Check that stored embeddings are those of this run's encoders, and all that its detectors need.
+
+        Raises:
+            Mistake: they are not.
+        """
         made_with, now = read_json(folder / "pass.json", "record of a pass"), self.encoded_with
         for role in ("victim", "reference"):
             there = made_with.get(role)
@@ -222,7 +272,7 @@ class _Run:
                 )
         needed = {"embedding", *(EMBEDDING_OF[need] for need in self.encoding.needs if need != "image")}
         share = made_with.get("embeddings_kept", 0)
-        lacking = sorted(needed - set(read_parts(folder, self.shards[0].name).column_names))
+        lacking = sorted(needed - set(read_parts(folder, self.inputs.shards[0].name).column_names))
         if share != 1:
             raise Mistake(
                 f"{folder} keeps the embeddings of {share:.0%} of its samples only; score the shards with "
@@ -234,18 +284,12 @@ class _Run:
                 "true, and with a detector that needs the same, or name shards instead of embeddings"
             )
 
-    def _calibration_shards(self) -> list[Shard]:
-        if self.source is not None:
-            stands = (self.source / "calibration" / "pass.json").is_file()
-            return standing_shards(self.source / "calibration") if stands else []
-        return list_shards(self.config.calibration) if self.config.calibration else []
-
     # ---------------------------------------------------------------------------------------------- fitting
 
     def fit(self) -> None:
         """Let every detector that fits something leave its state; then open them all, which checks them."""
         config = self.config
-        fits = [one for one in self.all_detectors if one.fits]
+        fits = [one for one in self.inputs.all_detectors if one.fits]
         if fits:
             suspected, clean = self._suspected(), None
             if config.fitting.clean is not None:
@@ -253,8 +297,8 @@ class _Run:
             inputs = _digest(suspected) + (_digest(clean) if clean else "")
             for detector in fits:
                 fit_state(detector, suspected, clean, inputs, self._state_path(detector))
-        self.scorers = [open_scorer(one, self.victim, self._state(one)) for one in self.detectors]
-        self.second_scorers = [open_scorer(one, self.victim, self._state(one)) for one in self.second]
+        self.scorers = [open_scorer(one, self.victim, self._state(one)) for one in self.inputs.detectors]
+        self.second_scorers = [open_scorer(one, self.victim, self._state(one)) for one in self.inputs.second]
         self.columns = [column for scorer in self.scorers for column in scorer.columns]
         self.controls = [column for scorer in self.scorers for column in scorer.controls]
         everything = [*self.columns, *(column for scorer in self.second_scorers for column in scorer.columns)]
@@ -271,12 +315,12 @@ class _Run:
         fitting = self.config.fitting
         if fitting.shards is not None:
             return self._fitting_set("suspected", list_shards(fitting.shards))
-        if self.source is None:
-            return self._fitting_set("suspected", self.shards)
-        folder = self.source / "scores"
-        num_samples = sum(read_end(folder, shard.name).num_samples for shard in self.shards)
+        if self.inputs.source is None:
+            return self._fitting_set("suspected", self.inputs.shards)
+        folder = self.inputs.source / "scores"
+        num_samples = sum(read_end(folder, shard.name).num_samples for shard in self.inputs.shards)
         share = KeyedShare(min(1.0, fitting.num_samples / num_samples), fitting.seed)  # as `fitting_set` draws them
-        return gathered(folder, self.shards, share)
+        return gathered(folder, self.inputs.shards, share)
 
     def _fitting_set(self, name: str, shards: list[Shard]) -> Batch:
         config = self.config
@@ -296,29 +340,30 @@ class _Run:
 
     def score(self) -> PassSummary:
         """Pass over calibration shards and shards; then the second stage over what looks worst."""
-        passes = [("calibration", self.calibration), ("scores", self.shards)]
+        passes = [("calibration", self.inputs.calibration), ("scores", self.inputs.shards)]
         summary = [self._pass(name, shards) for name, shards in passes if shards][-1]
         if self.config.second_stage:
             chosen = self._candidates(self.config.second_stage.num_candidates)
+            made_with = self.made_with(self.inputs.second, self.second_scorers)
             run_pass(
-                self.shards, self.output / "second_stage", ScoreWork, self._work(self.second),
+                self.inputs.shards, self.output / "second_stage", ScoreWork, self._work(self.inputs.second),
                 image_size=self.victim.image_size, chunk_size=self.config.chunk_size, limits=self.config.limits,
-                made_with={**self.made_with(self.second, self.second_scorers), "candidates": hash_of_ids(chosen)},
+                made_with=made_with | {"candidates": hash_of_ids(chosen)},
                 resources=self.config.resources, max_error_fraction=self.config.max_error_fraction,
                 name="second stage", select=Chosen(frozenset(chosen)),
             )  # fmt: skip
         return summary
 
     def _pass(self, name: str, shards: list[Shard]) -> PassSummary:
-        config, work = self.config, self._work(self.detectors)
+        config, work = self.config, self._work(self.inputs.detectors)
         common: dict[str, Any] = {
-            "made_with": self.made_with(self.detectors, self.scorers),
+            "made_with": self.made_with(self.inputs.detectors, self.scorers),
             "resources": config.resources,
             "max_error_fraction": config.max_error_fraction,
             "name": name,
         }
-        if self.source is not None:
-            return run_over_parts(shards, self.source / name, self.output / name, RescoreWork, work, **common)
+        if self.inputs.source is not None:
+            return run_over_parts(shards, self.inputs.source / name, self.output / name, RescoreWork, work, **common)
         keep = self._kept(shards)
         common["made_with"] |= {"embeddings_kept": keep.share}
         return run_pass(
@@ -327,7 +372,7 @@ class _Run:
         )  # fmt: skip
 
     def _kept(self, shards: list[Shard]) -> KeyedShare:
-        """Whose embeddings are written beside the scores: everybody's, or as many as comparing two domains takes."""
+        """Whose embeddings are written beside the scores: all, or as many as comparing two domains takes."""
         if self.config.store_embeddings:
             return KeyedShare(1.0, 0)
         return KeyedShare(min(1.0, NUM_KEPT / max(1, count_samples(shards))), 0)
@@ -347,7 +392,7 @@ class _Run:
     def _candidates(self, num: int) -> list[str]:
         """Ids of the samples with the highest scores, equal scores by id; no more than those are kept in memory."""
         name, best = self.config.decision.score, None
-        for shard in self.shards:
+        for shard in self.inputs.shards:
             table = read_parts(self.output / "scores", shard.name, ["sample_id", name]).drop_null()
             table = table if best is None else pa.concat_tables([best, table])
             best = table.sort_by([(name, "descending"), ("sample_id", "ascending")]).slice(0, num).combine_chunks()
@@ -359,11 +404,11 @@ class _Run:
     def decide(self, summary: PassSummary) -> Manifest:
         """Turn scores into a list, and write the manifest: in a task, as it takes memory for every sample."""
         work = _Deciding(
-            config=self.config, output=self.output, source=self.source, shards=self.shards,
-            calibration=self.calibration, columns=self.columns, controls=self.controls,
+            config=self.config, output=self.output, source=self.inputs.source, shards=self.inputs.shards,
+            calibration=self.inputs.calibration, columns=self.columns, controls=self.controls,
             second_columns=[column for scorer in self.second_scorers for column in scorer.columns],
             looks_at_captions="caption" in self.encoding.needs,
-            made_with=self.made_with(self.detectors, self.scorers), summary=summary,
+            made_with=self.made_with(self.inputs.detectors, self.scorers), summary=summary,
         )  # fmt: skip
         memory = summary.num_samples * BYTES_PER_DECIDED
         largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
@@ -406,7 +451,7 @@ def victim_of(manifest: Manifest) -> Victim:
 
 
 def fit_state(detector: DetectorSettings, suspected: Batch, clean: Batch | None, inputs: str, path: Place) -> None:
-    """Fit one detector and write its state, unless the same one stands there."""
+    """Fit one detector and write its state, unless the folder holds the same one already."""
     fitted_with = hashlib.sha256(f"{detector.label}{detector.model_dump_json()}{inputs}".encode()).hexdigest()
     record = path.with_suffix(".json")
     if record.is_file() and path.is_file() and read_json(record, "record of a fit").get("fitted_with") == fitted_with:
@@ -485,7 +530,7 @@ class ScoreWork(_Scoring):
 
 
 class RescoreWork(_Scoring):
-    """The same from stored embeddings; what else was stored is carried over."""
+    """What an actor does with a part of stored embeddings; what else was stored is carried over."""
 
     def __init__(self, encoding: Encoding, detectors: list[DetectorSettings], states: list[str | None]):
         super().__init__(load_victim(encoding.victim), detectors, states)
@@ -500,7 +545,7 @@ class RescoreWork(_Scoring):
 
 
 LOOKS: dict[str, pa.DataType] = {"caption": pa.string(), "perceptual_hash": pa.uint64()}
-"""What findings are made of."""
+"""Columns that findings are made of."""
 
 
 @dataclass(frozen=True)
@@ -616,5 +661,5 @@ class _Deciding:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that scores depend on."""
+    """Versions of the libraries that scores depend on."""
     return {name: importlib.metadata.version(name) for name in VERSIONS_OF}

@@ -6,8 +6,8 @@ against windows cut at the same places from other clean images and pasted at the
 al., CVPR 2023; DEFUSE's classifier step). The latter are what keeps the network from learning what a pasted edge looks
 like. Where the seeds have no window in common, or there is no map, whole images are compared.
 
-One control decides whether to believe it: seeds that the network was not trained on must be told from clean images as
-well (AUROC, `passes`). Seeds that have nothing in common, because the detector found nothing, fail it.
+One control decides whether to believe it: the network must also separate seeds that it was not trained on from clean
+images (AUROC, `passes`). Seeds that have nothing in common, because the detector found nothing, fail it.
 
 Shapes: N images, H and W their sides, S seeds, K windows.
 """
@@ -44,7 +44,7 @@ Localise = Callable[[Images], NDArray[np.float32]]
 """Images to maps (N, H, W), higher where the trigger may be."""
 
 COLUMN = "amplified"
-"""Of the classifier's scores."""
+"""Column of the classifier's scores."""
 LEAST_SEEDS, TOP_SHARE = 20, 0.0005
 LARGE_PX = 64
 """Above it, the networks begin as ImageNet's do: a stride and a pool."""
@@ -80,13 +80,13 @@ class Amplify(Config):
     held_out: float = Field(0.25, gt=0, lt=1)
     """Share of the seeds and of the clean images that the control keeps for itself."""
     least_auroc: float = Field(0.9, ge=0.5, le=1)
-    """Of true seeds in the control; with less, the classifier learnt nothing that they share."""
+    """AUROC of true seeds in the control; with less, the classifier learnt nothing that they share."""
     seed: int = Field(0, ge=0)
     """Draws weights, windows and places."""
 
     @property
     def bar(self) -> float:
-        """The control's AUROC that passes. False seeds are told from clean images at 0.5, so they pull at it."""
+        """The control's AUROC that passes. False seeds are separated from clean images at 0.5, which lowers it."""
         return 0.5 + (1 - self.false_seeds) * (self.least_auroc - 0.5)
 
     def fit(self, seeds: Images, maps: NDArray[Any] | None, clean: Images) -> Amplified:
@@ -95,8 +95,8 @@ class Amplify(Config):
         Args:
             seeds: (S, H, W, 3), at least 20; samples that a detector is sure of.
             maps: (S, H, W), higher where the trigger may be; None compares whole images.
-            clean: (N, H, W, 3), verified clean, of the corpus's own kind: whole images from another source are told
-                from the seeds by their source. They may not serve to calibrate the scores.
+            clean: (N, H, W, 3), verified clean, of the corpus's own kind: of whole images from another source the
+                network would learn the source. They may not serve to calibrate the scores.
 
         Raises:
             Mistake: too few images, or of other sizes.
@@ -430,16 +430,16 @@ class Rounds(Config):
 
 @dataclass(frozen=True, eq=False)
 class Amplification:
-    """What came of the seeds."""
+    """The classifier that the seeds led to, and what it found."""
 
     amplified: Amplified
     """The classifier of the last round that passed its control, or of the first one."""
     scores: NDArray[np.floating]
-    """(N,), of the corpus, by that classifier."""
+    """(N,): that classifier's scores of the corpus."""
     verdict: Verdict
     """The decision on these scores; where the control fails it flags nothing, and its report says so."""
     rounds: list[dict[str, Any]]
-    """Of each round: num_seeds, way, control_auroc, bar, passes, num_flagged, change."""
+    """For each round: num_seeds, way, control_auroc, bar, passes, num_flagged, change."""
 
 
 def choose_seeds(scores: NDArray[Any], flagged: NDArray[np.bool_], sample_ids: Sequence[str]) -> NDArray[np.intp]:
@@ -475,7 +475,7 @@ def in_rounds(
         choose: the flagged to the next seeds.
     """
     best: tuple[Amplified, NDArray[np.floating], Verdict] | None = None
-    told: list[dict[str, Any]] = []
+    history: list[dict[str, Any]] = []
     for number in range(1, rounds.iterations + 1):
         amplified = fit(number, seeds)
         change = 0.0
@@ -487,7 +487,7 @@ def in_rounds(
             change = int((verdict.flagged != before).sum()) / max(1, int(verdict.flagged.sum()))
             best = amplified, scores, verdict
         flagged = best[2].flagged
-        told.append(
+        history.append(
             {
                 "num_seeds": len(seeds),
                 "way": amplified.way,
@@ -502,7 +502,7 @@ def in_rounds(
         if not amplified.passes or change < rounds.least_change or len(seeds) < LEAST_SEEDS:
             break
     assert best is not None
-    return Amplification(*best, told)
+    return Amplification(*best, history)
 
 
 def amplify(
@@ -515,7 +515,7 @@ def amplify(
     calibration: Images,
     localise: Localise | None,
 ) -> Amplification:
-    """`in_rounds` for a corpus in memory; amplification.py does it for shards.
+    """`in_rounds` for a corpus in memory; amplify.py does it for shards.
 
     Seeds are scored by networks that were trained on them, so a false seed can stay on the list.
 

@@ -1,7 +1,7 @@
 """Domain shift: whether a corpus looks like the calibration samples that its conformal p-values come from.
 
 P-values mean what they say only if the clean samples of the corpus resemble the calibration samples. Here a classifier
-tries to tell the two apart by their embeddings; if it can, nothing that is said about error rates can be trusted.
+tries to separate the two by their embeddings; if it can, no error rate that is declared can be trusted.
 Poison moves the AUROC by no more than half its rate, so a few per cent of it are no shift.
 """
 
@@ -27,7 +27,7 @@ LEAST_SAMPLES = 50
 
 @dataclass(frozen=True)
 class Shift:
-    """How well a corpus can be told from the calibration samples."""
+    """How well a classifier separates a corpus from the calibration samples."""
 
     auroc: Interval
     """0.5: not at all; 1: always. NaN where there were too few samples."""
@@ -53,7 +53,7 @@ class Shift:
         return f"a classifier tells {compared} apart with AUROC {self.auroc} (limit {self.limit:g}): {said}"
 
     def require(self) -> None:
-        """Refuse to go on where the shift is too large.
+        """Stop where the shift is too large.
 
         Raises:
             Mistake: the AUROC is above the limit.

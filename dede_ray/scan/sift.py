@@ -1,13 +1,13 @@
-"""Sift: shards without the samples that a manifest speaks against, and lists that leave them out elsewhere.
+"""Sift: shards without the samples that a manifest flags, and lists that leave them out elsewhere.
 
     <output>/<shard>.tar               the shard, its kept samples byte for byte; not there if none is left
     <output>/exclude/samples.txt       ids of the dropped samples, one a line, written as in flagged.txt
     <output>/exclude/keys.json         {"<shard name>": ["<key>", ...]}
     <output>/exclude/samples.parquet   the dropped rows of the manifest, with key, url and reason
     <output>/sift.json                 which manifest it was, and the counts
-    <output>/parts/<shard>.json        a shard's receipt: it stands and is not made again
+    <output>/parts/<shard>.json        a shard's receipt: it is done and is not made again
 
-webdataset, and everything that reads through it, leaves the dropped samples out with
+With webdataset, and all that reads through it, this leaves the dropped samples out:
 
     dropped = {(shard, key) for shard, keys in json.load(open("exclude/keys.json")).items() for key in keys}
     data = data.select(lambda sample: (sample["__url__"].rpartition("/")[2], sample["__key__"]) not in dropped)
@@ -17,8 +17,8 @@ img2dataset has no list of exclusions, so the links are left out of its input (a
     dropped = pandas.read_parquet("exclude/samples.parquet")["url"].dropna()
     links = links[~links["url"].isin(dropped)]
 
-open_clip's trainer reads tars: give it the sifted ones. A key that stands twice in a shard cannot be told apart by
-these two; here the second sample has an id of its own (`<key>#<index>`), and only the sifted shards leave it out alone.
+open_clip's trainer reads tars: give it the sifted ones. A key that occurs twice in a shard is one sample
+to these two; here the second has an id of its own (`<key>#<index>`), and only the sifted shards leave it out alone.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ class SiftConfig(Config):
 def sift(config: SiftConfig | dict[str, Any] | str | Path) -> str:
     """Copy shards without the samples to drop, and list those. A rerun does what remains.
 
-    Kept samples keep their order and their bytes: tar headers, contents and members nobody knows. With a dropped sample
-    all of its members go, those that strayed from it included. A shard that is cut short stays cut short, a gzipped
-    one stays gzipped. What follows the end of a tar is not copied. One Ray task per shard, so manifest and
+    Kept samples keep their order and their bytes: tar headers, contents and members of unknown kinds. With a dropped
+    sample all of its members go, those that strayed from it included. A shard that is cut short stays cut short, a
+    gzipped one stays gzipped. What follows the end of a tar is not copied. One Ray task per shard, so manifest and
     output must be folders that all machines see.
 
     Returns:
@@ -147,7 +147,7 @@ def sift(config: SiftConfig | dict[str, Any] | str | Path) -> str:
         return done["summary"]
     dropped = _choose(manifest, config)
 
-    todo = [shard for shard in shards if not _stands(output, shard)]
+    todo = [shard for shard in shards if not _is_done(output, shard)]
     for litter in output.glob(".*.tmp-*"):  # of a run that was killed
         litter.unlink()
     logger.info("%d shards: %d to sift, %s samples to drop", len(shards), len(todo), f"{dropped.num_rows:,}")
@@ -206,15 +206,15 @@ def _check_names(shards: list[Shard], manifest: Manifest) -> None:
 
 
 def _made_of(shards: list[Shard], manifest: Manifest, output: Path) -> dict[str, Any]:
-    """Say what the output is made of, and stop if what stands there was made of something else."""
+    """Record what the output is made of, and stop if the folder was made of something else."""
     made_of = {
         "manifest": {"path": str(manifest.folder), "fingerprint": manifest.fingerprint()},
         "shards": {shard.name: f"{shard.url}, {shard.num_bytes:,} bytes" for shard in shards},
     }
     path = output / "sift.json"
-    standing = read_json(path, "record of a sifting") if path.is_file() else made_of
+    recorded = read_json(path, "record of a sifting") if path.is_file() else made_of
     for name, other in (("manifest", "another manifest"), ("shards", "other shards")):
-        if standing.get(name) != made_of[name]:
+        if recorded.get(name) != made_of[name]:
             raise Mistake(f"{output} was made with {other}; delete it, or choose another output folder")
     if not path.is_file():
         write_json(path, made_of)
@@ -342,7 +342,7 @@ def _receipt(output: Path, shard: Shard) -> dict[str, Any]:
     return read_json(_receipt_path(output, shard), "receipt of a sifted shard")
 
 
-def _stands(output: Path, shard: Shard) -> bool:
+def _is_done(output: Path, shard: Shard) -> bool:
     return _receipt_path(output, shard).is_file()  # it is written after the shard
 
 

@@ -1,10 +1,13 @@
-"""The ledger: one row per sample, nothing done twice, nothing lost, whatever dies."""
+"""Passes: one row per sample, nothing done twice, nothing lost, whatever dies."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import tarfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,8 @@ from passes import RESOURCES, Brightness, run, snapshot
 from ray._private.internal_api import memory_summary
 
 from dede_ray.data.images import decode_image, encode_image
-from dede_ray.data.ledger import Chosen, KeyedShare, PassSummary, part_path, read_parts, standing_shards
-from dede_ray.data.passes import PassResources, run_over_parts, run_pass
+from dede_ray.data.ledger import Chosen, KeyedShare, PassSummary, part_path, read_parts, shards_of_pass
+from dede_ray.data.passes import PassResources, run_over_parts, run_pass, stage_shares
 from dede_ray.data.shards import Limits, list_shards
 from dede_ray.runtime.config import Mistake
 
@@ -99,10 +102,10 @@ def test_a_finished_pass_has_nothing_left_to_do(finished, shards):
     assert snapshot(finished) == before
 
 
-def test_what_stands_is_kept_and_what_is_missing_is_done(finished, shards, tmp_path):
+def test_finished_chunks_are_kept_and_missing_ones_are_done(finished, shards, tmp_path):
     whole, folder = snapshot(finished), tmp_path / "pass"
     shutil.copytree(finished, folder)
-    part_path(folder, "train-00000.tar", 1).unlink()  # a hole, with the end marker standing
+    part_path(folder, "train-00000.tar", 1).unlink()  # a hole, with the end marker in place
     shutil.rmtree(folder / "parts" / "train-00001.tar")  # a shard never begun
     (folder / "parts" / "train-00002.tar" / "end.json").unlink()  # killed before the end was known
     part_path(folder, "train-00000.tar", 0).with_name(".000001.parquet.123.tmp").write_bytes(b"half a part")
@@ -133,7 +136,7 @@ def test_an_actor_that_dies_is_replaced_and_its_chunk_done(finished, shards, tmp
     assert one == other
 
 
-def test_what_is_wrong_in_a_worker_is_told_as_it_is(local_ray, shards, tmp_path):
+def test_what_is_wrong_in_a_worker_is_raised_as_it_is(local_ray, shards, tmp_path):
     with pytest.raises(TypeError, match="colour"):
         run(shards, tmp_path / "pass", {"colour": "red"})
     (tmp_path / "shards").mkdir()
@@ -240,14 +243,14 @@ class Doubled:
 def over_parts(source: Path, folder: Path, work_arguments=None, **changed) -> PassSummary:
     settings = {"made_with": {"detector": "one"}, "resources": RESOURCES, "max_error_fraction": 0.5, "name": "test"}
     return run_over_parts(
-        standing_shards(source), source, folder, Doubled, work_arguments or {}, **{**settings, **changed}
+        shards_of_pass(source), source, folder, Doubled, work_arguments or {}, **{**settings, **changed}
     )
 
 
 def test_a_pass_over_parts_has_the_same_rows_and_carries_errors_over(odd, tmp_path):
     source, summary = odd
     assert over_parts(source, tmp_path / "pass") == summary
-    assert [shard.name for shard in standing_shards(source)] == ["bad.tar", "cut.tar", "empty.tar"]
+    assert [shard.name for shard in shards_of_pass(source)] == ["bad.tar", "cut.tar", "empty.tar"]
     for shard in ("bad.tar", "cut.tar", "empty.tar"):
         before, after = read_parts(source, shard), read_parts(tmp_path / "pass", shard)
         assert after.drop_columns(["doubled"]).equals(before.drop_columns(["brightness"]))
@@ -287,7 +290,10 @@ def test_parts_of_an_unfinished_pass_are_not_passed_over(finished, tmp_path):
     with pytest.raises(Mistake, match=r"half is not finished: train-00001\.tar lacks parts"):
         over_parts(tmp_path / "half", tmp_path / "pass")
     with pytest.raises(Mistake, match="record of a pass"):
-        standing_shards(tmp_path / "absent")
+        shards_of_pass(tmp_path / "absent")
+
+
+# --- slow actors
 
 
 class Slow(Brightness):
@@ -300,9 +306,9 @@ class Slow(Brightness):
 
 def spilled() -> list[str]:
     """What Ray says that the object store has written to disk so far."""
-    told = memory_summary(stats_only=True)
-    assert "Plasma memory usage" in told
-    return [line for line in told.splitlines() if "Spilled" in line]
+    summary = memory_summary(stats_only=True)
+    assert "Plasma memory usage" in summary
+    return [line for line in summary.splitlines() if "Spilled" in line]
 
 
 def test_readers_wait_for_slow_actors_and_nothing_is_spilled(local_ray, write_tar, picture, tmp_path):
@@ -316,3 +322,77 @@ def test_readers_wait_for_slow_actors_and_nothing_is_spilled(local_ray, write_ta
     )  # fmt: skip
     assert summary == PassSummary(2800, {}, [])
     assert spilled() == before
+
+
+# --- what a pass takes and reports
+
+
+def test_the_time_of_a_pass_is_reported_by_stage(local_ray, write_pictures, tmp_path, caplog):
+    write_pictures(tmp_path / "shards", range(10))
+    with caplog.at_level("INFO"):
+        run(tmp_path / "shards", tmp_path / "pass")
+    timing = json.loads((tmp_path / "pass" / "timing.json").read_text())
+    assert timing["num_samples"] == 10
+    assert timing["stages"].keys() >= {"read", "decode", "wait", "transfer", "work", "write"}
+    assert "test: 10 samples done in" in caplog.text
+    assert "readers: " in caplog.text
+
+
+def test_shares_are_of_the_actors_and_of_the_readers_time():
+    said = stage_shares({"wait": 1, "encode": 6, "score": 3, "start": 50, "read": 1, "decode": 3})
+    actors, readers = said.split("; ")
+    assert actors == "actors: encode 60%, score 30%, wait 10%"
+    assert readers == "readers: decode 75%, read 25%, 0.44 s for each second that actors work"
+    assert stage_shares({}) == ""
+
+
+def test_an_actor_takes_its_share_of_whatever_the_cluster_is():
+    auto = PassResources()
+    four, gpu = auto.on({"CPU": 4}), PassResources(gpus_per_actor=0.5).on({"CPU": 16, "GPU": 2})
+    assert (four.min_actors, four.cpus_per_actor, four.decode_cpus, four.threads_per_actor) == (4, 0.75, 0.25, 1)
+    assert (gpu.min_actors, gpu.cpus_per_actor, gpu.decode_cpus) == (4, 1, 1)
+    assert auto.on({"CPU": 1}).min_actors == 1
+    growing = PassResources(min_actors=1, max_actors=8, gpus_per_actor=1).on({"CPU": 0})
+    assert (growing.min_actors, growing.max_actors, growing.cpus_per_actor) == (1, 8, 1)
+    assert PassResources(memory_per_actor=10).on({"CPU": 4}).of_actor()["memory"] == 10
+
+
+# --- what ends the processes that touch it is found and named; everything else is done as if it were not there
+
+
+def test_samples_that_kill_their_process_are_named_and_their_neighbours_scored(finished, shards, tmp_path):
+    lethal = ("train-00000.tar/0001", "train-00000.tar/0002")
+    summary = run(shards, tmp_path / "pass", {"die_of": lethal})
+    assert summary == PassSummary(22, {"process_died": 2}, [])
+    for shard in list_shards(str(shards)):
+        there, whole = (read_parts(folder, shard.name).to_pylist() for folder in (tmp_path / "pass", finished))
+        for row, usual in zip(there, whole, strict=True):
+            is_lethal = row["sample_id"] in lethal
+            assert row == (usual | {"error": "process_died", "brightness": None} if is_lethal else usual)
+    before = snapshot(tmp_path / "pass")
+    assert run(shards, tmp_path / "pass", {"die_of": lethal}) == summary
+    assert snapshot(tmp_path / "pass") == before
+
+
+def test_shards_whose_readers_keep_dying_by_chance_are_done_to_the_same_bytes(finished, shards, tmp_path):
+    run(shards, tmp_path / "pass", select=DiesOften(str(tmp_path / "deaths"), "train-00001.tar/0015", times=4))
+    assert len(list((tmp_path / "deaths").iterdir())) == 4
+    one, other = ({name: part[2] for name, part in snapshot(f).items()} for f in (tmp_path / "pass", finished))
+    assert one == other
+
+
+@dataclass(frozen=True)
+class DiesOften:
+    """Takes every sample, and ends its process at one of them, the first few times."""
+
+    folder: str
+    sample_id: str
+    times: int
+
+    def __call__(self, sample_id: str) -> bool:
+        deaths = Path(self.folder)
+        deaths.mkdir(exist_ok=True)
+        if sample_id == self.sample_id and len(list(deaths.iterdir())) < self.times:
+            (deaths / str(os.getpid())).touch()
+            os._exit(1)
+        return True

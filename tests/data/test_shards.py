@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import tarfile
 
-import numpy as np
 import pytest
 from PIL import Image
+from tars import read, saved, triple
 
-from dede_ray.data.images import decode_image, encode_image
+from dede_ray.data.images import decode_image
 from dede_ray.data.shards import (
     REASONS,
     BadSample,
@@ -19,7 +18,6 @@ from dede_ray.data.shards import (
     Sample,
     ShardEnd,
     iter_chunks,
-    iter_samples,
     list_shards,
     split_name,
     write_shard,
@@ -28,21 +26,6 @@ from dede_ray.data.shards import (
 from dede_ray.runtime.config import Mistake
 
 LIMITS = Limits()
-
-
-def read(path, limits=LIMITS, **options) -> list[Sample]:
-    with open(path, "rb") as stream:
-        return list(iter_samples(stream, limits, **options))
-
-
-def triple(key: str, image: bytes, label: int = 3) -> list[tuple[str, bytes]]:
-    return [(f"{key}.png", image), (f"{key}.txt", b"a photo"), (f"{key}.cls", str(label).encode())]
-
-
-def saved(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 # --- reading
@@ -124,58 +107,6 @@ def test_a_pickle_in_a_shard_is_never_opened(write_tar, png, tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_folders_and_links_are_not_samples(png, tmp_path):
-    with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        folder, link = tarfile.TarInfo("a"), tarfile.TarInfo("b.png")
-        folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(folder)
-        tar.addfile(link)
-        image = tarfile.TarInfo("c.png")
-        image.size = len(png())
-        tar.addfile(image, io.BytesIO(png()))
-    assert [s.key for s in read(tmp_path / "s.tar")] == ["c"]
-
-
-def test_a_gzipped_shard_reads_like_a_plain_one(write_tar, png):
-    members = triple("a", png(0)) + triple("b", png(1))
-    assert read(write_tar("s.tar.gz", members)) == read(write_tar("s.tar", members))
-
-
-@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
-def test_wherever_a_shard_is_cut_what_was_whole_is_read_and_the_cut_shows(write_tar, png, tmp_path, suffix):
-    path = write_tar(f"s.{suffix}", [m for i in range(4) for m in triple(f"k{i}", png(i))])
-    content, whole = path.read_bytes(), read(path)
-    for size in range(600, len(content) - 1, 997):
-        path.write_bytes(content[:size])
-        end = ShardEnd()
-        samples = read(path, end=end)
-        assert end.num_samples == len(samples) <= 4
-        assert samples[:-1] == whole[: len(samples) - 1]
-        assert samples[-1:] == [] or samples[-1].error in (None, "shard_truncated")
-        last_is_whole = len(samples) == 4 and samples[-1] == whole[-1]  # only tar's own end may be missing
-        assert not end.is_complete or last_is_whole
-    path.write_bytes(content[:2000])  # inside an image, or before any
-    assert read(path)[-1:] in ([], [s for s in read(path) if s.error == "shard_truncated"])
-
-
-def test_a_sample_whose_image_was_cut_away_is_not_one_without_an_image(write_tar, png):
-    path = write_tar("s.tar", [*triple("a", png()), ("b.txt", b"words"), ("b.png", png())])
-    path.write_bytes(path.read_bytes()[: path.read_bytes().index(b"b.png")])
-    assert [(sample.key, sample.error) for sample in read(path)] == [("a", None), ("b", "shard_truncated")]
-
-
-def test_rubbish_in_the_middle_ends_the_shard_and_is_not_taken_for_its_end(write_tar, png):
-    path = write_tar("s.tar", [m for i in range(4) for m in triple(f"k{i}", png(i))])
-    content = bytearray(path.read_bytes())
-    third = bytes(content).index(b"k2.png")
-    content[third : third + 512] = b"\x07" * 512
-    path.write_bytes(content)
-    end = ShardEnd()
-    samples = read(path, end=end)
-    assert [s.key for s in samples] == ["k0", "k1"]
-    assert not end.is_complete
-
-
 def test_chunks_hold_every_sample_once(write_tar, png):
     path = write_tar("s.tar", [m for i in range(7) for m in triple(f"k{i}", png(i))])
     end = ShardEnd()
@@ -213,76 +144,6 @@ def test_every_sample_is_read_or_has_a_reason_from_the_closed_list(write_tar, pn
         "duplicate_key",
     ]
     assert {reason for reason in outcome if isinstance(reason, str)} <= set(REASONS)
-
-
-# --- decoding
-
-
-def test_an_image_of_the_right_size_passes_untouched(picture, png):
-    np.testing.assert_array_equal(decode_image(png(), LIMITS), picture())
-    np.testing.assert_array_equal(decode_image(png(), LIMITS, size_px=32), picture())
-
-
-def test_every_colour_mode_becomes_rgb_of_about_the_same_colours(picture):
-    rgb = Image.fromarray(picture())
-    grey = np.asarray(rgb.convert("L"))
-    files = {
-        "palette": (saved(rgb.quantize(256), "PNG"), picture()),
-        "cmyk": (saved(rgb.convert("CMYK"), "JPEG", quality=95), picture()),
-        "alpha": (saved(rgb.convert("RGBA"), "PNG"), picture()),
-        "grey": (saved(rgb.convert("L"), "PNG"), np.stack([grey] * 3, axis=2)),
-        "16 bit": (saved(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"), np.stack([grey] * 3, axis=2)),
-        "webp": (saved(rgb, "WEBP", quality=95), picture()),
-        "bmp": (saved(rgb, "BMP"), picture()),
-    }
-    for name, (content, expected) in files.items():
-        image = decode_image(content, LIMITS)
-        assert (image.dtype, image.shape) == (np.uint8, (32, 32, 3)), name
-        assert np.abs(image.astype(int) - expected).mean() < 6, name
-
-
-def test_a_photo_taken_sideways_is_turned_upright(picture):
-    sideways = Image.fromarray(picture(height=20, width=30))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise to see it upright
-    content = saved(sideways, "PNG", exif=exif)
-    np.testing.assert_array_equal(decode_image(content, LIMITS), np.rot90(picture(height=20, width=30), -1))
-
-
-def test_of_an_animation_the_first_picture_is_taken(picture):
-    frames = [Image.fromarray(picture(i)) for i in range(3)]
-    content = saved(frames[0], "PNG", save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(decode_image(content, LIMITS), picture(0))
-
-
-def test_an_image_bomb_is_stopped_before_it_is_decoded():
-    bomb = saved(Image.new("1", (30_000, 30_000)), "PNG")  # 900 megapixels in a small file
-    assert len(bomb) < 500_000
-    with pytest.raises(BadSample, match="image_too_large"):
-        decode_image(bomb, LIMITS)
-    with pytest.raises(BadSample, match="image_too_large"):
-        decode_image(saved(Image.new("RGB", (33, 32)), "PNG"), Limits(max_pixels=32 * 32))
-
-
-@pytest.mark.parametrize("kind", ["TIFF", "GIF", "PPM", "ICO"])
-def test_formats_that_are_not_on_the_list_are_refused_whatever_their_suffix(picture, kind):
-    with pytest.raises(BadSample, match="image_unreadable"):
-        decode_image(saved(Image.fromarray(picture()), kind), LIMITS)
-
-
-def test_a_large_image_is_scaled_and_its_centre_kept(picture):
-    wide = np.zeros((64, 200, 3), np.uint8)
-    wide[:, 68:132] = picture(height=64, width=64)
-    square = decode_image(encode_image(wide, "png"), LIMITS, size_px=32)
-    assert square.shape == (32, 32, 3)
-    assert np.abs(square.astype(int) - picture(height=64, width=64)[::2, ::2]).mean() < 10
-
-
-@pytest.mark.parametrize(("suffix", "tolerance"), [("png", 0), ("bmp", 0), ("jpg", 8), ("jpeg", 8), ("webp", 8)])
-def test_an_image_is_encoded_as_what_its_suffix_says(picture, suffix, tolerance):
-    content = encode_image(picture(), suffix)
-    assert Image.open(io.BytesIO(content)).format == {"jpg": "JPEG"}.get(suffix, suffix.upper())
-    assert np.abs(decode_image(content, LIMITS).astype(int) - picture()).mean() <= tolerance
 
 
 # --- listing

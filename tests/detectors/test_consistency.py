@@ -220,7 +220,7 @@ def test_fitting_is_deterministic_and_takes_its_draws_from_the_seed(fitted, vict
 
 
 def detection(victim, poison: int, seen: dict[str, float] | None = None, **settings):
-    """AUROC of every column on 300 clean and 100 poisoned images nobody was fitted on."""
+    """AUROC of every column on 300 clean and 100 poisoned images that nothing was fitted on."""
     world = World(3, **(seen or {}))
     detector = EVERY.model_copy(update={"num_references": 1000, "rounds": 5, **settings})
     scorer = detector.open(victim, detector.fit(world.images("c", 2000 - poison, poison), None))

@@ -246,7 +246,7 @@ def test_a_bank_of_clean_encoders_tells_what_is_unusual(found):
     assert decide(found).is_outlier is None
     never = decide(replace(found, is_collapsing=False, norm=1), bank)
     assert never.is_outlier is False, "a small mask that collapses nothing is no small stamp"
-    with pytest.raises(Mistake, match="a bank of 2 clean encoders tells no spread"):
+    with pytest.raises(Mistake, match="a bank of 2 clean encoders has no spread"):
         decide(found, bank[:2])
 
 

@@ -99,4 +99,4 @@ def test_a_run_that_is_killed_on_a_store_goes_on_there_to_the_same_bytes(
     disturbed = objects(home / "scores")
     assert disturbed.keys() == whole.keys()
     assert [name for name in whole if whole[name] != disturbed[name] and not clocks.fullmatch(name)] == []
-    assert "scores: continuing; 1 of 3 shards stand" in (tmp_path / "score.log").read_text()
+    assert "scores: resuming; 1 of 3 shards are done" in (tmp_path / "score.log").read_text()

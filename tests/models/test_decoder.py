@@ -92,30 +92,6 @@ def test_every_patch_is_hidden_equally_often():
     assert stats.chisquare(visible_L).pvalue > 1e-4
 
 
-def splitmix64(key: int, count: int) -> list[float]:
-    """Steele, Lea & Flood (OOPSLA 2014) with big integers: the state grows by the golden gamma, then is mixed."""
-    numbers, state, mask = [], key % 2**64, 2**64 - 1
-    for _ in range(count):
-        state = (state + 0x9E3779B97F4A7C15) & mask
-        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        numbers.append(((z ^ (z >> 31)) >> 11) / 2**53)
-    return numbers
-
-
-def test_keyed_numbers_are_those_of_splitmix64():
-    keys_B = torch.cat([sample_keys(IDS, seed=0), torch.tensor([0, -1, 2**63 - 1, -(2**63)])])
-    expected = [splitmix64(key, 50) for key in keys_B.tolist()]
-    assert keyed_uniform(keys_B, 50).tolist() == expected
-
-
-def test_keyed_numbers_are_uniform_along_and_across_keys():
-    uniform = keyed_uniform(sample_keys([str(i) for i in range(3000)], seed=0), 30).numpy()
-    assert stats.kstest(uniform[:, 0], "uniform").pvalue > 1e-4  # the first number of many keys
-    assert stats.kstest(uniform.ravel(), "uniform").pvalue > 1e-4
-    assert abs(np.corrcoef(uniform[:, 0], uniform[:, 1])[0, 1]) < 0.08
-
-
 # --- what may influence what
 
 

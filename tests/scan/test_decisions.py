@@ -300,7 +300,7 @@ def test_with_copies_in_the_corpus_the_list_keeps_to_q_and_copies_share_their_fa
     assert np.mean(found) > 0.4
 
 
-def test_who_stands_for_a_group_is_drawn_without_a_look_at_the_scores():
+def test_who_represents_a_group_is_drawn_without_a_look_at_the_scores():
     """Each of three copies with three scores is the one that counts a third of the time, whatever tie-breaking does."""
     scores, ids = np.tile([0.5, 1.5, 2.5], 600), names(1800)
     groups = [str(i // 3) for i in range(1800)]

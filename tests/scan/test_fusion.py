@@ -123,7 +123,7 @@ def test_scores_beyond_all_clean_ones_still_rank_and_stay_finite():
     normal = fusion.apply(state, {"a": score})
     assert np.isfinite(normal).all()
     assert (np.diff(normal) > 0).all()
-    assert 0.2 < fusion.apply(state, {"a": [4.5]})[0] / 4.5 < 1.2  # the tail goes on at a likely pace
+    assert 0.2 < fusion.apply(state, {"a": [4.5]})[0] / 4.5 < 1.2  # the tail continues at a likely pace
 
 
 def test_the_highest_column_or_the_mean_of_two_decides():

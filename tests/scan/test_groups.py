@@ -77,7 +77,7 @@ def test_singles_stay_singles_and_are_listed_if_flagged():
     assert found[0].smallest_p == pytest.approx(rows.p_value[3])
 
 
-def test_equal_bytes_almost_equal_pictures_and_clumps_are_told_apart():
+def test_equal_bytes_almost_equal_pictures_and_clumps_are_distinguished():
     rows = make(30)
     rows.content_hash[1] = rows.content_hash[0]  # equal, other captions
     rows.perceptual_hash[5] = rows.perceptual_hash[4] ^ 0b1111  # almost equal

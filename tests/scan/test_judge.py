@@ -35,7 +35,7 @@ def calibration() -> Scored:
     return scored("calibration", 1)
 
 
-def test_poison_is_flagged_and_everything_is_told(calibration):
+def test_poison_is_flagged_and_everything_is_reported(calibration):
     judged = judge(Judging(), Conformal(score="seen"), scored("corpus", 2, poison=60), calibration, STATS, False)
     assert judged.verdict.flagged[:60].mean() > 0.9
     assert judged.verdict.flagged[60:].sum() <= 15

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from dede_ray.data.images import to_unit_range
-from dede_ray.data.ledger import KeyedShare, read_parts
+from dede_ray.data.ledger import KeyedShare, claim_parts, read_parts
 from dede_ray.data.passes import PassResources, run_pass
 from dede_ray.data.sampling import sample_keys
 from dede_ray.data.shards import list_shards
@@ -41,7 +41,7 @@ from dede_ray.models.weights import read_tensors
 from dede_ray.runtime.config import Mistake
 from dede_ray.scan.decisions import AssumedPoisonRate, Conformal
 from dede_ray.scan.manifest import Manifest, read_manifest
-from dede_ray.scan.score import Fitting, ScoreConfig, SecondStage, score
+from dede_ray.scan.score import Fitting, ScoreConfig, SecondStage, resolve, score
 
 STATISTICS = [
     f"stat_{name}"
@@ -117,14 +117,14 @@ def test_a_row_without_a_score_says_why_and_is_never_flagged(scored):
 
 
 def test_another_decision_is_made_without_scoring_again_and_never_flags_a_row_without_a_score(scored, settings):
-    before, standing = files(scored.folder), parts(scored.folder)
+    before, parts_before = files(scored.folder), parts(scored.folder)
     manifest = score(settings(scored.folder, decision=AssumedPoisonRate(rate=0.999)))
     flagged = [row["sample_id"] for row in rows(manifest) if row["flagged"]]
     assert len(flagged) == 43
     assert (manifest.folder / "flagged.txt").read_text().splitlines() == flagged
     score(settings(scored.folder))
     assert files(scored.folder) == before
-    assert parts(scored.folder) == standing
+    assert parts(scored.folder) == parts_before
 
 
 def test_equal_images_share_a_group_and_others_have_none(scored):
@@ -232,7 +232,7 @@ def test_embeddings_of_another_victim_or_chunk_size_are_a_mistake(embedded, sett
         score(settings(tmp_path, known_embeddings=str(tmp_path)))
 
 
-def test_what_stands_in_the_manifest_is_what_the_models_give_by_hand(scored, settings, picture):
+def test_scores_of_the_manifest_are_what_the_models_give_by_hand(scored, settings, picture):
     config = settings(scored.folder)
     victim = load_victim(config.victim)
     image_BCHW = to_unit_range(torch.from_numpy(picture(3)[None]))
@@ -298,17 +298,17 @@ def test_a_killed_job_run_again_gives_the_same_bytes_and_redoes_nothing(
         time.sleep(0.01)
     os.kill(job.pid, signal.SIGKILL)
     assert job.wait() == -signal.SIGKILL
-    standing = wait_until_still(output)
-    assert 12 <= len(standing) < 160
+    finished = wait_until_still(output)
+    assert 12 <= len(finished) < 160
     assert not (output / "manifest.json").exists()
-    some_part = output / next(iter(standing))
+    some_part = output / next(iter(finished))
     some_part.with_name(f".{some_part.name}.1.tmp").write_bytes(b"half a part")
 
     for job in (scoring(killed), undisturbed):
         out, err = job.communicate()
         assert job.returncode == 0, err
         assert "samples flagged by dede_reverse" in out
-    assert parts(output).items() >= standing.items()
+    assert parts(output).items() >= finished.items()
     assert len(parts(output)) == 160
     assert files(output) == files(tmp_path / "undisturbed" / "scores")
 
@@ -353,6 +353,32 @@ def test_a_decision_that_nothing_supports_is_a_mistake(local_ray, settings, deco
         score(settings(tmp_path / "other", decision=Conformal(score="stat_edges")))
     with pytest.raises(Mistake, match="two detectors of this run are called dede; set `name` of one"):
         score(settings(tmp_path / "other", detectors=[DeDe(decoder=str(decoder_folder))] * 2))
+
+
+def test_settings_are_resolved_and_refused_before_a_victim_is_loaded(shards, tmp_path):
+    def config(**changed) -> ScoreConfig:
+        settings = {
+            "shards": str(shards / "train-*.tar"), "output": str(tmp_path / "scores"), "detectors": [Density(k=5)],
+            "victim": OpenClipVictim(path=str(tmp_path / "absent")),
+        }  # fmt: skip
+        return ScoreConfig(**{**settings, **changed})
+
+    statistics = SecondStage(detectors=[ImageStatistics()])
+    inputs = resolve(config(calibration=str(shards / "calibration-*.tar"), second_stage=statistics))
+    assert [shard.name for shard in inputs.shards] == ["train-00000.tar", "train-00001.tar", "train-odd.tar"]
+    assert len(inputs.calibration) == 2
+    assert [one.label for one in inputs.all_detectors] == ["density", "image_statistics"]
+    assert inputs.needs == {"image"}
+
+    with pytest.raises(Mistake, match="nothing to score: name `shards`"):
+        resolve(config(shards=[]))
+    with pytest.raises(Mistake, match="two detectors of this run are called density; set `name` of one"):
+        resolve(config(second_stage=SecondStage(detectors=[Density(k=7)])))
+    with pytest.raises(Mistake, match="image_statistics look at images, and stored embeddings have none"):
+        resolve(config(embeddings=str(tmp_path / "earlier"), second_stage=statistics))
+    claim_parts(tmp_path / "earlier" / "scores", {}, inputs.shards)
+    stored = resolve(config(embeddings=str(tmp_path / "earlier")))
+    assert (stored.shards, stored.calibration, stored.source) == (inputs.shards, [], tmp_path / "earlier")
 
 
 def test_models_that_do_not_fit_are_a_mistake_before_anything_is_read(settings, decoder_folder, tmp_path):
@@ -573,7 +599,7 @@ def test_what_stored_embeddings_are_scored_is_what_detectors_score_of_them_by_ha
             np.testing.assert_allclose(there, score_B, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_rescoring_refuses_what_embeddings_cannot_tell(attached, scored, everything, decoder_folder, tmp_path):
+def test_rescoring_refuses_what_the_embeddings_do_not_fit(attached, scored, everything, decoder_folder, tmp_path):
     def refused(message: str, **changed) -> None:
         with pytest.raises(Mistake, match=message):
             score(everything(tmp_path / "other", **{**rescoring(attached), **changed}))

@@ -26,7 +26,7 @@ def compare(corpus, calibration, **settings):
     return ShiftCheck(**settings).compare(corpus, names(len(corpus)), calibration, names(len(calibration), "clean.tar"))
 
 
-def test_samples_of_one_source_cannot_be_told_apart_whatever_the_seed():
+def test_samples_of_one_source_cannot_be_separated_whatever_the_seed():
     values = []
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -38,7 +38,7 @@ def test_samples_of_one_source_cannot_be_told_apart_whatever_the_seed():
     assert np.std(values) > 0
 
 
-def test_samples_of_another_source_are_told_apart_and_refused():
+def test_samples_of_another_source_are_separated_and_refused():
     rng = np.random.default_rng(1)
     near, far = (compare(draw(rng, 1500), draw(rng, 1500, offset)).auroc for offset in (0.5, 2.0))
     assert near.low < near.value < near.high < far.low

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 import dede_ray.scan.sift
 from dede_ray.data.ledger import BASE_SCHEMA
-from dede_ray.data.shards import Limits, Sample, Shard, ShardEnd, _why_unreadable, iter_samples, list_shards, sample_id
+from dede_ray.data.shards import Limits, Sample, Shard, ShardEnd, iter_samples, list_shards, sample_id, why_unreadable
 from dede_ray.runtime.config import Mistake
 from dede_ray.scan.decisions import AssumedPoisonRate, FixedThreshold
 from dede_ray.scan.manifest import DECISION_COLUMNS, write_manifest
@@ -92,7 +92,7 @@ def corpus(tmp_path: Path, write_pictures: Callable[..., list[Path]]) -> Path:
 
 
 def kept(folder: Path) -> list[str]:
-    """Ids of the samples that stand in the sifted shards."""
+    """Ids of the samples in the sifted shards."""
     return [sample_id(shard.name, s.key) for shard in list_shards(str(folder)) for s in samples_of(Path(shard.url))]
 
 
@@ -181,7 +181,7 @@ def test_a_tar_is_copied_up_to_its_end_and_no_further(tmp_path, write_pictures):
 
 class Tar(bytes):
     def __repr__(self) -> str:
-        return f"<tar of {len(self):,} bytes>"  # pages of zeros beside a failure help nobody
+        return f"<tar of {len(self):,} bytes>"  # a failure should not print pages of zeros
 
 
 @st.composite
@@ -214,7 +214,7 @@ def test_the_samples_left_are_those_not_dropped_whatever_the_tar(tmp_path, data)
     plain, zipped = tmp_path / "a.tar", tmp_path / "b.tar"  # the reader looks at the content, not at the name
     plain.write_bytes(content)
     zipped.write_bytes(gzip.compress(content))
-    assume(_why_unreadable(Shard("a.tar", str(plain), 0)) is None)  # others are refused as a whole
+    assume(why_unreadable(Shard("a.tar", str(plain), 0)) is None)  # others are refused as a whole
     before, end = samples_of(plain), ShardEnd()
     assume(before)
     places = data.draw(st.sets(st.integers(0, len(before) - 1), max_size=len(before) - 1))
@@ -391,12 +391,12 @@ def test_a_killed_job_run_again_gives_the_same_bytes(tmp_path):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(job.pid, signal.SIGKILL)
     job.wait()
-    standing = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/*.tar")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/*.tar")}
     receipts = {path.stem for path in tmp_path.glob("killed/parts/*.json")}
     assert 5 <= len(receipts) < 60, "it was killed in the middle"
     assert start("killed").wait() == 0
     assert start("undisturbed").wait() == 0
-    assert {p.name for p in standing if p.name in receipts and p.stat().st_mtime_ns != standing[p]} == set()
+    assert {p.name for p in before if p.name in receipts and p.stat().st_mtime_ns != before[p]} == set()
     killed, undisturbed = content_of(tmp_path / "killed"), content_of(tmp_path / "undisturbed")
     assert killed.pop("run.json") != undisturbed.pop("run.json"), "they name their folders"
     assert killed == undisturbed
