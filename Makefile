@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-all lint bench chaos clean
+.PHONY: demo test test-fast test-all lint bench chaos docs clean
 
 demo: .venv/installed
 	$(BIN)/dede-ray demo
@@ -29,6 +29,13 @@ bench: .venv/installed
 chaos: .venv/installed
 	$(BIN)/python -m tests.benchmarks.chaos
 
+docs: .venv/docs_installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+.venv/docs_installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 found; install one, or: make PYTHON=/path/to/python"; exit 2; }
 	$(PYTHON) -m venv .venv
@@ -36,4 +43,4 @@ chaos: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache

@@ -217,7 +217,9 @@ def test_one_image_and_one_ray_everywhere():
     assert image.endswith(":" + dede_ray.__version__)
 
 
-@pytest.mark.parametrize("path", [*sorted(CLUSTER.iterdir()), ROOT / "README.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*sorted(CLUSTER.iterdir()), ROOT / "README.md", ROOT / "docs/cluster.md"], ids=lambda path: path.name
+)
 def test_commands_name_jobs_and_configs_that_exist(path):
     for job, config in re.findall(r"(?:python jobs/|dede-ray )(\w+)(?:\.py)? configs/([\w/]+\.yaml)", path.read_text()):
         assert (ROOT / "jobs" / f"{job}.py").is_file()
