@@ -43,7 +43,7 @@ from pydantic import Field
 from dede_ray.data.images import IMAGE_FORMATS, decode_image, encode_image
 from dede_ray.data.shards import IMAGE_SUFFIXES, BadSample, Limits, Sample, split_name, write_shard
 from dede_ray.ingest.web import Browser, Failure, Web
-from dede_ray.runtime.config import Config, Mistake, read_json, write_json
+from dede_ray.runtime.config import Config, Mistake, read_json, to_install, write_json
 from dede_ray.runtime.store import filesystem_of
 
 logger = logging.getLogger(__name__)
@@ -146,9 +146,7 @@ def ingest_urls(source: UrlList, output: Path, limits: Limits, links_per_shard: 
             interrupted run, or not one link gave an image.
     """
     if importlib.util.find_spec("img2dataset") is None:
-        raise Mistake(
-            "lists of links are fetched with img2dataset, which is not installed: pip install 'dede_ray[ingest]'"
-        )
+        raise Mistake("lists of links are fetched with img2dataset, which is not installed; " + to_install("ingest"))
     _recover(output, source.split)
     if source.retry_failed and "result" in (run := read_json(output / "run.json", "record of a run")):
         write_json(output / "run.json", {"settings": run["settings"]})  # no longer finished

@@ -164,6 +164,11 @@ def _similar_configs(path: str) -> list[str]:
     return close or named[:3] or [by_words[name] for name in difflib.get_close_matches(words(path), by_words, 1, 0.65)]
 
 
+def to_install(extra: str) -> str:
+    """What to type to get an optional extra: from the checkout, as the bare name is registered on no index of ours."""
+    return f"in the checkout: pip install --constraint constraints.txt '.[{extra}]'"
+
+
 def as_settings(kind: type[C], given: C | dict[str, Any] | str | Path) -> C:
     """Settings as people give them in Python: ready ones, a dict of them, or the path of a YAML file.
 

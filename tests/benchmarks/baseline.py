@@ -37,7 +37,7 @@ from dede_ray.data.images import encode_image
 from dede_ray.data.shards import Limits, Sample, iter_samples, list_shards, open_shard, write_shards
 from dede_ray.ingest.sources import Digits
 from dede_ray.models import clip
-from dede_ray.runtime.config import Config, Mistake
+from dede_ray.runtime.config import Config, Mistake, to_install
 from dede_ray.training.clip import ClipTrain, TrainConfig, train
 from dede_ray.training.contrastive import Contrastive
 from dede_ray.training.flops import flop_per_sample, matmul_rate
@@ -98,7 +98,7 @@ def compare_trainers(config: TrainerSpeed, folder: Path) -> str:
     """
     absent = [name for name in ("webdataset", "pandas") if importlib.util.find_spec(name) is None]
     if absent:
-        raise Mistake(f"open_clip's trainer needs {' and '.join(absent)}: pip install dede_ray[baseline]")
+        raise Mistake(f"open_clip's trainer needs {' and '.join(absent)}; {to_install('baseline')}")
     described = clip.model_description(config.model)
     name = f"{Path(config.model).stem}-{config.precision}-{config.device}"
     folder = folder.absolute() / name

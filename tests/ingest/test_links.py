@@ -315,7 +315,7 @@ def test_a_list_that_cannot_be_read_is_a_mistake(tmp_path, name, text, changed, 
 
 def test_without_img2dataset_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "img2dataset", None)
-    with pytest.raises(Mistake, match=re.escape("pip install 'dede_ray[ingest]'")):
+    with pytest.raises(Mistake, match=re.escape("pip install --constraint constraints.txt '.[ingest]'")):
         ingest(settings(tmp_path / "out", tmp_path / "list.tsv"))
 
 
