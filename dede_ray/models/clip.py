@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,8 +33,9 @@ from dede_ray.models.weights import (
     refuse_not_finite,
     resolve_weights,
     unlike,
+    write_export,
 )
-from dede_ray.runtime.config import Config, Mistake, config_file, read_json, write_json
+from dede_ray.runtime.config import Config, Mistake, config_file, read_json
 from dede_ray.runtime.libraries import open_clip
 
 logger = logging.getLogger(__name__)
@@ -252,16 +252,13 @@ def prepare_for_training(model: Any, gradient_checkpointing: bool = False, compi
 
 def save_clip(folder: str | Path, model: nn.Module, described: dict[str, Any]) -> None:
     """Write the model as open_clip's folder layout: JSON and tensors, nothing that could be executed."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.float() for name, tensor in model.state_dict().items()}
     for name in ("logit_scale", "logit_bias"):
         if name in state:  # the scalar shape that every other reader of open_clip models expects
             state[name] = state[name].reshape(())
-    save_file(state, folder / f".{WEIGHTS_FILE}")
-    (folder / f".{WEIGHTS_FILE}").replace(folder / WEIGHTS_FILE)
     preprocess = {**open_clip.get_model_preprocess_cfg(model), **described.get("preprocess_cfg", {})}
-    write_json(folder / CONFIG_FILE, {"model_cfg": described["model_cfg"], "preprocess_cfg": preprocess})
+    content = {"model_cfg": described["model_cfg"], "preprocess_cfg": preprocess}
+    write_export(folder, WEIGHTS_FILE, state, CONFIG_FILE, content)
 
 
 def load_clip_weights(model: nn.Module, init: str | Path) -> None:
@@ -330,7 +327,7 @@ def _adapted(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 
 def _traits(state: dict[str, Tensor]) -> dict[str, Any]:
-    """What tells one architecture from another, as far as open_clip's own towers show it in their tensors."""
+    """What distinguishes one architecture from another, as far as open_clip's own towers show it in their tensors."""
     text = "text." if "text.ln_final.weight" in state else ""
     traits: dict[str, Any] = {}
     for trait, name, axis in (

@@ -2,11 +2,11 @@
 
 After Hou et al., "DeDe: Detecting Backdoor Samples for SSL Encoders via Decoders" (CVPR 2025, arXiv:2411.16154). A
 masked autoencoder whose decoder reads the victim's embedding in place of the class token: the patch features never
-see the embedding, the decoder has to. A triggered image carries somebody else's embedding, so it is rebuilt badly.
+see the embedding, the decoder has to. A triggered image carries the embedding of other images, so it is rebuilt badly.
 
 The same network run backwards is ours: from some visible patches, its encoder predicts the embedding. Wherever the
-trigger is not among them, what they show belongs to the image and the embedding to somebody else. The error is
-measured where the victim's information is, in embedding space, and not in pixels, of which an embedding says little.
+trigger is not among them, what they show belongs to the image and the embedding to other images. The error is measured
+where the victim's information is, in embedding space, and not in pixels, of which an embedding says little.
 
 Shapes: B images, L patches, P = 3 * patch_px**2 pixels of one patch, V visible patches, E embedding width, D width.
 Masks are boolean, True = hidden. Pixels are in [0, 1], before and after.
@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
-from safetensors.torch import save_file
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from dede_ray.data.sampling import keyed_uniform
-from dede_ray.models.weights import read_tensors, refuse_not_finite, refuse_unlike
-from dede_ray.runtime.config import Config, Mistake, read_json, write_json
+from dede_ray.models.weights import read_export, refuse_not_finite, refuse_unlike, write_export
+from dede_ray.runtime.config import Config, Mistake
 from dede_ray.runtime.libraries import timm
 
 MOST_PLAIN_TOKENS = 256
@@ -163,7 +162,7 @@ class MaskedDecoder(nn.Module):
         return self.encoder_norm(_through(self.encoder, x)), visible_BV
 
     def null(self, batch: int) -> Tensor:
-        """The learned embedding that stands for "no embedding": (batch, E)."""
+        """The learned embedding that means "no embedding": (batch, E)."""
         return (self.null_embedding / self.embedding_scale).expand(batch, -1)
 
     def patchify(self, image_BCHW: Tensor) -> Tensor:
@@ -224,7 +223,7 @@ def reconstruction_error(patches_BLP: Tensor, target_BLP: Tensor, mask_BL: Tenso
         mask_BL: True where hidden; at least one per image.
 
     Returns:
-        float32 (B,), squared pixel units. Higher means worse, so it is the DeDe score as it stands.
+        float32 (B,), squared pixel units. Higher means worse: this is the DeDe score.
 
     Source: Hou et al., arXiv:2411.16154; their code sums in normalised pixel units, we divide so that sizes compare.
     """
@@ -243,13 +242,30 @@ def embedding_error(predicted_BE: Tensor, standardised_BE: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ files
 
 
+WEIGHTS_FILE, DESCRIPTION_FILE = "decoder.safetensors", "decoder.json"
+
+
+class _Description(Config):
+    """decoder.json, as a stranger may have written it; what else a trainer recorded there is not read."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    shape: DecoderShape
+    image_size: int = Field(ge=1)
+    embedding_dim: int = Field(ge=1)
+    has_null: bool
+    has_reverse: bool = False
+    victim: str
+
+    def build(self) -> MaskedDecoder:
+        decoder = MaskedDecoder(self.shape, self.image_size, self.embedding_dim, has_reverse=self.has_reverse)
+        decoder.victim, decoder.has_null = self.victim, self.has_null
+        return decoder
+
+
 def save_decoder(folder: str | Path, decoder: MaskedDecoder, about: dict[str, Any]) -> None:
     """Write `decoder.json` and `decoder.safetensors`: tensors and settings, nothing executable."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in decoder.state_dict().items()}
-    save_file(state, folder / ".decoder.safetensors")
-    (folder / ".decoder.safetensors").replace(folder / "decoder.safetensors")
+    state = {name: tensor.float() for name, tensor in decoder.state_dict().items()}
     description = {
         "shape": decoder.shape.model_dump(),
         "image_size": decoder.image_size,
@@ -259,7 +275,7 @@ def save_decoder(folder: str | Path, decoder: MaskedDecoder, about: dict[str, An
         "victim": decoder.victim,
         **about,
     }
-    write_json(folder / "decoder.json", description)
+    write_export(folder, WEIGHTS_FILE, state, DESCRIPTION_FILE, description)
 
 
 def load_decoder(folder: str | Path) -> MaskedDecoder:
@@ -268,23 +284,19 @@ def load_decoder(folder: str | Path) -> MaskedDecoder:
     Raises:
         Mistake: nothing there, not ours, or damaged.
     """
-    folder = Path(folder)
-    description = read_json(folder / "decoder.json", "exported decoder (decoder.json)")
-    state = read_tensors(folder / "decoder.safetensors")
+    described, state = read_export(folder, WEIGHTS_FILE, DESCRIPTION_FILE, _Description, "decoder")
+    path, shape = Path(folder) / WEIGHTS_FILE, described.shape
+    if shape.encoder_depth + shape.decoder_depth > len(state):
+        raise Mistake(
+            f"{path} holds {len(state)} tensors, too few for the decoder that decoder.json describes: {shape!r}"
+        )
     try:
-        shape = DecoderShape.model_validate(description["shape"])
-        sizes = int(description["image_size"]), int(description["embedding_dim"])
-        victim, has_null = str(description["victim"]), bool(description["has_null"])
-        has_reverse = bool(description.get("has_reverse", False))
-        if min(sizes) < 1 or shape.encoder_depth + shape.decoder_depth > len(state):
-            raise ValueError(f"sizes {sizes}, {shape!r} for {len(state)} tensors")
         with torch.device("meta"):  # no memory yet: numbers in a JSON file may ask for any amount
-            wanted = MaskedDecoder(shape, *sizes, has_reverse=has_reverse).state_dict()
-    except (KeyError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        raise Mistake(f"{folder / 'decoder.json'} does not describe a decoder: {error!r}") from None
-    refuse_unlike(state, wanted, folder / "decoder.safetensors", "decoder.json")
-    decoder = MaskedDecoder(shape, *sizes, has_reverse=has_reverse)
-    decoder.victim, decoder.has_null = victim, has_null
+            wanted = described.build().state_dict()
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise Mistake(f"{Path(folder) / DESCRIPTION_FILE} does not describe an exported decoder: {error!r}") from None
+    refuse_unlike(state, wanted, path, DESCRIPTION_FILE)
+    decoder = described.build()
     decoder.load_state_dict(state)
-    refuse_not_finite(decoder, folder / "decoder.safetensors")
+    refuse_not_finite(decoder, path)
     return decoder.requires_grad_(False).eval()

@@ -155,13 +155,13 @@ class Encoders:
         seen = rows["sample_id"].to_pylist(), rows["content_hash"].to_pylist()
         if seen != (chunk.sample_ids, chunk.content_hashes):
             return None
-        return _matrix(rows["embedding"]).to(self.device)
+        return matrix(rows["embedding"]).to(self.device)
 
     def embed(self, sample_ids: Sequence[str], image_BCHW: Tensor, known_BE: Tensor | None = None) -> Batch:
         """Embed pictures of the victim's size; the reference encoder sees them resized where its own size differs.
 
         Args:
-            known_BE: the victim's embeddings of them, where somebody has them already.
+            known_BE: the victim's embeddings of them, where another pass has them already.
         """
         reference = self.reference
         return Batch(
@@ -220,7 +220,7 @@ def stored(batch: Batch, precision: Precision) -> dict[str, list[np.ndarray | No
 def restored(table: pa.Table) -> Batch:
     """The batch that `stored` wrote, without its pictures; rows without an embedding are left out."""
     table = with_embeddings(table)
-    tensors = [_matrix(table[name]) if name in table.column_names else None for name in EMBEDDINGS]
+    tensors = [matrix(table[name]) if name in table.column_names else None for name in EMBEDDINGS]
     embedding_BE, *others = tensors
     assert embedding_BE is not None
     return Batch(table["sample_id"].to_pylist(), embedding_BE, None, *others)
@@ -232,8 +232,8 @@ def with_embeddings(table: pa.Table) -> pa.Table:
     return table.select(names).filter(table["embedding"].is_valid())
 
 
-def _matrix(column: pa.ChunkedArray) -> Tensor:
-    """A column of lists as float32 rows, NaN where it is null."""
+def matrix(column: pa.ChunkedArray) -> Tensor:
+    """A column of embeddings as float32 rows (N, E), NaN where it is null."""
     width = column.type.list_size
     rows = np.full((len(column), width), np.nan, np.float32)
     is_valid = column.is_valid().to_numpy(zero_copy_only=False)

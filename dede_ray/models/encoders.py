@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, ValidationError, field_validator
-from safetensors.torch import save_file
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad, relu
 
-from dede_ray.models.weights import read_tensors
-from dede_ray.runtime.config import Config, Mistake, explain, read_json, write_json
+from dede_ray.models.weights import read_export, write_export
+from dede_ray.runtime.config import Config, Mistake
 from dede_ray.runtime.libraries import open_clip, timm
 
 BasicBlock: Any = timm.models.resnet.BasicBlock
@@ -291,7 +290,7 @@ def _initialise(network: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Described:
-    """What an encoder's weights do not tell."""
+    """What an encoder's weights do not say."""
 
     architecture: Architecture
     image_size: int
@@ -302,7 +301,7 @@ class Described:
 
 
 class _Description(Config):
-    """encoder.json, as anybody may have written it."""
+    """encoder.json, as a stranger may have written it."""
 
     architecture: Architecture
     image_size: int = Field(ge=8, le=1024)
@@ -326,16 +325,12 @@ class _Description(Config):
 
 def save_encoder(folder: str | Path, model: nn.Module, described: Described) -> None:
     """Write `encoder.safetensors` and `encoder.json`: tensors and settings, nothing executable."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    save_file(state, folder / f".{WEIGHTS_FILE}")
-    (folder / f".{WEIGHTS_FILE}").replace(folder / WEIGHTS_FILE)
     description = _Description(
         architecture=described.architecture, image_size=described.image_size, mean=described.mean, std=described.std
     )
-    write_json(folder / DESCRIPTION_FILE, description.model_dump(mode="json"))
+    write_export(folder, WEIGHTS_FILE, state, DESCRIPTION_FILE, description.model_dump(mode="json"))
 
 
 def load_encoder(folder: str | Path) -> tuple[nn.Module, Described]:
@@ -344,17 +339,9 @@ def load_encoder(folder: str | Path) -> tuple[nn.Module, Described]:
     Raises:
         Mistake: nothing there, damaged, absurd settings, or weights of another architecture.
     """
-    folder = Path(folder)
-    content = read_json(folder / DESCRIPTION_FILE, "saved encoder (encoder.json)")
-    try:
-        read = _Description.model_validate(content)
-    except ValidationError as error:
-        raise Mistake(
-            f"{folder / DESCRIPTION_FILE} does not describe an encoder:\n{explain(error, _Description)}"
-        ) from None
+    read, state = read_export(folder, WEIGHTS_FILE, DESCRIPTION_FILE, _Description, "encoder")
     described = Described(read.architecture, read.image_size, read.mean, read.std)
-    state = read_tensors(folder / WEIGHTS_FILE)
-    return encoder_of(described.architecture, state, folder / WEIGHTS_FILE), described
+    return encoder_of(described.architecture, state, Path(folder) / WEIGHTS_FILE), described
 
 
 def encoder_of(architecture: Architecture, state: dict[str, Tensor], path: Path) -> nn.Module:

@@ -1,6 +1,7 @@
 """Weights that strangers made: finding them, here or on the Hugging Face hub, and reading them without executing code.
 
-Only tensors are read: safetensors, and those .pt files that torch's restricted unpickler accepts.
+Only tensors are read: safetensors, and those .pt files that torch's restricted unpickler accepts. An export of ours is
+a folder of tensors beside a JSON description: `write_export` writes it, `read_export` refuses what is damaged.
 """
 
 from __future__ import annotations
@@ -11,20 +12,24 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import huggingface_hub
 import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from safetensors.torch import load_file
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dede_ray.runtime.config import Mistake
+from dede_ray.runtime.config import Config, Mistake, explain, read_json, write_json
 from dede_ray.runtime.libraries import open_clip
 from dede_ray.runtime.store import Named, local_copy
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 PICKLED_WEIGHTS_FILE = "open_clip_pytorch_model.bin"  # open_clip's name for it on the hub; never opened here
 HUB = "hf-hub:"  # open_clip's prefix of a repository on the Hugging Face hub
+
+C = TypeVar("C", bound=Config)
 
 
 def resolve_weights(init: str | Path) -> Path:
@@ -59,7 +64,7 @@ def _behind_tag(tag: str) -> str:
     models = [model for model, known in open_clip.list_pretrained() if known == tag]
     known = {open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "") for model in models}
     repositories = sorted(HUB + address.strip("/") for address in known if address)
-    return f"; open_clip's tag {tag} stands for one of {', '.join(repositories[:8])}" if repositories else ""
+    return f"; open_clip's tag {tag} means one of {', '.join(repositories[:8])}" if repositories else ""
 
 
 def download(address: str, filename: str) -> Path:
@@ -140,7 +145,7 @@ def read_tensors(path: Named) -> dict[str, Tensor]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Dense numbers that stand in the file; one that is expanded, for which a single number is enough, up to 1 GB."""
+    """Dense numbers that are all in the file; up to 1 GB also an expanded tensor, for which one number is enough."""
     return (
         tensor.layout is torch.strided
         and tensor.device.type == "cpu"
@@ -177,10 +182,41 @@ def refuse_not_finite(model: nn.Module, path: str | Path) -> None:
             raise Mistake(f"{path} holds NaN or infinity in {name}; nothing can be computed with it")
 
 
+def write_export(
+    folder: str | Path, weights: str, state: Mapping[str, Tensor], description: str, content: dict[str, Any]
+) -> None:
+    """Write a folder of tensors and settings, nothing executable: the file `weights`, then the file `description`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, folder / f".{weights}")
+    (folder / f".{weights}").replace(folder / weights)
+    write_json(folder / description, content)
+
+
+def read_export(
+    folder: str | Path, weights: str, description: str, kind: type[C], what: str
+) -> tuple[C, dict[str, Tensor]]:
+    """Read what `write_export` wrote, the description checked; whether the tensors fit it is for the caller to check.
+
+    Args:
+        what: what was exported, such as "encoder", for the error message.
+
+    Raises:
+        Mistake: nothing there, damaged, or absurd settings.
+    """
+    path = Path(folder) / description
+    content = read_json(path, f"exported {what} ({description})")
+    try:
+        described = kind.model_validate(content)
+    except ValidationError as error:
+        raise Mistake(f"{path} does not describe an exported {what}:\n{explain(error, kind)}") from None
+    return described, read_tensors(Path(folder) / weights)
+
+
 def _members(path: Path) -> list[zipfile.ZipInfo]:
     """The table of contents of an archive, as torch.save writes it; empty where the file is none, or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
-        return []  # whoever reads it will say so
+        return []  # its reader will report the damage

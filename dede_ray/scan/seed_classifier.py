@@ -23,8 +23,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, Field, ValidationError
-from safetensors.torch import save_file
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cosine_similarity, relu, softplus
 
@@ -32,8 +31,8 @@ from dede_ray.data.images import to_unit_range
 from dede_ray.metrics import auroc
 from dede_ray.models.encoders import ResNet, build_encoder
 from dede_ray.models.victims import Victim
-from dede_ray.models.weights import read_tensors, refuse_not_finite, refuse_unlike
-from dede_ray.runtime.config import Config, Mistake, explain, read_json, write_json
+from dede_ray.models.weights import read_export, refuse_not_finite, refuse_unlike, write_export
+from dede_ray.runtime.config import Config, Mistake
 from dede_ray.scan.decisions import Conformal, Verdict
 
 logger = logging.getLogger(__name__)
@@ -365,12 +364,9 @@ class Amplified:
 
     def save(self, folder: str | Path) -> None:
         """Write `amplified.safetensors` and `amplified.json`: tensors and settings, nothing executable."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.state(), folder / f".{WEIGHTS_FILE}")
-        (folder / f".{WEIGHTS_FILE}").replace(folder / WEIGHTS_FILE)
         description = {"settings": self.settings.model_dump(mode="json"), "image_size": self.image_size}
-        write_json(folder / DESCRIPTION_FILE, {**description, "way": self.way, "control_auroc": self.control_auroc})
+        description |= {"way": self.way, "control_auroc": self.control_auroc}
+        write_export(folder, WEIGHTS_FILE, self.state(), DESCRIPTION_FILE, description)
 
 
 class _Description(Config):
@@ -386,26 +382,19 @@ def load_amplified(folder: str | Path) -> Amplified:
     Raises:
         Mistake: nothing there, not ours, or damaged.
     """
-    folder = Path(folder)
-    content = read_json(folder / DESCRIPTION_FILE, "saved classifier of seeds (amplified.json)")
-    try:
-        described = _Description.model_validate(content)
-    except ValidationError as error:
-        raise Mistake(
-            f"{folder / DESCRIPTION_FILE} does not describe a classifier of seeds:\n{explain(error, _Description)}"
-        ) from None
-    settings, state = described.settings, read_tensors(folder / WEIGHTS_FILE)
+    described, state = read_export(folder, WEIGHTS_FILE, DESCRIPTION_FILE, _Description, "classifier of seeds")
+    settings, path = described.settings, Path(folder) / WEIGHTS_FILE
     if settings.num_networks > len(state):
-        raise Mistake(f"{folder / WEIGHTS_FILE} holds {len(state)} tensors for {settings.num_networks} networks")
+        raise Mistake(f"{path} holds {len(state)} tensors for {settings.num_networks} networks")
     with torch.device("meta"):  # no memory yet: numbers in a JSON file may ask for any amount
         one = _Classifier(settings.width, described.image_size).state_dict()
     wanted = {f"{number}.{name}": tensor for number in range(settings.num_networks) for name, tensor in one.items()}
-    refuse_unlike(state, wanted, folder / WEIGHTS_FILE, "amplified.json")
+    refuse_unlike(state, wanted, path, DESCRIPTION_FILE)
     networks = []
     for number in range(settings.num_networks):
         network = _Classifier(settings.width, described.image_size)
         network.load_state_dict({name: state[f"{number}.{name}"] for name in one})
-        refuse_not_finite(network, folder / WEIGHTS_FILE)
+        refuse_not_finite(network, path)
         networks.append(network.requires_grad_(False).eval())
     return Amplified(settings, networks, described.image_size, described.way, described.control_auroc)
 

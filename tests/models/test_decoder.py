@@ -323,7 +323,7 @@ def test_a_folder_without_a_decoder_or_with_a_damaged_one_is_a_mistake(decoder, 
     with pytest.raises(Mistake, match="does not fit its decoder"):
         load_decoder(tmp_path)
     write_json(tmp_path / "decoder.json", {"image_size": 8})
-    with pytest.raises(Mistake, match="does not describe a decoder"):
+    with pytest.raises(Mistake, match="does not describe an exported decoder"):
         load_decoder(tmp_path)
     write_json(tmp_path / "decoder.json", description)
     (tmp_path / "decoder.safetensors").write_bytes(b"rubbish")

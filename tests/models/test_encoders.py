@@ -149,7 +149,7 @@ def test_weights_that_do_not_fit_their_description_are_refused(saved):
     with pytest.raises(Mistake, match="no readable checkpoint"):
         load_encoder(folder)
     (folder / "encoder.json").unlink()
-    with pytest.raises(Mistake, match="no saved encoder"):
+    with pytest.raises(Mistake, match="no exported encoder"):
         load_encoder(folder)
 
 
