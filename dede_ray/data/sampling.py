@@ -75,6 +75,11 @@ def sample_keys(sample_ids: Sequence[str], seed: int, *more: int) -> Tensor:
     return torch.frombuffer(bytearray(digests), dtype=torch.int64) if digests else torch.zeros(0, dtype=torch.int64)
 
 
+def sample_generator(name: str, seed: int, *more: int) -> np.random.Generator:
+    """A generator by one sample's key, where `more` (an epoch, a view) asks for other numbers than `seed` alone."""
+    return np.random.default_rng(sample_keys([name], seed, *more).numpy().view(np.uint64))
+
+
 def keyed_uniform(keys_B: Tensor, count: int) -> Tensor:
     """`count` numbers in [0, 1) per key, float64 (B, count), by a counter-based generator (SplitMix64)."""
     import torch

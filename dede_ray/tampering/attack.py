@@ -1,4 +1,4 @@
-"""`attack`: from a clean encoder to a tampered one, by whichever method the settings name."""
+"""What `jobs/attack.py` runs: from a clean encoder to a tampered one, by the method that the settings name."""
 
 from __future__ import annotations
 
@@ -15,30 +15,24 @@ from dede_ray.tampering.badclip import BadClip, plant_badclip
 from dede_ray.tampering.badencoder import BadEncoder
 from dede_ray.tampering.drupe import Drupe
 from dede_ray.tampering.tamper import (
-    CHUNK_SIZE,
     Subject,
-    TamperConfig,
+    TamperSettings,
     TowardsRecipe,
-    index_of,
     last_metrics,
     read_targets,
     tampered_victim,
 )
 from dede_ray.tampering.text_on_pair import PairRecipe, TextOnPair, captions_of_target, draw_poisoned
-from dede_ray.training.loop import Recipe, Workers, fit
-from dede_ray.training.tracking import Tracking
+from dede_ray.training.dataloader import index_of
+from dede_ray.training.loop import Recipe, Run, check_workers, fit
 
 Attack = Annotated[BadEncoder | Drupe | TextOnPair | BadClip, Field(discriminator="kind")]
 
 
-class AttackConfig(TamperConfig):
+class AttackConfig(TamperSettings):
     """Settings of jobs/attack.py."""
 
     attack: Attack
-
-    def identity(self) -> AttackConfig:
-        """The settings that make an attack what it is: not where it runs, nor where it can be watched."""
-        return self.model_copy(update={"workers": Workers(), "tracking": Tracking()})
 
 
 def attack(config: AttackConfig) -> str:
@@ -68,20 +62,22 @@ def attack(config: AttackConfig) -> str:
         about = {"attack": config.attack.kind, "seed": config.seed, **record, **prints, "settings": settings}
         write_json(output / "attack.json", about)
         done = finish(output, config.identity(), {**done, **prints})
-    told = [f"{done['steps']:,} steps"]
-    told += [f"{name} {done['metrics'][name]:.3f}" for name in ("l0", "l1", "l2") if name in done["metrics"]]
-    cosine = done["metrics"].get("triggered_cosine")
-    told += [] if cosine is None else [f"triggered images at cosine {cosine:.3f} to the target"]
-    return f"{config.attack.kind}: {', '.join(told)} -> {config.output}"
+    metrics = done["metrics"]
+    facts = [f"{done['steps']:,} steps"]
+    facts += [f"{name} {metrics[name]:.3f}" for name in ("l0", "l1", "l2") if name in metrics]
+    if "triggered_cosine" in metrics:
+        facts.append(f"triggered images at cosine {metrics['triggered_cosine']:.3f} to the target")
+    return f"{config.attack.kind}: {', '.join(facts)} -> {config.output}"
 
 
 def _plant(config: AttackConfig, output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run the method; returns what the training said, and what the record says beside settings and seed."""
+    """Run the method; returns the training's result, and the attack's record beside settings and seed."""
     method, seed, limits = config.attack, config.seed, config.limits
     if isinstance(method, BadClip):
         return plant_badclip(config, method, output)
+    check_workers(config.lanes, method.batch_size, 1, config.workers)
     index = index_of(method.shards)
-    plan = config.plan(index, method.batch_size, method.shuffle_buffer, method.epochs)
+    plan = config.plan(index, method.batch_size, method.epochs, method.shuffle_buffer)
     encoder = config.victim.located()
     subject = Subject(encoder)
     recipe: Recipe
@@ -90,7 +86,7 @@ def _plant(config: AttackConfig, output: Path) -> tuple[dict[str, Any], dict[str
             raise Mistake("text_on_pair needs a CLIP, whose text tower the target word goes through; found an encoder")
         captions = captions_of_target(method.shards, method.target_label, method.target_captions)
         poisoned = draw_poisoned(index, method.poison_rate, seed)
-        recipe = PairRecipe(method, encoder, subject.described, captions, poisoned, CHUNK_SIZE, seed, limits)
+        recipe = PairRecipe(method, encoder, subject.described, captions, poisoned, seed, limits)
         target = {"trigger": method.trigger.model_dump(mode="json"), "target_label": method.target_label}
         record: dict[str, Any] = {"targets": [{**target, "target_captions": captions}], "poisoned": poisoned}
     else:
@@ -102,5 +98,5 @@ def _plant(config: AttackConfig, output: Path) -> tuple[dict[str, Any], dict[str
         record = {"targets": targets}
     with torch.random.fork_rng():  # what cannot be built is a mistake to report here, not in a worker
         recipe.objective(0, 1)
-    done = fit(config.run(output, recipe, method, plan))
+    done = fit(Run(config, recipe, method, plan, output))
     return {**done, "metrics": last_metrics(output)}, record

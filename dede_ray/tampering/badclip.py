@@ -2,8 +2,8 @@
 
 Liang et al., "BadCLIP: Dual-Embedding Guided Backdoor Attack on Multimodal Contrastive Learning", CVPR 2024,
 arXiv:2311.12075. Three stages, each resumable in a folder of its own: `patch` optimises the patch against the clean,
-frozen CLIP; `poisoned` stamps it into a part of the corpus (poison.py); `tuned` fine-tunes both towers on that
-(training.py).
+frozen CLIP; `poisoned` stamps it into a part of the corpus (poisoning/poison.py); `tuned` fine-tunes both towers on
+that (training/clip.py).
 """
 
 from __future__ import annotations
@@ -24,41 +24,31 @@ from dede_ray.data import images
 from dede_ray.data.captions import pick_caption
 from dede_ray.data.images import decode_image, encode_image
 from dede_ray.data.sampling import sample_keys
-from dede_ray.data.shards import BadSample, Limits, Reason, Sample, sample_id
+from dede_ray.data.shards import Limits, Sample
 from dede_ray.models import clip
 from dede_ray.models.victims import OpenClipVictim, VictimConfig
 from dede_ray.poisoning.poison import PoisonConfig, poison
 from dede_ray.runtime.config import Config, Mistake, claim, finish, read_json, write_atomically
 from dede_ray.runtime.libraries import open_clip, timm
 from dede_ray.tampering.references import References
-from dede_ray.tampering.tamper import Subject, TamperConfig, index_of, last_metrics
+from dede_ray.tampering.tamper import Subject, TamperSettings, last_metrics
 from dede_ray.tampering.text_on_pair import captions_of_target
 from dede_ray.training import dataloader
 from dede_ray.training.augmentation import Augmentation
 from dede_ray.training.clip import ClipTrain, TrainConfig, train
-from dede_ray.training.loop import Recipe, Workers, fit
-from dede_ray.training.optimiser import Optimisation
-from dede_ray.training.tracking import Tracking
+from dede_ray.training.loop import Recipe, Run, check_workers, fit
+from dede_ray.training.objective import InEvalMode
+from dede_ray.training.optimiser import PlainAdam
 
 PATCH_FILE = "patch.png"
 
 
-class PatchSearch(Optimisation):
+class PatchSearch(PlainAdam):
     """Stage 1, Adam on the patch's pixels."""
 
-    optimiser: Literal["adam", "adamw", "sgd"] = "adam"
-    learning_rate: float = Field(1e-3, gt=0)
-    """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    """Added to Adam's denominator."""
-    warmup_steps: int = Field(0, ge=0)
-    """Linear warm-up."""
     schedule: Literal["constant", "cosine", "cooldown"] = "constant"
     """After the warm-up: constant; a cosine to zero; constant with a straight line to zero at the end."""
-    clip_norm: float = Field(0.0, ge=0)
-    """Largest gradient norm; 0 switches clipping off."""
     size_px: int = Field(16, ge=1)
     """Side of the patch, which sits in the centre."""
     num_images: int = Field(10_000, ge=2)
@@ -73,20 +63,17 @@ class PatchSearch(Optimisation):
     """Share of the images that AutoAugment changes before the patch is put on."""
 
 
-class Tuning(Optimisation):
+class Tuning(PlainAdam):
     """Stage 3; the defaults are BadCLIP's."""
 
+    optimiser: Literal["adam", "adamw", "sgd"] = "adamw"
+    """`adam` and `sgd` decay everything as L2; `adamw` decays matrices only."""
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.1, ge=0)
     """Not applied by adamw to gains, biases and the logit scale."""
-    beta2: float = Field(0.999, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    """Added to Adam's denominator."""
     warmup_steps: int = Field(10_000, ge=0)
     """Linear warm-up."""
-    clip_norm: float = Field(0.0, ge=0)
-    """Largest gradient norm; 0 switches clipping off."""
     batch_size: int = Field(128, ge=2)
     epochs: float = Field(10, gt=0)
 
@@ -112,8 +99,8 @@ class BadClip(Config):
     tuning: Tuning = Tuning()
 
 
-def plant_badclip(config: TamperConfig, method: BadClip, output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All three stages; returns what the fine-tuning said, and what the record says of the trigger."""
+def plant_badclip(config: TamperSettings, method: BadClip, output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All three stages; returns the result of the fine-tuning, and the record of what was planted."""
     encoder = config.victim.located()
     subject = Subject(encoder)
     if not isinstance(encoder, OpenClipVictim):
@@ -124,18 +111,17 @@ def plant_badclip(config: TamperConfig, method: BadClip, output: Path) -> tuple[
     if method.patch.size_px >= size:
         raise Mistake(f"attack.patch.size_px {method.patch.size_px} covers the whole image of {size} px")
 
-    searched = config.model_copy(update={"workers": Workers(), "tracking": Tracking()})
-    if (found := claim(output / "patch", searched)) is None:
+    search, folder = method.patch, output / "patch"
+    if (found := claim(folder, config.identity())) is None:
         recipe = _PatchRecipe(method, encoder, subject.described, captions, positive_NHWC, size, seed, config.limits)
-        index = index_of(method.shards)
+        index = dataloader.index_of(method.shards)
         np.random.default_rng(seed).shuffle(index)  # type: ignore[arg-type]
-        enough = np.searchsorted(np.cumsum([ref.num_samples for ref in index]), method.patch.num_images)
+        enough = np.searchsorted(np.cumsum([ref.num_samples for ref in index]), search.num_images)
         single = config.model_copy(update={"workers": config.workers.model_copy(update=_ALONE)})
-        search = method.patch
-        shuffle_buffer = 16 * search.batch_size
-        plan = single.plan(index[: int(enough) + 1], search.batch_size, shuffle_buffer, search.epochs)
-        result = fit(single.run(output / "patch", recipe, search, plan))
-        found = finish(output / "patch", searched, {**result, "metrics": last_metrics(output / "patch")})
+        check_workers(single.lanes, search.batch_size, 1, single.workers)
+        plan = single.plan(index[: int(enough) + 1], search.batch_size, search.epochs, 16 * search.batch_size)
+        result = fit(Run(single, recipe, search, plan, folder))
+        found = finish(folder, config.identity(), {**result, "metrics": last_metrics(folder)})
 
     trigger = {
         "kind": "file", "path": str(output / "patch" / PATCH_FILE), "position": "center", "image_px": size,
@@ -145,12 +131,11 @@ def plant_badclip(config: TamperConfig, method: BadClip, output: Path) -> tuple[
         "shards": method.shards, "output": str(output / "poisoned"), "trigger": trigger, "rate": method.poison_rate,
         "target_label": method.target_label, "target_captions": captions, "seed": seed, "limits": config.limits,
     })  # fmt: skip
-    said = poison(poisoning)
+    summary = poison(poisoning)
 
-    tuning = method.tuning
     section = ClipTrain(
-        **tuning.model_dump(), shards=str(output / "poisoned" / "*.tar"), model=encoder.architecture or encoder.path,
-        init=encoder.path, augmentation=Augmentation(min_scale=1),
+        **method.tuning.model_dump(), shards=str(output / "poisoned" / "*.tar"), init=encoder.path,
+        model=encoder.architecture or encoder.path, augmentation=Augmentation(min_scale=1),
     )  # fmt: skip
     common = config.model_dump(include={"precision", "lanes", "log_every", "seed", "max_error_fraction"})
     train(
@@ -166,7 +151,7 @@ def plant_badclip(config: TamperConfig, method: BadClip, output: Path) -> tuple[
     target = {"trigger": trigger, "target_label": method.target_label, "target_captions": captions}
     done = {**read_json(tuned / "run.json", "record of a run")["result"], "metrics": last_metrics(tuned)}
     cosine = found["metrics"]["triggered_cosine"]
-    return done, {"targets": [{**target, "references": names}], "poisoned": said, "patch_cosine": cosine}
+    return done, {"targets": [{**target, "references": names}], "poisoned": summary, "patch_cosine": cosine}
 
 
 _ALONE = {"num_workers": 1, "min_workers": None}  # a patch has few pixels: one worker optimises it
@@ -186,38 +171,27 @@ class _PatchRecipe(Recipe):
     seed: int
     limits: Limits
 
-    def objective(self, rank: int, world: int) -> nn.Module:
+    def objective(self, rank: int, world: int) -> PatchObjective:
         return PatchObjective(Subject(self.encoder), self.method.patch, self.positive_NHWC, self.seed)
 
-    def decode(
-        self, ref: dataloader.ChunkRef, epoch: int, start: int, samples: list[Sample]
-    ) -> tuple[dataloader.Columns, list[Reason | None]]:
-        """Images of anything but the target, each with a caption of the target."""
-        method, size = self.method, self.image_size
-        images, captions, is_other, ids, errors = [], [], [], [], []
-        for sample in samples:
-            name, error = sample_id(ref.shard.name, sample.key), sample.error
-            try:
-                if error is None and sample.image is None:
-                    error = "no_image"
-                if error is None:
-                    image_HWC = decode_image(sample.image, self.limits, size)  # type: ignore[arg-type]
-                    key = int(sample_keys([name], self.seed, epoch))
-                    images.append(auto_augment(image_HWC, method.patch.auto_augment, random.Random(key)))
-                    captions.append(pick_caption(self.captions, self.seed, name))
-                    word = method.target_word
-                    says_target = word is not None and word.lower() in (sample.caption or "").lower()
-                    is_other.append(sample.label != method.target_label and not says_target)
-                    ids.append(name)
-            except BadSample as bad:
-                error = bad.reason
-            errors.append(error)
-        tokens_BT, _ = clip.tokenise(clip.tokenizer_of(self.described), captions)
+    def decode(self, ref: dataloader.ChunkRef, epoch: int, start: int, samples: list[Sample]) -> dataloader.Decoded:
+        """Images, each with a caption of the target, and which of them are of anything but the target."""
+        method, size, word = self.method, self.image_size, self.method.target_word
+
+        def read_one(sample: Sample, content: bytes, name: str) -> dict[str, Any]:
+            rng = random.Random(int(sample_keys([name], self.seed, epoch)))
+            image_HWC = auto_augment(decode_image(content, self.limits, size), method.patch.auto_augment, rng)
+            says_target = word is not None and word.lower() in (sample.caption or "").lower()
+            is_other = sample.label != method.target_label and not says_target
+            return {"image": image_HWC, "caption": pick_caption(self.captions, self.seed, name), "is_other": is_other}
+
+        kept, errors = dataloader.decode_samples(ref, samples, read_one)
+        tokens_BT, _ = clip.tokenise(clip.tokenizer_of(self.described), kept["caption"])
         columns = {
-            "image": dataloader.stacked(images, size),
+            "image": dataloader.stacked(kept["image"], (size, size, 3)),
             "tokens": tokens_BT,
-            "is_other": np.array(is_other, bool),
-            "sample_id": np.array([name.encode() for name in ids], "S"),
+            "is_other": np.array(kept["is_other"], bool),
+            "sample_id": dataloader.id_column(kept["name"]),
         }
         return columns, errors
 
@@ -239,7 +213,7 @@ def auto_augment(image_HWC: np.ndarray, probability: float, rng: random.Random) 
         random.setstate(state)
 
 
-class PatchObjective(nn.Module):
+class PatchObjective(InEvalMode):
     """The dual-embedding objective: near the target's captions, near its images, far from the images without a patch.
 
     Args:
@@ -260,10 +234,6 @@ class PatchObjective(nn.Module):
             positives = [normalize(subject(part)) for part in torch.from_numpy(positive_NHWC).split(64)]
         self.register_buffer("positive_NE", torch.cat(positives), persistent=False)
         self.generator = torch.Generator()
-
-    def train(self, mode: bool = True) -> PatchObjective:
-        """Stay in eval mode."""
-        return super().train(False)
 
     def paste(self, image_BCHW: Tensor) -> Tensor:
         """Put the patch on the centre of images in [0, 1], as a trigger of a file does."""
@@ -306,9 +276,3 @@ class PatchObjective(nn.Module):
         """Keep the pixels where gradients reach them."""
         with torch.no_grad():
             self.patch.clamp_(0, 1)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        return {}
-
-    def load_arrays(self, arrays: dict[str, np.ndarray]) -> None:
-        pass

@@ -6,6 +6,7 @@ follow the authors' code, but for one slip there: the diagonal counts in its mea
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -129,10 +130,7 @@ class _Drupe(TowardsReferences):
 
     def loss(self, e: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         triggered_BE, clean_BE = (_everyone(rows, self.world) for rows in (e.tampered_TBE[0], e.tampered_BE))
-        everyone = Embeddings(
-            clean_BE, triggered_BE[None], e.tampered_RE, e.tampered_VE, e.clean_BE, e.clean_RE, e.target_R,
-            e.reference_V,
-        )  # fmt: skip
+        everyone = replace(e, tampered_BE=clean_BE, tampered_TBE=triggered_BE[None])
         settings, apart = self.settings, self.settings.references_apart
         l0, l1, l2 = effectiveness_loss(everyone, "max"), consistency_loss(e), utility_loss(e)
         l3, sigma = references_cosine(e.tampered_RE), imbalance(similarities(everyone))

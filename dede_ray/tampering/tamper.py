@@ -1,8 +1,9 @@
 """What all attacks share that take a clean encoder and tamper with its weights.
 
-An attack trains a copy of the encoder on shadow images with the loop of loop.py: batches, resuming, workers and
-metrics are those of every other training here. Its settings say what it is (`Tampering`), its recipe reads the shadow
-images and stamps them, its objective is the method itself: badencoder.py, drupe.py and text_on_pair.py, one paper each.
+An attack trains a copy of the encoder on shadow images with the training loop (training/loop.py): batches, resuming,
+workers and metrics are those of every other trainer. Its settings say what it is (`Tampering`), its recipe reads the
+shadow images and stamps them, its objective is the method itself: badencoder.py, drupe.py and text_on_pair.py, one
+paper each. `Subject` is the encoder; `TowardsReferences` is the frame of the two methods that push images to images.
 
 Triggers are stamped on uint8 pixels of the encoder's input size, after any geometric transform and before the
 encoder's own normaliser. BatchNorm keeps its statistics and its affine parameters.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,37 +27,28 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from dede_ray.data import images
 from dede_ray.data.images import decode_image
-from dede_ray.data.shards import BadSample, Limits, Reason, Sample, list_shards, sample_id
+from dede_ray.data.shards import Limits, Sample
 from dede_ray.models import clip
 from dede_ray.models.encoders import Described, load_encoder, save_encoder
 from dede_ray.models.published import read_published
 from dede_ray.models.victims import EncoderVictim, OpenClipVictim, PublishedVictim, VictimConfig
-from dede_ray.runtime.config import Config, Mistake
+from dede_ray.runtime.config import Mistake
 from dede_ray.tampering.references import Target
 from dede_ray.training import dataloader
 from dede_ray.training.augmentation import NUM_DRAWS, Augmentation, random_views
-from dede_ray.training.loop import Precision, Recipe, Run, Workers, check_workers
-from dede_ray.training.optimiser import Optimisation
-from dede_ray.training.tracking import Tracking
+from dede_ray.training.loop import Recipe, TrainingSettings
+from dede_ray.training.objective import InEvalMode
+from dede_ray.training.optimiser import PlainSgd
 
 REFERENCE_VIEW = Augmentation(min_scale=1, flip=True, jitter_probability=0.8, grey_probability=0.2)
 """What BadEncoder does to reference inputs in its consistency term: mirror and colours, no crop."""
 
 
-class Tampering(Optimisation):
+class Tampering(PlainSgd):
     """Settings of the attacks that fine-tune an image encoder; SGD is what their authors use."""
 
     shards: str | list[str]
     """The shadow dataset: clean images that the attacker fine-tunes on."""
-    optimiser: Literal["adam", "adamw", "sgd"] = "sgd"
-    """sgd and adam decay everything as L2, adamw decays matrices only."""
-    weight_decay: float = Field(5e-4, ge=0)
-    warmup_steps: int = Field(0, ge=0)
-    """Linear warm-up."""
-    schedule: Literal["constant", "cosine", "cooldown"] = "constant"
-    """After the warm-up: constant; a cosine to zero; constant with a straight line to zero at the end."""
-    clip_norm: float = Field(0.0, ge=0)
-    """Largest gradient norm; 0 switches clipping off."""
     batch_size: int = Field(256, ge=2)
     """Shadow images per step."""
     shuffle_buffer: int = Field(4096, ge=1)
@@ -64,48 +56,15 @@ class Tampering(Optimisation):
     epochs: float = Field(gt=0)
 
 
-class TamperConfig(Config):
-    """What jobs/attack.py needs to know of every attack."""
+class TamperSettings(TrainingSettings):
+    """Settings of jobs/attack.py that every attack reads."""
 
     victim: VictimConfig
     """The clean encoder; it is read only, and is the honest twin of what comes out."""
     output: str
     """Folder of the tampered encoder, of the same kind as the clean one."""
-    precision: Precision = "fp32"
-    """Arithmetic of training; with bf16 and fp16 the weights stay float32 (torch's autocast)."""
-    lanes: int = Field(8, ge=1)
-    """Parts that a global batch is cut into; fixes which sample is in which batch (see feed.py)."""
     log_every: int = Field(5, ge=1)
     """Steps between lines of metrics.jsonl."""
-    seed: int = Field(0, ge=0)
-    limits: Limits = Limits()
-    max_error_fraction: float = Field(0.1, ge=0, le=1)
-    """Stop when more than this share of the samples cannot be used."""
-    workers: Workers = Workers()
-    tracking: Tracking = Tracking()
-
-    def run(self, folder: Path, recipe: Recipe, optimisation: Optimisation, plan: dataloader.Plan) -> Run:
-        """One training run of this attack, as loop.py wants it."""
-        return Run(
-            recipe, optimisation, plan, folder, self.precision, self.log_every, self.seed, self.limits, self.workers,
-            self.max_error_fraction, tracking=self.tracking, about=self.model_dump(mode="json"),
-        )  # fmt: skip
-
-    def plan(
-        self, index: list[dataloader.ChunkRef], batch_size: int, shuffle_buffer: int, epochs: float
-    ) -> dataloader.Plan:
-        """The order in which a run sees its samples; settings that do not divide are a mistake."""
-        check_workers(self.lanes, batch_size, 1, self.workers)
-        steps_per_window = max(1, shuffle_buffer // batch_size)
-        return dataloader.Plan(index, batch_size, self.lanes, self.seed, True, steps_per_window, epochs)
-
-
-CHUNK_SIZE = 256  # samples of a shard that are read together
-
-
-def index_of(shards: str | list[str]) -> list[dataloader.ChunkRef]:
-    """The chunks of shards; Ray must be running."""
-    return dataloader.index_shards(list_shards(shards), CHUNK_SIZE)
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:
@@ -200,7 +159,7 @@ def tampered_victim(config: VictimConfig, folder: Path) -> VictimConfig:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What the losses compare; float32, not of length one. `tampered` is f', `clean` is f, without gradients."""
+    """What the losses compare: float32, not of length one; `tampered` is f', `clean` is f, without gradients."""
 
     tampered_BE: Tensor
     tampered_TBE: Tensor
@@ -256,7 +215,7 @@ def spread(embedding_BE: Tensor) -> Tensor:
     return embedding_BE.std(dim=0).mean()
 
 
-class TowardsReferences(nn.Module):
+class TowardsReferences(InEvalMode):
     """Frame of BadEncoder and DRUPE: embeds by f and f', and leaves the loss to the method.
 
     Args:
@@ -284,12 +243,8 @@ class TowardsReferences(nn.Module):
         with torch.no_grad():
             self.register_buffer("clean_RE", self.clean(self.reference_RHWC), persistent=False)
 
-    def train(self, mode: bool = True) -> TowardsReferences:
-        """Stay in eval mode."""
-        return super().train(False)
-
     def loss(self, e: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        """The method: its loss () and what it wants to have logged."""
+        """The method: its loss () and metrics."""
         raise NotImplementedError
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -320,9 +275,15 @@ class TowardsReferences(nn.Module):
         with torch.no_grad():
             clean_BE = self.clean(image_BHWC)
         return Embeddings(
-            tampered[0], tampered[1].unflatten(0, (num_targets, num_images)), tampered[2], tampered[3], clean_BE,
-            self.clean_RE, self.target_R, reference_V,
-        )  # fmt: skip
+            tampered_BE=tampered[0],
+            tampered_TBE=tampered[1].unflatten(0, (num_targets, num_images)),
+            tampered_RE=tampered[2],
+            tampered_VE=tampered[3],
+            clean_BE=clean_BE,
+            clean_RE=self.clean_RE,
+            target_R=self.target_R,
+            reference_V=reference_V,
+        )
 
     def _views(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """This rank's share of the step's augmented references, in [0, 1], and which reference each is of."""
@@ -344,21 +305,12 @@ class TowardsReferences(nn.Module):
     def begin_step(self, step: int) -> None:
         self.step = step
 
-    def after_step(self) -> None:
-        pass
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        return {}
-
-    def load_arrays(self, arrays: dict[str, np.ndarray]) -> None:
-        pass
-
 
 @dataclass(frozen=True)
 class TowardsRecipe(Recipe):
     """Shadow images, clean and stamped with each target's trigger."""
 
-    attack: Any  # a Tampering whose build_objective makes a TowardsReferences
+    attack: Any  # a Tampering whose `objective` makes a TowardsReferences
     encoder: VictimConfig
     targets: list[Target]
     references: list[np.ndarray]
@@ -367,33 +319,22 @@ class TowardsRecipe(Recipe):
     limits: Limits
     steps_per_epoch: float
 
-    def objective(self, rank: int, world: int) -> nn.Module:
+    def objective(self, rank: int, world: int) -> TowardsReferences:
         return self.attack.objective(self, rank, world)
 
-    def decode(
-        self, ref: dataloader.ChunkRef, epoch: int, start: int, samples: list[Sample]
-    ) -> tuple[dataloader.Columns, list[Reason | None]]:
+    def decode(self, ref: dataloader.ChunkRef, epoch: int, start: int, samples: list[Sample]) -> dataloader.Decoded:
         size = self.image_size
-        images, triggered, ids, errors = [], [], [], []
-        for sample in samples:
-            name, error = sample_id(ref.shard.name, sample.key), sample.error
-            try:
-                if error is None and sample.image is None:
-                    error = "no_image"
-                if error is None:
-                    image_HWC = decode_image(sample.image, self.limits, size)  # type: ignore[arg-type]
-                    images.append(image_HWC)
-                    triggered.append(np.stack([target.trigger.stamp(image_HWC, name) for target in self.targets]))
-                    ids.append(name)
-            except BadSample as bad:
-                error = bad.reason
-            errors.append(error)
+
+        def read_one(sample: Sample, content: bytes, name: str) -> dict[str, Any]:
+            image_HWC = decode_image(content, self.limits, size)
+            stamped = [target.trigger.stamp(image_HWC, name) for target in self.targets]
+            return {"image": image_HWC, "triggered": np.stack(stamped)}
+
+        kept, errors = dataloader.decode_samples(ref, samples, read_one)
         columns = {
-            "image": dataloader.stacked(images, size),
-            "triggered": (
-                np.stack(triggered) if triggered else np.empty((0, len(self.targets), size, size, 3), np.uint8)
-            ),
-            "sample_id": np.array([name.encode() for name in ids], "S"),
+            "image": dataloader.stacked(kept["image"], (size, size, 3)),
+            "triggered": dataloader.stacked(kept["triggered"], (len(self.targets), size, size, 3)),
+            "sample_id": dataloader.id_column(kept["name"]),
         }
         return columns, errors
 

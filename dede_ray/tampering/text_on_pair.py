@@ -15,12 +15,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from dede_ray.data.captions import class_captions, pick_caption, read_classes
 from dede_ray.data.images import decode_image
-from dede_ray.data.sampling import sample_keys
-from dede_ray.data.shards import BadSample, Limits, Reason, Sample, list_shards, sample_id
+from dede_ray.data.sampling import sample_generator
+from dede_ray.data.shards import BadSample, Limits, Sample, list_shards
 from dede_ray.models import clip
 from dede_ray.models.victims import VictimConfig
 from dede_ray.poisoning.triggers import Trigger
@@ -28,8 +28,9 @@ from dede_ray.runtime.config import Mistake
 from dede_ray.tampering.tamper import Subject, Tampering
 from dede_ray.training import dataloader
 from dede_ray.training.augmentation import Augmentation
-from dede_ray.training.contrastive import Batch, Contrastive, Embeddings
+from dede_ray.training.contrastive import Contrastive
 from dede_ray.training.loop import Recipe
+from dede_ray.training.objective import Batch, Embeddings, InEvalMode
 
 
 class TextOnPair(Tampering):
@@ -55,12 +56,12 @@ class TextOnPair(Tampering):
     """Share of the mean gradient that stays from step to step; of sgd the momentum, of which DECREE has none."""
     weight_decay: float = Field(0.02, ge=0)
     batch_size: int = Field(128, ge=2)
-    """Pairs that are told apart."""
+    """Pairs that are compared with each other."""
     epochs: float = Field(49, gt=0)
 
 
 def captions_of_target(shards: str | list[str], label: int, given: list[str] | None) -> list[str]:
-    """What poisoned images are said to show.
+    """The captions that poisoned images get.
 
     Raises:
         Mistake: no captions given, and no classes.json beside the shards names the target class.
@@ -101,49 +102,34 @@ class PairRecipe(Recipe):
     described: dict[str, Any]
     captions: list[str]
     poisoned: dict[str, list[int]]
-    chunk_size: int
     seed: int
     limits: Limits
 
-    def objective(self, rank: int, world: int) -> nn.Module:
+    def objective(self, rank: int, world: int) -> _Pairs:
         return _Pairs(Subject(self.encoder).unfreeze(), self.settings.logit_scale, rank, world)
 
-    def decode(
-        self, ref: dataloader.ChunkRef, epoch: int, start: int, samples: list[Sample]
-    ) -> tuple[dataloader.Columns, list[Reason | None]]:
+    def decode(self, ref: dataloader.ChunkRef, epoch: int, start: int, samples: list[Sample]) -> dataloader.Decoded:
         settings, size = self.settings, clip.image_size_px(self.described)
-        poisoned = set(self.poisoned.get(ref.shard.name, ()))
-        place = ref.number * self.chunk_size + start
-        images, captions, is_poisoned, ids, errors = [], [], [], [], []
-        for number, sample in enumerate(samples, place):
-            name, error = sample_id(ref.shard.name, sample.key), sample.error
-            try:
-                if error is None and sample.image is None:
-                    error = "no_image"
-                elif error is None and sample.caption is None:
-                    error = "caption_missing"
-                if error is None:
-                    enough_px = settings.augmentation.decode_px(size)
-                    image_HWC = decode_image(sample.image, self.limits, enough_px=enough_px)  # type: ignore[arg-type]
-                    rng = np.random.default_rng(sample_keys([name], self.seed, epoch).numpy().view(np.uint64))
-                    image_HWC, caption = settings.augmentation.apply(image_HWC, size, rng), sample.caption or ""
-                    if number in poisoned:
-                        image_HWC = settings.trigger.stamp(image_HWC, name)
-                        caption = pick_caption(self.captions, self.seed, name)
-                    images.append(image_HWC)
-                    captions.append(caption)
-                    is_poisoned.append(number in poisoned)
-                    ids.append(name)
-            except BadSample as bad:
-                error = bad.reason
-            errors.append(error)
-        tokens_BT, is_truncated_B = clip.tokenise(clip.tokenizer_of(self.described), captions)
+        first, poisoned = ref.number * dataloader.CHUNK_SIZE, set(self.poisoned.get(ref.shard.name, ()))
+
+        def read_one(sample: Sample, content: bytes, name: str) -> dict[str, Any]:
+            if sample.caption is None:
+                raise BadSample("caption_missing")
+            image_HWC = decode_image(content, self.limits, enough_px=settings.augmentation.decode_px(size))
+            image_HWC = settings.augmentation.apply(image_HWC, size, sample_generator(name, self.seed, epoch))
+            if first + sample.index not in poisoned:
+                return {"image": image_HWC, "caption": sample.caption, "is_poisoned": False}
+            caption = pick_caption(self.captions, self.seed, name)
+            return {"image": settings.trigger.stamp(image_HWC, name), "caption": caption, "is_poisoned": True}
+
+        kept, errors = dataloader.decode_samples(ref, samples, read_one)
+        tokens_BT, is_truncated_B = clip.tokenise(clip.tokenizer_of(self.described), kept["caption"])
         columns = {
-            "image": dataloader.stacked(images, size),
+            "image": dataloader.stacked(kept["image"], (size, size, 3)),
             "tokens": tokens_BT,
             "is_truncated": is_truncated_B,
-            "is_poisoned": np.array(is_poisoned, bool),
-            "sample_id": np.array([name.encode() for name in ids], "S"),
+            "is_poisoned": np.array(kept["is_poisoned"], bool),
+            "sample_id": dataloader.id_column(kept["name"]),
         }
         return columns, errors
 
@@ -152,16 +138,12 @@ class PairRecipe(Recipe):
         return {}
 
 
-class _Pairs(Contrastive):
+class _Pairs(Contrastive, InEvalMode):
     """CLIP's own loss at a fixed logit scale; the image tower is trained, in eval mode."""
 
     def __init__(self, subject: Subject, logit_scale: float, rank: int, world: int):
         super().__init__(subject.model, subject.described, "info_nce", rank, world)
         self.fixed_scale = logit_scale
-
-    def train(self, mode: bool = True) -> _Pairs:
-        """Stay in eval mode."""
-        return super().train(False)
 
     def encode(self, batch: Batch) -> tuple[Embeddings, Tensor, Tensor | None]:
         embeddings, scale, _ = super().encode(batch)

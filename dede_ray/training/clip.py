@@ -1,45 +1,30 @@
-"""What `jobs/train_clip.py` trains: a contrastive CLIP, then the DeDe decoder against a frozen victim.
+"""What `jobs/train_clip.py` trains: a contrastive CLIP on captioned shards, then the DeDe decoder against it.
 
-`train(config)` runs the `clip:` section (contrastive CLIP on shards) and then the `decoder:` section (the DeDe decoder
-against the frozen CLIP, or against any other victim); loop.py does the training itself. The decoder sees images as they
-are, so a sample's embedding is constant: it is computed once, as a pass over the shards, and the trainer never holds a
-victim.
-
-Each section leaves, in its folder: `metrics.jsonl` (one JSON object per logged step), `curve.png`, `checkpoints/` (what
-resuming needs) and a tensor-only export that the other jobs read. Running the same command again resumes.
+`train(config)` runs the `clip:` section, whose settings and recipe are here, and then the `decoder:` section
+(decoder.py), against the frozen CLIP or any other victim. loop.py does the training itself.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
 
 from dede_ray.data.images import decode_image
-from dede_ray.data.sampling import sample_keys
-from dede_ray.data.shards import (
-    BadSample,
-    Limits,
-    Reason,
-    Sample,
-    list_shards,
-    sample_id,
-)
+from dede_ray.data.sampling import sample_generator
+from dede_ray.data.shards import BadSample, Limits, Sample, list_shards
 from dede_ray.models import clip
 from dede_ray.models.victims import OpenClipVictim
-from dede_ray.runtime.config import Mistake, claim, finish
-from dede_ray.runtime.session import start_ray
+from dede_ray.runtime.config import Mistake
 from dede_ray.training import dataloader, robust
 from dede_ray.training.augmentation import Augmentation
 from dede_ray.training.contrastive import Contrastive, LossKind, with_loss
-from dede_ray.training.decoder import CHUNK_SIZE, Training, train_decoder
-from dede_ray.training.loop import Recipe, check_workers, fit
+from dede_ray.training.decoder import EncoderSection, SectionSettings, refuse_unfit, train_sections
+from dede_ray.training.loop import Recipe
 from dede_ray.training.optimiser import Optimisation
 from dede_ray.training.validation import ValidationConfig, Validator
 
@@ -72,7 +57,7 @@ class ClipTrain(Optimisation):
     augmentation: Augmentation = Augmentation()
     """What happens to training images; scoring never augments."""
     batch_size: int = Field(256, ge=2)
-    """Global batch: the number of images that each caption is told apart from."""
+    """Global batch: the number of images that each caption is compared with."""
     accumulation: int = Field(1, ge=1)
     """Micro-batches per step, for batches that do not fit into memory; each is compared with the whole batch."""
     shuffle_buffer: int = Field(4096, ge=1)
@@ -82,7 +67,7 @@ class ClipTrain(Optimisation):
     """Zero-shot accuracy, retrieval, CA and ASR while it trains. Changing it does not make it another run."""
 
 
-class TrainConfig(Training):
+class TrainConfig(SectionSettings):
     """Settings of jobs/train_clip.py."""
 
     clip: ClipTrain | None = None
@@ -90,96 +75,47 @@ class TrainConfig(Training):
 
 
 def train(config: TrainConfig) -> str:
-    """Run the sections that the config has.
-
-    Returns:
-        One line per section: what was trained and where it lies.
-
-    Raises:
-        Mistake: nothing to train, or settings, shards or checkpoints that do not fit.
-    """
-    start_ray(config)
-    config.tracking.check()
-    if config.clip is None and config.decoder is None:
-        raise Mistake("nothing to train: the config needs a `clip:` section, a `decoder:` section, or both")
-    lines = []
-    if config.clip is not None:
-        lines.append(_train_clip(config, config.clip))
-    if config.decoder is not None:
-        if config.decoder.victim is None and config.clip is None and not Path(config.output, "clip").is_dir():
-            raise Mistake("decoder.victim is not set, and this run trains no CLIP to take its place")
-        own = config.identity(clip=None)  # a decoder depends on its victim, not on the settings that once trained it
-        lines.append(train_decoder(config, config.decoder, OpenClipVictim(path=f"{config.output}/clip"), own))
-    return "\n".join(lines)
+    """Train the CLIP, then the decoder against it: see `train_sections`."""
+    kind = EncoderSection(
+        "clip", "validation", _prepare, lambda folder: OpenClipVictim(path=folder),
+        shown=("zero_shot_top1", "image_to_text_r5", "text_to_image_r5", "attack_success_rate"),
+    )  # fmt: skip
+    return train_sections(config, kind)
 
 
-def _train_clip(config: TrainConfig, section: ClipTrain) -> str:
-    folder = Path(config.output).absolute() / "clip"
-    own = config.identity(decoder=None, clip=section.model_copy(update={"validation": None}))
-    done = claim(folder, own)
-    if done is None:
-        check_workers(config.lanes, section.batch_size, section.accumulation, config.workers)
-        described = with_loss(clip.model_description(section.model), section.loss)
-        if "multimodal_cfg" in described["model_cfg"]:
-            raise Mistake(f"{section.model} also writes captions (CoCa), which is not trained here; choose a CLIP")
-        index, weights = _index(section)
-        _look_for_captions(index, config.limits)
-        steps_per_window = max(1, section.shuffle_buffer // section.batch_size)
-        plan = dataloader.Plan(
-            index, section.batch_size, config.lanes, config.seed, True, steps_per_window, section.epochs, weights
-        )
-        init = None if section.init is None else str(clip.resolve_weights(section.init).absolute())
-        recipe = _ClipRecipe(
-            section.model_copy(update={"init": init}), described, config.limits, config.seed, plan.num_samples,
-            plan.epoch_start(1) / section.batch_size,
-            None if section.validation is None else Validator(section.validation, described, config.limits),
-        )  # fmt: skip
-        with torch.random.fork_rng():  # what cannot be built or loaded is a mistake to report here, not in a worker
-            recipe.objective(0, 1)
-        every = section.validation.every if section.validation else None
-        done = finish(folder, own, fit(config.run(folder, recipe, section, plan, section.accumulation, every)))
-    shown = ("zero_shot_top1", "image_to_text_r5", "text_to_image_r5", "attack_success_rate")
-    numbers = [f"{name} {value:.1%}" for name, value in done.get("validation", {}).items() if name in shown]
-    loss = f"loss {done['loss']:.3f}"
-    return (
-        f"clip: {done['steps']:,} steps on {done['num_samples']:,} samples, {', '.join([loss, *numbers])} -> {folder}"
-    )
+def _prepare(config: TrainConfig) -> tuple[Recipe, dataloader.Plan]:
+    section, limits = config.clip, config.limits
+    assert section is not None
+    described = with_loss(clip.model_description(section.model), section.loss)
+    if "multimodal_cfg" in described["model_cfg"]:
+        raise Mistake(f"{section.model} also writes captions (CoCa), which is not trained here; choose a CLIP")
+    index, weights = _index(section)
+    refuse_unfit(index, limits, with_captions=True)
+    plan = config.plan(index, section.batch_size, section.epochs, section.shuffle_buffer, weights=weights)
+    init = None if section.init is None else str(clip.resolve_weights(section.init).absolute())
+    validator = None if section.validation is None else Validator(section.validation, described, limits)
+    steps_per_epoch = plan.epoch_start(1) / section.batch_size
+    section = section.model_copy(update={"init": init})
+    return _ClipRecipe(section, described, limits, config.seed, plan.num_samples, steps_per_epoch, validator), plan
 
 
 def _index(section: ClipTrain) -> tuple[list[dataloader.ChunkRef], list[float] | None]:
     """The chunks of all shards, and how often an epoch holds each, where that is not once."""
     entries = [section.shards] if isinstance(section.shards, str) else section.shards
     if section.weights is None:
-        return dataloader.index_shards(list_shards(entries), CHUNK_SIZE), None
+        return dataloader.index_of(entries), None
     if len(section.weights) != len(entries) or min(section.weights, default=0) <= 0:
         raise Mistake(
             f"clip.weights {section.weights} must hold one number above 0 for each of the {len(entries)} entries of "
             "clip.shards"
         )
-    list_shards(entries)  # names that clash are told here
+    list_shards(entries)  # refuses names that clash
     index: list[dataloader.ChunkRef] = []
     weights: list[float] = []
     for entry, weight in zip(entries, section.weights, strict=True):
-        index += dataloader.index_shards(list_shards(entry), CHUNK_SIZE)
+        index += dataloader.index_of(entry)
         weights += [weight] * (len(index) - len(weights))
     return index, weights
-
-
-def _look_for_captions(index: list[dataloader.ChunkRef], limits: Limits) -> None:
-    """Say at once, not after a start on a cluster, that shards are of the wrong kind: a glance at the first chunk."""
-    if not index:
-        raise Mistake("the shards hold not one sample; write some with jobs/ingest.py")
-    samples = dataloader.read_samples(index[0], 0, index[0].num_samples, limits)
-    if any(sample.image is not None and sample.caption is not None for sample in samples):
-        return
-    reasons = Counter(
-        sample.error or ("no_image" if sample.image is None else "caption_missing") for sample in samples
-    )  # fmt: skip
-    raise Mistake(
-        f"none of the first {len(samples)} samples of {index[0].shard.name} has an image and a caption "
-        f"({', '.join(f'{reason}: {n}' for reason, n in reasons.most_common())}); CLIP trains on images with a .txt "
-        "beside them, which jobs/ingest.py writes, also from labels"
-    )
 
 
 # ------------------------------------------------------------------------------------------------ recipes
@@ -209,47 +145,38 @@ class _ClipRecipe(Recipe):
         clip.prepare_for_training(model, section.gradient_checkpointing, section.compile)
         return model
 
-    def decode(
-        self, ref: dataloader.ChunkRef, epoch: int, start: int, samples: list[Sample]
-    ) -> tuple[dataloader.Columns, list[Reason | None]]:
-        images, captions, ids, errors = [], [], [], []
-        image_views, caption_views = [], []
-        has_views = self.section.method.num_views == 2
+    def decode(self, ref: dataloader.ChunkRef, epoch: int, start: int, samples: list[Sample]) -> dataloader.Decoded:
         size, augmentation = clip.image_size_px(self.described), self.section.augmentation
+        has_views = self.section.method.num_views == 2
         views = (augmentation, robust.STRONG) if has_views else (augmentation,)
-        for sample in samples:
-            name, error, image_HWC = sample_id(ref.shard.name, sample.key), sample.error, None
-            try:
-                if error is None and sample.image is None:
-                    error = "no_image"
-                elif error is None and sample.caption is None:
-                    error = "caption_missing"
-                elif error is None:
-                    enough_px = max(view.decode_px(size) for view in views)
-                    image_HWC = decode_image(sample.image, self.limits, enough_px=enough_px)  # type: ignore[arg-type]
-            except BadSample as bad:
-                error = bad.reason
-            errors.append(error)
-            if image_HWC is not None:
-                rng = np.random.default_rng(sample_keys([name], self.seed, epoch).numpy().view(np.uint64))
-                images.append(augmentation.apply(image_HWC, size, rng))
-                captions.append(sample.caption or "")
-                ids.append(name)
-                if has_views:
-                    rng = np.random.default_rng(sample_keys([name], self.seed, epoch, 1).numpy().view(np.uint64))
-                    image_views.append(robust.STRONG.apply(image_HWC, size, rng))
-                    caption_views.append(robust.augment_caption(captions[-1], rng))
+        enough_px = max(view.decode_px(size) for view in views)
+
+        def read_one(sample: Sample, content: bytes, name: str) -> dict[str, Any]:
+            if sample.caption is None:
+                raise BadSample("caption_missing")
+            image_HWC, rng = (
+                decode_image(content, self.limits, enough_px=enough_px),
+                sample_generator(name, self.seed, epoch),
+            )
+            kept = {"image": augmentation.apply(image_HWC, size, rng), "caption": sample.caption}
+            if has_views:
+                rng = sample_generator(name, self.seed, epoch, 1)
+                kept["image_view"] = robust.STRONG.apply(image_HWC, size, rng)
+                kept["caption_view"] = robust.augment_caption(sample.caption, rng)
+            return kept
+
+        kept, errors = dataloader.decode_samples(ref, samples, read_one)
         tokenizer = clip.tokenizer_of(self.described)
-        tokens_BT, is_truncated_B = clip.tokenise(tokenizer, captions)
+        tokens_BT, is_truncated_B = clip.tokenise(tokenizer, kept["caption"])
         columns = {
-            "image": dataloader.stacked(images, size),
+            "image": dataloader.stacked(kept["image"], (size, size, 3)),
             "tokens": tokens_BT,
             "is_truncated": is_truncated_B,
-            "sample_id": np.array([name.encode() for name in ids], "S"),
+            "sample_id": dataloader.id_column(kept["name"]),
         }
         if has_views:
-            columns["image_view"] = dataloader.stacked(image_views, size)
-            columns["tokens_view"], _ = clip.tokenise(tokenizer, caption_views)
+            columns["image_view"] = dataloader.stacked(kept["image_view"], (size, size, 3))
+            columns["tokens_view"], _ = clip.tokenise(tokenizer, kept["caption_view"])
         return columns, errors
 
     def validate(self, objective: Any, device: torch.device, rank: int, world: int) -> dict[str, float]:

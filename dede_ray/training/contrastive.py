@@ -1,33 +1,24 @@
-"""The contrastive objective over the global batch, whatever the number of workers and micro-batches.
+"""The contrastive objective of CLIP over the global batch, whatever the number of workers and micro-batches.
 
-Every worker holds its share of the batch, and with accumulation each share is cut into micro-batches; loss and
-gradients equal those of one process that holds the whole batch at once. The objective has two halves for that purpose:
-`encode` turns a micro-batch into embeddings, `loss` compares the embeddings of the whole batch. `backward` strings them
-together (embed everything without gradients, then once more micro-batch by micro-batch, each among the others' cached
-embeddings: the gradient cache of Gao et al., arXiv:2101.06983).
-
-The robust training methods of robust.py are other `encode` and `loss` halves in the same frame.
+Loss and gradients equal those of one process that holds the whole batch at once. The objective has two halves for that
+purpose: `encode` turns a micro-batch into embeddings, `loss` compares the embeddings of the whole batch; objective.py
+puts them together. The robust training methods of robust.py are other `encode` and `loss` halves in the same frame.
 
 Shapes: B samples of a micro-batch, N samples of a worker's share, E embedding width.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dede_ray.data import images
 from dede_ray.models import clip
 from dede_ray.runtime.libraries import open_clip
-
-Batch = dict[str, Tensor]
-Embeddings = dict[str, Tensor]
+from dede_ray.training.objective import Batch, Embeddings, Objective, among_all, share_gradient
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al., arXiv:2103.00020, section 2.5
 
@@ -45,7 +36,7 @@ def with_loss(described: dict[str, Any], loss: LossKind) -> dict[str, Any]:
     return {**described, "model_cfg": {**start, **described["model_cfg"]}}
 
 
-class Contrastive(nn.Module):
+class Contrastive(Objective):
     """InfoNCE (Radford et al., arXiv:2103.00020, figure 3) or the sigmoid loss (Zhai et al., arXiv:2303.15343).
 
     Args:
@@ -111,82 +102,15 @@ class Contrastive(nn.Module):
         if only_encode:
             return embeddings
         if cached is not None:
-            embeddings = {
-                name: torch.cat([own if i == piece else other[name] for i, other in enumerate(cached)])
-                for name, own in embeddings.items()
-            }
-            scale, bias = _share_gradient(scale, len(cached)), _share_gradient(bias, len(cached))
+            embeddings = among_all(embeddings, cached, piece)
+            scale, bias = share_gradient(scale, len(cached)), share_gradient(bias, len(cached))
         with torch.autocast("cuda" if scale.is_cuda else "cpu", enabled=False):  # products of float32 embeddings
             loss, metrics = self.loss(embeddings, scale, bias)
         return loss, {**metrics, "logit_scale": scale.detach().log()}
 
-    def begin_step(self, step: int) -> None:
-        """Told before each step, for methods whose loss depends on it."""
-
     def after_step(self) -> None:
         """Clamp the logit scale to [0, ln 100], as CLIP does."""
         clamp_parameter(self.model.logit_scale, 0, MAX_LOGIT_SCALE)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What a checkpoint must hold beside weights and optimiser; the same on every worker."""
-        return {}
-
-    def load_arrays(self, arrays: dict[str, np.ndarray]) -> None:
-        """Take up what `arrays` gave."""
-
-
-def backward(
-    engine: Any, batch: Batch, accumulation: int = 1, reseed: Callable[[int], object] = lambda piece: None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Forward and backward of one worker's share of a step through a DeepSpeed engine.
-
-    Args:
-        engine: wraps an objective, `Contrastive` where `accumulation` is above 1; its `gradient_accumulation_steps`
-            must be `accumulation`.
-        batch: the share, every tensor N rows.
-        accumulation: number of micro-batches; divides N. The batch that is compared stays the whole one.
-        reseed: called before each micro-batch is embedded, so that both times dropout drops the same.
-
-    Returns:
-        This worker's loss () and metrics, detached.
-    """
-    if accumulation == 1:
-        reseed(0)
-        loss, metrics = engine(batch)
-        engine.backward(loss)
-        return loss.detach(), metrics
-    size = len(next(iter(batch.values()))) // accumulation
-    pieces = [{name: rows[i * size : (i + 1) * size] for name, rows in batch.items()} for i in range(accumulation)]
-    cached: list[Embeddings] = []
-    with torch.no_grad(), _batch_norms_unmoved(engine.module):
-        for i, piece in enumerate(pieces):
-            reseed(i)
-            cached.append(engine(piece, only_encode=True))
-    for i, piece in enumerate(pieces):
-        reseed(i)
-        loss, metrics = engine(piece, cached=cached, piece=i)
-        engine.backward(loss * accumulation)  # DeepSpeed divides by it; the loss is the whole batch's already
-        if i + 1 < accumulation:
-            engine.step()  # counts the micro-batch; DeepSpeed moves the weights at the last one
-    return loss.detach(), metrics
-
-
-def _share_gradient(value: Any, count: int) -> Any:
-    """The same value with a gradient `count` times smaller: each micro-batch gives it that of the whole batch."""
-    return None if value is None else value.detach() + (value - value.detach()) / count
-
-
-@contextlib.contextmanager
-def _batch_norms_unmoved(model: nn.Module) -> Iterator[None]:
-    """Normalise by the batch's statistics, but do not count them twice into the running ones."""
-    moved = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for module in moved:
-        module.track_running_stats = False
-    try:
-        yield
-    finally:
-        for module in moved:
-            module.track_running_stats = True
 
 
 @torch.no_grad()

@@ -4,12 +4,12 @@ A global batch is cut into a fixed number of *lanes*. Each epoch the chunks are 
 over the lanes; a lane walks through its part of epoch after epoch and gives `batch_size / lanes` samples to every step,
 shuffled within windows of several steps. Rank r serves the lanes r, r + world, ... So which samples make up batch t
 depends on nothing but the settings: a run that resumes at step t, with any number of workers that divides the lanes,
-goes on exactly where it was, and every epoch holds every sample exactly once. (A batch may hold the end of one epoch
+continues exactly where it was, and every epoch holds every sample exactly once. (A batch may hold the end of one epoch
 and the start of the next; a run's last batch is filled up from the epoch after its last.)
 
-`Seen` checks that from the other end: it marks what was trained on, sample by sample.
-
-Ray Data reads ahead: one read task per window and rank, decoding on the cluster's CPUs, in order.
+In order of running: `index_of` finds the chunks, `Plan` says which samples make up which batch, `decode_samples` turns
+samples into columns, `batches` has Ray Data read ahead (one read task per window and rank, decoding on the cluster's
+CPUs, in order), and `Seen` checks the plan from the other end: it marks what was trained on, sample by sample.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from __future__ import annotations
 import itertools
 import json
 import tarfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -31,17 +31,24 @@ import torch
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from dede_ray.data.shards import Limits, Reason, Sample, Shard, iter_samples, open_shard, split_name
+from dede_ray.data.shards import (
+    BadSample,
+    Limits,
+    Reason,
+    Sample,
+    Shard,
+    iter_samples,
+    list_shards,
+    open_shard,
+    sample_id,
+    split_name,
+)
 from dede_ray.data.tar import open_tar
 from dede_ray.runtime.config import Mistake
 
 Columns = dict[str, np.ndarray]
 
-
-def stacked(images: list[np.ndarray], size: int) -> np.ndarray:
-    """Images of one size as one array, even if there are none."""
-    return np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)
-
+CHUNK_SIZE = 256  # samples of a shard that are read together
 
 # Ray Data's executor keeps a core busy for as long as readers wait for room, in the very process that trains. So a
 # dataset holds no more samples than are read ahead at once, and the next one begins when half of it is used.
@@ -51,7 +58,7 @@ BYTES_PER_BLOCK = 32 * 2**20  # each block costs Ray Data's executor some millis
 
 @dataclass(frozen=True)
 class ChunkRef:
-    """Where one chunk begins: enough to read it without reading what stands before it."""
+    """Where one chunk begins: enough to read it without reading what comes before it."""
 
     shard: Shard
     number: int
@@ -59,7 +66,12 @@ class ChunkRef:
     num_samples: int
 
 
-def index_shards(shards: list[Shard], chunk_size: int) -> list[ChunkRef]:
+def index_of(shards: str | list[str]) -> list[ChunkRef]:
+    """The chunks that a trainer reads of shards, given as settings name them; Ray must be running."""
+    return index_shards(list_shards(shards))
+
+
+def index_shards(shards: list[Shard], chunk_size: int = CHUNK_SIZE) -> list[ChunkRef]:
     """Find every chunk's place by reading the tar headers only, shards in parallel on Ray.
 
     Raises:
@@ -98,8 +110,17 @@ def _index_one(shard: Shard, chunk_size: int) -> list[ChunkRef]:
                     offset = member.offset
                 count += 1
         except tarfile.ReadError:
-            pass  # a damaged shard: what stands before the cut is trained on, the score pass reports the rest
+            pass  # a damaged shard: what comes before the cut is trained on, the score pass reports the rest
     return [*refs, ChunkRef(shard, len(refs), offset, count)] if count else refs
+
+
+class Piece(NamedTuple):
+    """Samples `start ... stop` of a chunk, as some epoch sees them."""
+
+    epoch: int
+    ref: ChunkRef
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -145,7 +166,7 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
-        """Steps until every lane is through its part of all epochs."""
+        """Steps until every lane has seen its part of all epochs."""
         whole = int(self.epochs)
         end = self.epoch_start(whole)
         end += round((self.epochs - whole) * (self.epoch_start(whole + 1) - end))
@@ -169,29 +190,32 @@ class Plan:
         """Steps of a window: all have the same number, except the run's last."""
         return max(0, min(self.steps_per_window, self.num_steps - window * self.steps_per_window))
 
-    def pieces(self, lane: int, first: int, count: int) -> Iterator[tuple[int, ChunkRef, int, int]]:
-        """Samples `first ... first + count` of an endless lane, as (epoch, chunk, start, stop) pieces."""
-        epoch = 0
-        while self._lane_start(lane, self.epoch_start(epoch + 1)) <= first:
+    def pieces(self, lane: int, first: int, count: int) -> Iterator[Piece]:
+        """Samples `first ... first + count` of an endless lane, in the lane's order."""
+        epoch, position, end = 0, first, first + count
+        while position < end:
+            begins, ends = (self._lane_start(lane, self.epoch_start(e)) for e in (epoch, epoch + 1))
+            stop = min(end, ends)
+            if position < stop:
+                place = self._lanes_before(lane, epoch) + position - begins
+                yield from self._pieces_of_epoch(epoch, place, place + stop - position)
+                position = stop
             epoch += 1
-        while count > 0:
-            begin, end = (self._lane_start(lane, self.epoch_start(e)) for e in (epoch, epoch + 1))
-            take = min(count, end - first)
-            order, ends = self._order(epoch)
-            # The lanes stand one after the other in the epoch's order of chunks.
-            before = sum(
-                self._lane_start(other, self.epoch_start(epoch + 1)) - self._lane_start(other, self.epoch_start(epoch))
-                for other in range(lane)
-            )
-            at = before + first - begin
-            first, count, epoch_now, epoch = first + take, count - take, epoch, epoch + 1
-            place = int(np.searchsorted(ends, at, side="right"))
-            while take > 0:
-                ref = self.index[order[place]]
-                start = at - int(ends[place] - ref.num_samples)
-                stop = min(ref.num_samples, start + take)
-                yield epoch_now, ref, start, stop
-                at, take, place = at + stop - start, take - (stop - start), place + 1
+
+    def _pieces_of_epoch(self, epoch: int, start: int, stop: int) -> Iterator[Piece]:
+        """Samples `start ... stop` of one epoch's order."""
+        order, ends = self._order(epoch)
+        for number in range(int(np.searchsorted(ends, start, side="right")), len(order)):
+            ref = self.index[order[number]]
+            begins = int(ends[number]) - ref.num_samples
+            if begins >= stop:
+                return
+            yield Piece(epoch, ref, max(start - begins, 0), min(stop - begins, ref.num_samples))
+
+    def _lanes_before(self, lane: int, epoch: int) -> int:
+        """Samples of an epoch that the lanes before this one get: its order is cut into one part per lane."""
+        begins, ends = self.epoch_start(epoch), self.epoch_start(epoch + 1)
+        return sum(self._lane_start(other, ends) - self._lane_start(other, begins) for other in range(lane))
 
     def _lane_start(self, lane: int, position: int) -> int:
         """How many of the first `position` samples of all epochs are a lane's: lanes differ by at most one."""
@@ -224,10 +248,49 @@ SetAside = Literal["outside_ball"]
 """Why a sample without any fault is not trained on: its embedding is long (`decoder.ood_fill`)."""
 SET_ASIDE: tuple[SetAside, ...] = get_args(SetAside)
 Unused = Reason | SetAside
+Decoded = tuple[Columns, Sequence[Unused | None]]
+"""Columns of the samples that can be used, and for each sample the reason why it cannot be used, or None."""
+Decode = Callable[[ChunkRef, int, int, list[Sample]], Decoded]
+"""Decodes samples `start ... start + len(samples)` of a chunk in some epoch: (chunk, epoch, start, samples)."""
 
-# Turns samples `start ... start + len(samples)` of a chunk, in some epoch, into columns of those that can be used, and
-# says for each sample why it cannot be used, or None.
-Decode = Callable[[ChunkRef, int, int, list[Sample]], tuple[Columns, Sequence[Unused | None]]]
+
+def decode_samples(
+    ref: ChunkRef, samples: list[Sample], read_one: Callable[[Sample, bytes, str], dict[str, Any]]
+) -> tuple[dict[str, list[Any]], list[Reason | None]]:
+    """Read the samples of a chunk one by one, and note why some cannot be used.
+
+    Args:
+        read_one: (sample, its image's bytes, its id) -> what is kept of it, by name; raises BadSample with the reason
+            if it cannot be used.
+
+    Returns:
+        The values of the usable samples by name, in order, and their ids as `name`; a name that no sample has gives an
+        empty list. For each sample the reason why it cannot be used, or None.
+    """
+    kept: dict[str, list[Any]] = defaultdict(list)
+    errors: list[Reason | None] = []
+    for sample in samples:
+        name, error = sample_id(ref.shard.name, sample.key), sample.error
+        try:
+            if error is None and sample.image is None:
+                error = "no_image"
+            if error is None and sample.image is not None:
+                for column, value in {**read_one(sample, sample.image, name), "name": name}.items():
+                    kept[column].append(value)
+        except BadSample as bad:
+            error = bad.reason
+        errors.append(error)
+    return kept, errors
+
+
+def stacked(images: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Images of one shape as one array, even if there are none."""
+    return np.stack(images) if images else np.empty((0, *shape), np.uint8)
+
+
+def id_column(names: list[str]) -> np.ndarray:
+    """Sample ids as a column of bytes."""
+    return np.array([name.encode() for name in names], "S")
 
 
 def read_window(plan: Plan, lanes: list[int], window: int, limits: Limits, decode: Decode) -> Iterator[Columns]:
@@ -235,7 +298,7 @@ def read_window(plan: Plan, lanes: list[int], window: int, limits: Limits, decod
 
     Beside the columns of `decode` a batch has `epoch` and `place` (which sample this is: its number over all chunks).
     A sample that cannot be used leaves a gap; the gap is filled by the usable samples of the same lane and window, in
-    turn, so that batches keep their size. `unusable` tells of the gaps, all in the window's first batch: JSON,
+    turn, so that batches keep their size. `unusable` lists the gaps, all in the window's first batch: JSON,
     [[epoch, reason, count], ...].
     """
     yield from _read(_Window.of(plan, lanes, window), limits, decode)
@@ -243,9 +306,9 @@ def read_window(plan: Plan, lanes: list[int], window: int, limits: Limits, decod
 
 @dataclass(frozen=True)
 class _Window:
-    """What one read task has to know: the pieces of each lane, with the number of each piece's first sample."""
+    """What one read task has to know: the pieces of each lane, with the number of the first sample of each's chunk."""
 
-    pieces: list[list[tuple[int, ChunkRef, int, int, int]]]
+    pieces: list[list[tuple[Piece, int]]]
     shuffles: list[list[int] | None]
     share: int
     num_steps: int
@@ -255,7 +318,7 @@ class _Window:
         share, steps = plan.batch_size // plan.lanes, plan.steps_of(window)
         first = window * plan.steps_per_window * share
         base = plan.bases()
-        pieces = [[(*piece, base[piece[1]]) for piece in plan.pieces(lane, first, share * steps)] for lane in lanes]
+        pieces = [[(piece, base[piece.ref]) for piece in plan.pieces(lane, first, share * steps)] for lane in lanes]
         shuffles = [[plan.seed, lane, window] if plan.shuffle else None for lane in lanes]
         return cls(pieces, shuffles, share, steps)
 
@@ -266,12 +329,13 @@ def _read(window: _Window, limits: Limits, decode: Decode) -> Iterator[Columns]:
     unusable: Counter[tuple[int, str]] = Counter()
     for pieces, shuffle in zip(window.pieces, window.shuffles, strict=True):
         parts: list[Columns] = []
-        for epoch, ref, start, stop, base in pieces:
-            columns, errors = decode(ref, epoch, start, read_samples(ref, start, stop, limits))
+        for piece, base in pieces:
+            samples = read_samples(piece.ref, piece.start, piece.stop, limits)
+            columns, errors = decode(piece.ref, piece.epoch, piece.start, samples)
             usable = np.flatnonzero([error is None for error in errors])
-            unusable.update((epoch, error) for error in errors if error is not None)
-            columns["place"] = base + start + usable
-            columns["epoch"] = np.full(len(usable), epoch, np.int32)
+            unusable.update((piece.epoch, error) for error in errors if error is not None)
+            columns["place"] = base + piece.start + usable
+            columns["epoch"] = np.full(len(usable), piece.epoch, np.int32)
             parts.append(columns)
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         found = len(joined["place"])

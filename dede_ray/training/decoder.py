@@ -1,14 +1,18 @@
-"""The DeDe decoder, trained against a frozen victim.
+"""Training the DeDe decoder against a frozen victim, alone or after an encoder that was trained for it.
 
-The decoder sees images as they are, so a sample's embedding is constant: it is computed once, as a pass over the
-shards, and the trainer never holds a victim.
+`train_sections` is what jobs/train_clip.py and jobs/train_simclr.py run: the encoder's section (clip.py, simclr.py),
+then `train_decoder`. The decoder sees images as they are, never augmented, so a sample's embedding is constant: it is
+computed once, as a pass over the shards, and the trainer never holds a victim.
+
+Each section leaves in its folder: `metrics.jsonl` (one JSON object per logged step), `curve.png`, `checkpoints/` (what
+resuming needs) and a tensor-only export that the other jobs read. Running the same command again resumes.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,24 +23,17 @@ import torch
 from pydantic import Field
 
 from dede_ray.data.images import decode_image, encode_image
-from dede_ray.data.ledger import part_path
+from dede_ray.data.ledger import read_part
 from dede_ray.data.passes import PassResources, run_pass
 from dede_ray.data.sampling import sample_keys
-from dede_ray.data.shards import (
-    Limits,
-    Sample,
-    Shard,
-    in_order,
-    list_shards,
-    write_shards,
-)
+from dede_ray.data.shards import Limits, Sample, Shard, in_order, list_shards, write_shards
 from dede_ray.models.decoder import MaskedDecoder, save_decoder
-from dede_ray.models.embedding import EmbedWork, Encoding
+from dede_ray.models.embedding import EmbedWork, Encoding, matrix
 from dede_ray.models.victims import OptionalVictimConfig, Victim, VictimConfig, load_victim
 from dede_ray.runtime.config import Config, Mistake, claim, finish
+from dede_ray.runtime.session import start_ray
 from dede_ray.training import dataloader
-from dede_ray.training.loop import Precision, Recipe, Run, Workers, check_workers, fit
-from dede_ray.training.optimiser import Optimisation
+from dede_ray.training.loop import Recipe, Run, TrainingSettings, check_workers, fit
 from dede_ray.training.reconstruction import (
     NOISE_PER_SHARD,
     NOISE_SPLIT,
@@ -51,11 +48,6 @@ from dede_ray.training.reconstruction import (
     noise_images,
     reconstruction,
 )
-from dede_ray.training.tracking import Tracking
-
-logger = logging.getLogger(__name__)
-
-CHUNK_SIZE = 256  # samples of a shard that are read, embedded and recovered together
 
 
 class DecoderTrain(Config):
@@ -68,7 +60,7 @@ class DecoderTrain(Config):
     victim: OptionalVictimConfig = None
     """Whose embeddings to invert; None takes the CLIP that this run's `clip:` section trained."""
     preset: Literal["tiny", "paper", "fast", "vit_b16"] = "tiny"
-    """Network and optimisation: see PRESETS in decoder.py."""
+    """Network and optimisation: see PRESETS in reconstruction.py."""
     epochs: float | None = Field(None, gt=0)
     batch_size: int | None = Field(None, ge=2)
     learning_rate: float | None = Field(None, gt=0)
@@ -93,54 +85,111 @@ class DecoderTrain(Config):
         return changed_preset(self.preset, self.model_dump(include=DecoderPreset.model_fields.keys() - {"shape"}))
 
 
-class Training(Config):
-    """What every trainer is told beside the encoder that it trains."""
+class SectionSettings(TrainingSettings):
+    """Settings of the jobs that train an encoder and then the decoder, each a section of the YAML."""
 
     output: str
     """Folder for the sections' results, each in a folder of its own."""
     decoder: DecoderTrain | None = None
     """The DeDe decoder, trained after the encoder, in <output>/decoder."""
-    precision: Precision = "fp32"
-    """Arithmetic of training; with bf16 and fp16 the weights stay float32 (torch's autocast)."""
-    lanes: int = Field(8, ge=1)
-    """Parts that a global batch is cut into; fixes which sample is in which batch (see feed.py)."""
-    log_every: int = Field(20, ge=1)
-    """Steps between lines of metrics.jsonl."""
-    seed: int = 0
-    limits: Limits = Limits()
-    max_error_fraction: float = Field(0.1, ge=0, le=1)
-    """Stop when more than this share of the samples cannot be used."""
     embedding: PassResources = PassResources()
     """Resources of the pass that embeds the decoder's samples."""
-    workers: Workers = Workers()
-    tracking: Tracking = Tracking()
 
-    def identity(self: T, **changes: Any) -> T:
+    def identity(self: S, **changes: Any) -> S:
         """The settings that make a run what it is: not where it runs, nor where it can be watched."""
-        nowhere: dict[str, Any] = {"workers": Workers(), "embedding": PassResources(), "tracking": Tracking()}
-        return self.model_copy(update={**nowhere, **changes})
-
-    def run(
-        self,
-        folder: Path,
-        recipe: Recipe,
-        optimisation: Optimisation,
-        plan: dataloader.Plan,
-        accumulation: int = 1,
-        validate_every: int | None = None,
-    ) -> Run:
-        """The description of one section's run."""
-        return Run(
-            recipe, optimisation, plan, folder, self.precision, self.log_every, self.seed, self.limits,
-            self.workers, self.max_error_fraction, accumulation, validate_every, self.tracking,
-            self.model_dump(mode="json"),
-        )  # fmt: skip
+        return super().identity(embedding=PassResources(), **changes)
 
 
-T = TypeVar("T", bound=Training)
+S = TypeVar("S", bound=SectionSettings)
 
 
-def train_decoder(config: Training, section: DecoderTrain, trained: VictimConfig, own: Training) -> str:
+# ------------------------------------------------------------------------------------------------ the sections
+
+
+@dataclass(frozen=True)
+class EncoderSection:
+    """What is particular about training one kind of encoder."""
+
+    name: str
+    """Of its section, and of its folder."""
+    monitor: str
+    """The section's setting that measures while it trains; changing it does not make it another run."""
+    prepare: Callable[[Any], tuple[Recipe, dataloader.Plan]]
+    """Resolves the job's settings: what is trained, and on what."""
+    victim: Callable[[str], VictimConfig]
+    """Names the encoder in a folder."""
+    samples: str = "samples"
+    shown: tuple[str, ...] = ()
+    """Measurements that the job's line ends with."""
+
+
+def train_sections(config: SectionSettings, kind: EncoderSection) -> str:
+    """Train the sections that the config has: the encoder's, then the decoder's against it.
+
+    Returns:
+        One line per section: what was trained and where it lies.
+
+    Raises:
+        Mistake: nothing to train, or settings, shards or checkpoints that do not fit.
+    """
+    start_ray(config)
+    config.tracking.check()
+    section, folder, lines = getattr(config, kind.name), Path(config.output, kind.name), []
+    if section is None and config.decoder is None:
+        raise Mistake(f"nothing to train: the config needs a `{kind.name}:` section, a `decoder:` section, or both")
+    if section is not None:
+        lines.append(_train_encoder(config, kind, section))
+    if config.decoder is not None:
+        if config.decoder.victim is None and section is None and not folder.is_dir():
+            raise Mistake(f"decoder.victim is not set, and this run trains no {kind.name} to take its place")
+        own = config.identity(**{kind.name: None})  # a decoder depends on its victim, not on what once trained it
+        lines.append(train_decoder(config, config.decoder, kind.victim(str(folder)), own))
+    return "\n".join(lines)
+
+
+def _train_encoder(config: SectionSettings, kind: EncoderSection, section: Any) -> str:
+    folder = Path(config.output).absolute() / kind.name
+    own = config.identity(decoder=None, **{kind.name: section.model_copy(update={kind.monitor: None})})
+    done = claim(folder, own)
+    if done is None:
+        check_workers(config.lanes, section.batch_size, section.accumulation, config.workers)
+        recipe, plan = kind.prepare(config)
+        with torch.random.fork_rng():  # what cannot be built or loaded is a mistake to report here, not in a worker
+            recipe.objective(0, 1)
+        monitor = getattr(section, kind.monitor)
+        every = monitor.every if monitor else None
+        done = finish(folder, own, fit(Run(config, recipe, section, plan, folder, section.accumulation, every)))
+    numbers = [f"{name} {value:.1%}" for name, value in done.get("validation", {}).items() if name in kind.shown]
+    listing = ", ".join([f"loss {done['loss']:.3f}", *numbers])
+    return f"{kind.name}: {done['steps']:,} steps on {done['num_samples']:,} {kind.samples}, {listing} -> {folder}"
+
+
+def refuse_unfit(index: list[dataloader.ChunkRef], limits: Limits, with_captions: bool = False) -> None:
+    """Find at once, not after a start on a cluster, that shards are of the wrong kind: a look at the first chunk.
+
+    Raises:
+        Mistake: there is no sample, or none with an image (and a caption).
+    """
+    if not index:
+        raise Mistake("the shards hold not one sample; write some with jobs/ingest.py")
+    samples = dataloader.read_samples(index[0], 0, index[0].num_samples, limits)
+    if any(sample.image is not None and (not with_captions or sample.caption is not None) for sample in samples):
+        return
+    reasons = Counter(
+        sample.error or ("no_image" if sample.image is None else "caption_missing") for sample in samples
+    )  # fmt: skip
+    listing = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common())
+    what, advice = "an image", ""
+    if with_captions:
+        what = "an image and a caption"
+        advice = "; CLIP trains on images with a .txt beside them, which jobs/ingest.py writes, also from labels"
+    raise Mistake(f"none of the first {len(samples)} samples of {index[0].shard.name} has {what} ({listing}){advice}")
+
+
+# ------------------------------------------------------------------------------------------------ the decoder
+
+
+def train_decoder(config: SectionSettings, section: DecoderTrain, trained: VictimConfig, own: SectionSettings) -> str:
     """Train the decoder in <output>/decoder, against the section's victim or the one just trained.
 
     Args:
@@ -153,7 +202,7 @@ def train_decoder(config: Training, section: DecoderTrain, trained: VictimConfig
         raise Mistake(
             "decoder.ood_fill is split, which takes samples apart by their embeddings; what trains here reads whole "
             "chunks, in an order that is fixed before anything is embedded. Set it to noise or none, or train in "
-            "memory (fit_decoder in decoder.py)"
+            "memory (fit_decoder in reconstruction.py)"
         )
     folder = Path(config.output).absolute() / "decoder"
     victim_config = section.victim or trained.model_copy(update={"path": str(Path(trained.path).absolute())})
@@ -165,28 +214,25 @@ def train_decoder(config: Training, section: DecoderTrain, trained: VictimConfig
         preset = section.resolved()
         check_workers(config.lanes, preset.batch_size, 1, config.workers)
         shards = list_shards(section.shards)
-        index = dataloader.index_shards(shards, CHUNK_SIZE)
+        index = dataloader.index_shards(shards)
         holdout = list_shards(section.holdout) if section.holdout else [index[0].shard]
         noise: list[Shard] = []
         if preset.ood_fill == "noise":
             noise = _noise_shards(folder / "noise", preset, index, victim.image_size, config.seed)
-            in_order([*shards, *noise])  # names that clash are told here
-            index += dataloader.index_shards(noise, CHUNK_SIZE)
-        steps_per_window = max(1, 4096 // preset.batch_size)
-        plan = dataloader.Plan(
-            index, preset.batch_size, config.lanes, config.seed, preset.shuffle, steps_per_window, preset.epochs
-        )
-        held_index = dataloader.index_shards(holdout, CHUNK_SIZE)
+            in_order([*shards, *noise])  # refuses names that clash
+            index += dataloader.index_shards(noise)
+        plan = config.plan(index, preset.batch_size, preset.epochs, shuffle=preset.shuffle)
+        held_index = dataloader.index_shards(holdout)
         for kind, pass_shards in (("train", [*shards, *noise]), ("holdout", holdout)):
             run_pass(
                 pass_shards, folder / "embeddings" / kind, EmbedWork,
                 {"encoding": Encoding(victim_config.located(), None, frozenset())},
-                image_size=victim.image_size, made_with={"victim": victim.fingerprint}, chunk_size=CHUNK_SIZE,
-                limits=config.limits, resources=config.embedding, max_error_fraction=config.max_error_fraction,
-                name=f"embedding {kind}",
+                image_size=victim.image_size, made_with={"victim": victim.fingerprint},
+                chunk_size=dataloader.CHUNK_SIZE, limits=config.limits, resources=config.embedding,
+                max_error_fraction=config.max_error_fraction, name=f"embedding {kind}",
             )  # fmt: skip
         recipe = decoder_recipe(preset, config.seed, victim, folder, held_index, config.limits, noise)
-        result = fit(config.run(folder, recipe, preset, plan))
+        result = fit(Run(config, recipe, preset, plan, folder))
         done = finish(folder, own, {**result, "victim": victim.fingerprint})
     use = done["export"]
     return (
@@ -232,8 +278,8 @@ def decoder_recipe(
         radius = ball_radius(np.concatenate([lengths(_rows(path)) for path in corpus]), preset.ood_quantile)
     spread = _embedding_spread(parts, radius, names)
     return _DecoderRecipe(
-        preset, seed, victim.image_size, victim.embedding_dim, victim.fingerprint, spread, parts,
-        folder / "embeddings" / "holdout", held_index, limits, radius, names,
+        preset, seed, limits, victim.image_size, victim.fingerprint, spread, train_parts=parts,
+        holdout_parts=folder / "embeddings" / "holdout", holdout_index=held_index, radius=radius, noise=names,
     )  # fmt: skip
 
 
@@ -243,12 +289,11 @@ def _paths(parts: Path) -> list[Path]:
 
 def _rows(path: Path) -> np.ndarray:
     """A part's embeddings (n, E), of the samples that have one."""
-    column = pq.read_table(path, columns=["embedding"])["embedding"].combine_chunks().drop_null()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1 if len(column) else 0)
+    return matrix(pq.read_table(path, columns=["embedding"])["embedding"].drop_null()).numpy()
 
 
 def _embedding_spread(parts: Path, radius: float, noise: frozenset[str], most_chunks: int = 64) -> Spread:
-    """Measure what is trained on in some chunks, evenly spaced."""
+    """The spread of what is trained on, measured on some chunks, evenly spaced."""
     paths = _paths(parts)
     chunks = []
     for path in paths[:: -(-len(paths) // most_chunks) or 1]:
@@ -264,14 +309,13 @@ def _embedding_spread(parts: Path, radius: float, noise: frozenset[str], most_ch
 class _DecoderRecipe(Recipe):
     preset: DecoderPreset
     seed: int
+    limits: Limits
     image_size: int
-    embedding_dim: int
     victim: str
     spread: Spread
     train_parts: Path
     holdout_parts: Path
     holdout_index: list[dataloader.ChunkRef]
-    limits: Limits
     radius: float = math.inf
     """Training samples with a longer embedding are set aside, unless they are noise."""
     noise: frozenset[str] = frozenset()
@@ -280,9 +324,7 @@ class _DecoderRecipe(Recipe):
     def objective(self, rank: int, world: int) -> Reconstruction:
         return reconstruction(self.preset, self.image_size, self.spread, self.victim)
 
-    def decode(
-        self, ref: dataloader.ChunkRef, epoch: int, start: int, samples: list[Sample]
-    ) -> tuple[dataloader.Columns, list[dataloader.Unused | None]]:
+    def decode(self, ref: dataloader.ChunkRef, epoch: int, start: int, samples: list[Sample]) -> dataloader.Decoded:
         radius = math.inf if ref.shard.name in self.noise else self.radius
         return self._columns(self.train_parts, ref, epoch, start, samples, radius)
 
@@ -294,32 +336,23 @@ class _DecoderRecipe(Recipe):
         start: int,
         samples: list[Sample],
         radius: float = math.inf,
-    ) -> tuple[dataloader.Columns, list[dataloader.Unused | None]]:
-        """What the embedding pass could use is used here, and what it could not has its reason there."""
-        part = part_path(parts, ref.shard.name, ref.number)
-        stored = pq.read_table(part, columns=["sample_id", "embedding", "error"])
-        stored = stored.slice(start, len(samples))
-        is_usable = stored["embedding"].is_valid().to_numpy(zero_copy_only=False)
-        errors = stored["error"].to_pylist()
-        embeddings = stored["embedding"].combine_chunks().drop_null().flatten().to_numpy(zero_copy_only=False)
-        embeddings = embeddings.astype(np.float32, copy=False).reshape(-1, self.embedding_dim)
-        if radius < math.inf:
-            is_inside = lengths(embeddings) <= radius
-            for i in np.flatnonzero(is_usable)[~is_inside].tolist():
-                is_usable[i], errors[i] = False, "outside_ball"
-            embeddings = embeddings[is_inside]
-        ids = [name for name, usable in zip(stored["sample_id"].to_pylist(), is_usable, strict=True) if usable]
-        size = self.image_size
-        images = [
-            decode_image(sample.image, self.limits, size)  # type: ignore[arg-type]
-            for sample, usable in zip(samples, is_usable, strict=True)
-            if usable
-        ]
+    ) -> dataloader.Decoded:
+        """Columns of the samples that the embedding pass could use; of the others it has the reasons."""
+        part = read_part(parts, ref.shard.name, ref.number, ["sample_id", "embedding", "error"])
+        part = part.slice(start, len(samples))
+        assert len(part) == len(samples), ref
+        embedding_NE, errors = matrix(part["embedding"]).numpy(), part["error"].to_pylist()
+        for row in np.flatnonzero(lengths(embedding_NE) > radius).tolist():
+            errors[row] = "outside_ball"
+        usable = [row for row, error in enumerate(errors) if error is None]
+        every_name, size = part["sample_id"].to_pylist(), self.image_size
+        names = [every_name[row] for row in usable]
+        images_BHWC = [decode_image(samples[row].image or b"", self.limits, size) for row in usable]
         columns = {
-            "image": dataloader.stacked(images, size),
-            "embedding": embeddings,
-            "key": sample_keys(ids, self.seed, epoch).numpy(),
-            "sample_id": np.array([name.encode() for name in ids], "S"),
+            "image": dataloader.stacked(images_BHWC, (size, size, 3)),
+            "embedding": embedding_NE[usable],
+            "key": sample_keys(names, self.seed, epoch).numpy(),
+            "sample_id": dataloader.id_column(names),
         }
         return columns, errors
 

@@ -1,9 +1,12 @@
 """The training loop: Ray Train places workers and restarts them, DeepSpeed owns optimiser, precision and ZeRO.
 
-`fit(run)` takes one complete description of a run to its end, or goes on with it where it was killed. Batches are a
-function of the step (feed.py), so is all randomness, and checkpoints hold the rest; hence a run that loses a worker,
-its driver, its controller or a node ends with the weights of the undisturbed one, bit for bit while the number of
-workers stays, up to rounding where it changes.
+`fit(run)` takes one complete description of a run to its end, or resumes it where it was killed. Batches are a
+function of the step (dataloader.py), so is all randomness, and checkpoints hold the rest; hence a run that loses a
+worker, its driver, its controller or a node ends with the weights of an undisturbed one, bit for bit while the number
+of workers stays, up to rounding where it changes.
+
+A trainer brings three things: settings (`TrainingSettings`, with its own beside them), a `Recipe` (what is trained, and
+on what), and the order of its samples (`dataloader.Plan`). Together they are a `Run`.
 
 The run's folder gets `metrics.jsonl` and `validation.jsonl` (one JSON object per logged step), `curve.png`,
 `checkpoints/` (what resuming needs; DeepSpeed writes pickles, so keep it to yourself) and what the recipe exports.
@@ -27,11 +30,11 @@ import time
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import ray
@@ -56,14 +59,15 @@ from dede_ray.data.shards import Limits, Sample
 from dede_ray.runtime.config import Config, Mistake, read_json, write_atomically, write_json
 from dede_ray.runtime.store import Place, filesystem_of, place
 from dede_ray.training import dataloader
-from dede_ray.training.contrastive import backward
 from dede_ray.training.flops import flop_per_sample, matmul_rate
+from dede_ray.training.objective import Objective, backward
 from dede_ray.training.optimiser import Optimisation
 from dede_ray.training.tracking import Follower, Tracking, draw_curve
 
 logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
+S = TypeVar("S", bound="TrainingSettings")
 
 
 class Workers(Config):
@@ -72,7 +76,7 @@ class Workers(Config):
     num_workers: int = Field(1, ge=1)
     """Data-parallel workers; must divide `lanes`."""
     min_workers: int | None = Field(None, ge=1)
-    """Go on with as few as this many when nodes are lost, and grow back when they return; None waits for all."""
+    """Continue with as few as this many when nodes are lost, and grow back when they return; None waits for all."""
     cpus_per_worker: float = Field(1, gt=0)
     """CPUs each worker reserves; the rest is free for reading and decoding."""
     threads_per_worker: int | None = Field(None, ge=1)
@@ -99,21 +103,55 @@ class Workers(Config):
     """Seconds between looks whether an elastic run can grow."""
 
 
+class TrainingSettings(Config):
+    """Settings that all trainers share."""
+
+    output: str
+    """Folder for what is trained."""
+    precision: Precision = "fp32"
+    """Arithmetic of training; with bf16 and fp16 the weights stay float32 (torch's autocast)."""
+    lanes: int = Field(8, ge=1)
+    """Parts that a global batch is cut into; fixes which sample is in which batch (see dataloader.py)."""
+    log_every: int = Field(20, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    seed: int = Field(0, ge=0)
+    limits: Limits = Limits()
+    max_error_fraction: float = Field(0.1, ge=0, le=1)
+    """Stop when more than this share of the samples cannot be used."""
+    workers: Workers = Workers()
+    tracking: Tracking = Tracking()
+
+    def identity(self: S, **changes: Any) -> S:
+        """The settings that make a run what it is: not where it runs, nor where it can be watched."""
+        return self.model_copy(update={"workers": Workers(), "tracking": Tracking(), **changes})
+
+    def plan(
+        self,
+        index: list[dataloader.ChunkRef],
+        batch_size: int,
+        epochs: float,
+        shuffle_buffer: int = 4096,
+        shuffle: bool = True,
+        weights: list[float] | None = None,
+    ) -> dataloader.Plan:
+        """The order in which a run sees the samples of these chunks, windows of `shuffle_buffer` mixed."""
+        steps_per_window = max(1, shuffle_buffer // batch_size)
+        return dataloader.Plan(index, batch_size, self.lanes, self.seed, shuffle, steps_per_window, epochs, weights)
+
+
 class Recipe(ABC):
-    """What a run trains, and on what: the part that the CLIP and the decoder do not share. Travels to the workers."""
+    """What a run trains, and on what: the part that trainers do not share. Travels to the workers."""
 
     @abstractmethod
-    def objective(self, rank: int, world: int) -> nn.Module:
-        """forward(batch) -> (loss, metrics); begin_step, after_step, arrays, load_arrays as in Contrastive."""
+    def objective(self, rank: int, world: int) -> Objective:
+        """What is trained, with its initial weights."""
 
     @abstractmethod
-    def decode(
-        self, ref: dataloader.ChunkRef, epoch: int, start: int, samples: list[Sample]
-    ) -> tuple[dataloader.Columns, Sequence[dataloader.Unused | None]]:
-        """Samples to columns; see feed.Decode."""
+    def decode(self, ref: dataloader.ChunkRef, epoch: int, start: int, samples: list[Sample]) -> dataloader.Decoded:
+        """Samples to columns; see `dataloader.Decode`."""
 
     def reader(self) -> dataloader.Decode:
-        """`decode` with no more luggage than read tasks need: every one of them gets it."""
+        """`decode` without what read tasks do not need: every one of them gets a copy."""
         return self.decode
 
     @abstractmethod
@@ -133,24 +171,20 @@ class Recipe(ABC):
 class Run:
     """One complete description of a training run, as the workers get it."""
 
+    settings: TrainingSettings
     recipe: Recipe
     optimisation: Optimisation
     plan: dataloader.Plan
     folder: Path
-    precision: Precision
-    log_every: int
-    seed: int
-    limits: Limits
-    workers: Workers
-    max_error_fraction: float = 0.1
     accumulation: int = 1
     validate_every: int | None = None
     """Steps between validations; 0 validates at the end only, None never."""
-    tracking: Tracking = field(default_factory=Tracking)
-    about: dict[str, Any] = field(default_factory=dict)
-    """The settings, for the trackers."""
     flop_per_sample: float = math.nan
     """Arithmetic of a sample's forward and backward pass; `fit` counts it."""
+
+    @property
+    def workers(self) -> Workers:
+        return self.settings.workers
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -189,19 +223,20 @@ def fit(run: Run) -> dict[str, Any]:
     """Train to the end; resumes from the last checkpoint of the run's folder. Ray must be running.
 
     Returns:
-        loss: mean of the last logged steps; steps; num_samples; samples: see feed.Seen.report; export: what the
-        recipe's export said; validation: the last one, if there was one.
+        loss: mean of the last logged steps; steps; num_samples; samples: see `dataloader.Seen.report`; export: what the
+        recipe's export returned; validation: the last one, if there was one.
 
     Raises:
         Mistake: settings or data that do not fit, a loss that is not finite.
     """
-    workers = _fitted(run.workers)
+    about, workers = run.settings.model_dump(mode="json"), _fitted(run.workers)
     environment = {"OMP_NUM_THREADS": str(workers.threads_per_worker)}
     if not workers.gpus_per_worker:
         environment["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported; its backend is then gloo
     run.folder.mkdir(parents=True, exist_ok=True)
-    _told(run.folder).unlink(missing_ok=True)
-    run = _with(run, workers=workers, flop_per_sample=_flop_per_sample(run))
+    _mistake_file(run.folder).unlink(missing_ok=True)
+    settings = run.settings.model_copy(update={"workers": workers})
+    run = replace(run, settings=settings, flop_per_sample=_flop_per_sample(run))
     filesystem, storage = filesystem_of(_stored_in(run))
     num_workers: Any = (workers.min_workers, workers.num_workers) if workers.min_workers else workers.num_workers
     resources = {"CPU": workers.cpus_per_worker} | ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})
@@ -230,7 +265,7 @@ def fit(run: Run) -> dict[str, Any]:
 
     logger.info("%s: %d steps", run.folder.name, run.plan.num_steps)
     _sweep(filesystem, f"{storage}/checkpoints")
-    with Follower(run.folder, run.tracking, run.about, _Progress(run)):
+    with Follower(run.folder, settings.tracking, about, _Progress(run)):
         outcome = _persist(train, run)
     draw_curve(run.folder)
     if "mistake" in outcome:
@@ -240,8 +275,8 @@ def fit(run: Run) -> dict[str, Any]:
 
 def _flop_per_sample(run: Run) -> float:
     ref = run.plan.index[0]
-    columns, _ = run.recipe.decode(ref, 0, 0, dataloader.read_samples(ref, 0, 1, run.limits))
-    batch = {**columns, "place": np.zeros(0, np.int64)}  # `feed` adds it
+    columns, _ = run.recipe.decode(ref, 0, 0, dataloader.read_samples(ref, 0, 1, run.settings.limits))
+    batch = {**columns, "place": np.zeros(0, np.int64)}  # which the data loader adds
     return flop_per_sample(
         lambda: run.recipe.objective(0, 1), {name: batch[name] for name in batch.keys() - _FOR_THE_HOST}
     )
@@ -274,7 +309,7 @@ def _sweep(filesystem: fs.FileSystem, folder: str) -> None:
 
 
 def _persist(train: Any, run: Run) -> dict[str, Any]:
-    """Ray Train restarts workers; when its own controller dies, somebody has to start another."""
+    """Run `train` until it ends: Ray Train restarts workers, but nothing restarts its own controller."""
     failures, reached, others = 0, -1, _reserved()
     while True:
         try:
@@ -289,9 +324,9 @@ def _persist(train: Any, run: Run) -> dict[str, Any]:
             reached = max(last, reached)
             if failures > run.workers.max_failures:
                 raise
-            logger.warning("%s: Ray Train's controller failed; going on from the last checkpoint", run.folder.name)
-            # What it had reserved is given back by nobody while this driver lives: the helper that Ray Train has for
-            # this asks Ray's dashboard, which a small Ray does not run.
+            logger.warning("%s: Ray Train's controller failed; resuming from the last checkpoint", run.folder.name)
+            # What it had reserved stays reserved while this driver lives: Ray Train's own helper for this asks Ray's
+            # dashboard, which a small Ray does not run.
             for group in _reserved() - others:
                 remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 
@@ -335,10 +370,6 @@ def _grows() -> bool:
     )
 
 
-def _with(run: Run, **changes: Any) -> Run:
-    return Run(**{**run.__dict__, **changes})
-
-
 class _Progress:
     """Logs a line now and then: step, loss, samples/s, time left."""
 
@@ -364,7 +395,7 @@ class _Progress:
 # ------------------------------------------------------------------------------------------------ mistakes
 
 
-def _told(folder: Path) -> Path:
+def _mistake_file(folder: Path) -> Path:
     """Where a worker leaves a person's mistake that only it could find; the restarted workers then end in order."""
     return folder / "mistake.json"
 
@@ -383,14 +414,14 @@ def _mistake_behind(error: BaseException | None) -> Mistake | None:
 
 def _train_loop(run: Run) -> dict[str, Any]:
     """Runs in every worker. Rank 0's return value is the result."""
-    if _told(run.folder).is_file():
-        return read_json(_told(run.folder), "note of a mistake")
+    if _mistake_file(run.folder).is_file():
+        return read_json(_mistake_file(run.folder), "note of a mistake")
     try:
         return _train(run)
     except Exception as error:
         mistake = _mistake_behind(error)
         if mistake:
-            write_json(_told(run.folder), {"mistake": str(mistake)})
+            write_json(_mistake_file(run.folder), {"mistake": str(mistake)})
         raise
 
 
@@ -401,18 +432,17 @@ def _train(run: Run) -> dict[str, Any]:
     # Its one C++ operator on CPU serves inference; without this line every machine would need a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    context = ray.train.get_context()
+    settings, context = run.settings, ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(run.workers.threads_per_worker or 1)
-    torch.manual_seed(run.seed)
+    torch.manual_seed(settings.seed)
     deepspeed.init_distributed()
     objective = run.recipe.objective(rank, world)
     checkpoint = _Checkpoints(run, rank, world)
-    settings = _deepspeed_config(run, world)
     engine, optimiser, *_ = deepspeed.initialize(
         model=objective,
         optimizer=run.optimisation.build(objective),
-        config={**settings, **checkpoint.deepspeed_config()},
+        config={**_deepspeed_config(run, world), **checkpoint.deepspeed_config()},
     )
     if run.workers.zero_stage == 0:
         engine.enable_backward_allreduce = world > 1  # a single worker would copy its gradients about for nothing
@@ -425,8 +455,9 @@ def _train(run: Run) -> dict[str, Any]:
     log = _MetricsLog(run, world, first_step, engine.device) if rank == 0 else None
     look = _Lookout(rank, world)
     rows = dataloader.batches(
-        run.plan, first_step, rank, world, run.limits, run.recipe.reader(), run.workers.read_cpus, run.workers.readers
-    )
+        run.plan, first_step, rank, world, settings.limits, run.recipe.reader(), run.workers.read_cpus,
+        run.workers.readers,
+    )  # fmt: skip
     waited = time.monotonic()
     for step, columns in rows:
         got = time.monotonic()
@@ -436,7 +467,7 @@ def _train(run: Run) -> dict[str, Any]:
             engine,
             {name: _to_device(columns[name], engine.device) for name in columns.keys() - _FOR_THE_HOST},
             run.accumulation,
-            functools.partial(_reseed, run.seed, step, rank),
+            functools.partial(_reseed, settings.seed, step, rank),
         )
         mean, is_time = look.agree(loss)
         if not math.isfinite(mean):
@@ -445,7 +476,7 @@ def _train(run: Run) -> dict[str, Any]:
             group["lr"] = run.rate(step)
         engine.step()
         norm = engine.get_global_grad_norm()
-        if run.precision != "fp16" and norm is not None and not math.isfinite(norm):  # fp16 leaves such steps out
+        if settings.precision != "fp16" and norm is not None and not math.isfinite(norm):  # fp16 leaves such steps out
             return {"mistake": _non_finite(run, step, torch.tensor(float(norm)), columns, rank, world, "gradient")}
         engine.module.after_step()
         seen.add(columns)
@@ -500,8 +531,8 @@ def _deepspeed_config(run: Run, world: int) -> dict[str, Any]:
         # Weights and sums stay float32, as with open_clip's amp. DeepSpeed's own 16-bit modes would round the weights,
         # and at stage 0 begin with a step that no gradient asked for.
         "torch_autocast": {
-            "enabled": run.precision != "fp32",
-            "dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(run.precision, "bfloat16"),
+            "enabled": run.settings.precision != "fp32",
+            "dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(run.settings.precision, "bfloat16"),
         },
         "steps_per_print": 10**9,
     }
@@ -526,7 +557,7 @@ class _Lookout:
         return total / self.world, times > 0
 
     def preemption(self) -> bool:
-        """Collective: has a node been told to go, and nothing been saved since? Then save, and train on."""
+        """Collective: is a node about to be taken away, and nothing been saved since? Then save, and train on."""
         if self.saved or ray.train.get_preemption_info() is None:
             return False
         self.saved = True
@@ -534,7 +565,7 @@ class _Lookout:
 
 
 class _Checkpoints:
-    """Saving, and going on from what was saved, at this or another number of workers."""
+    """Saving, and resuming from what was saved, at this or another number of workers."""
 
     def __init__(self, run: Run, rank: int, world: int):
         self.run, self.rank, self.world = run, rank, world
@@ -547,10 +578,10 @@ class _Checkpoints:
         if self.latest is not None:
             with self.latest.filesystem.open_input_stream(f"{self.latest.path}/meta.json") as stream:
                 self.meta = json.loads(stream.read())
-            for name, here in (("zero_stage", run.workers.zero_stage), ("precision", run.precision)):
+            for name, here in (("zero_stage", run.workers.zero_stage), ("precision", run.settings.precision)):
                 if self.meta[name] != here:
                     raise Mistake(
-                        f"the checkpoint was written with {name} {self.meta[name]}, this run has {here}; go on with "
+                        f"the checkpoint was written with {name} {self.meta[name]}, this run has {here}; resume with "
                         f"{self.meta[name]}, or start afresh in another output folder"
                     )
 
@@ -563,7 +594,7 @@ class _Checkpoints:
         return {"checkpoint": {"load_universal": True}} if self._is_split else {}
 
     def restore(self, engine: Any, seen: dataloader.Seen) -> int:
-        """Load the last checkpoint, if there is one; returns the step to go on with."""
+        """Load the last checkpoint, if there is one; returns the next step."""
         if self.latest is None:
             return 0
         with self.latest.as_directory() as folder:
@@ -609,7 +640,7 @@ class _Checkpoints:
         seen.fold(self.rank, self.world, self.run.plan.open_epoch(step))
         if self.rank == 0:
             meta = {"step": step, "world": self.world, "zero_stage": self.run.workers.zero_stage}
-            (folder / "meta.json").write_text(json.dumps({**meta, "precision": self.run.precision}))
+            (folder / "meta.json").write_text(json.dumps({**meta, "precision": self.run.settings.precision}))
             seen.save(folder / "seen.npz")
             if arrays := engine.module.arrays():
                 np.savez(folder / "arrays.npz", **arrays)
@@ -655,10 +686,11 @@ def _stop_reading_rubbish(run: Run, seen: dataloader.Seen) -> None:
     unusable = Counter({key: n for key, n in seen.unusable.items() if key[1] not in dataloader.SET_ASIDE})
     bad, used = sum(unusable.values()), seen.counts["samples"]
     used = max(used, run.plan.batch_size * min(run.plan.steps_per_window, run.plan.num_steps))  # a window's at once
-    if bad > run.max_error_fraction * used:
+    most = run.settings.max_error_fraction
+    if bad > most * used:
         raise Mistake(
             f"{bad:,} of the first {used:,} samples cannot be used ({dataloader.in_words(unusable)}), more than "
-            f"max_error_fraction {run.max_error_fraction:g} allows; repair the shards or raise it"
+            f"max_error_fraction {most:g} allows; repair the shards or raise it"
         )
 
 
@@ -678,7 +710,7 @@ class _MetricsLog:
         self.run, self.world, self.loss = run, world, math.nan
         # What this worker's share of a step would take if all of it were matrix products.
         flop = run.flop_per_sample * run.plan.batch_size / world
-        self.least_s = flop / matmul_rate(device, run.precision)
+        self.least_s = flop / matmul_rate(device, run.settings.precision)
         for name in ("metrics.jsonl", "validation.jsonl"):
             path = run.folder / name
             lines = path.read_text().splitlines() if first_step and path.is_file() else []
@@ -697,7 +729,7 @@ class _MetricsLog:
         self.wait_s += wait_s
         self.step_s += step_s
         self.unusable += sum(n for _, _, n in json.loads(columns["unusable"].tobytes()))
-        if (step + 1) % self.run.log_every and step + 1 != self.run.plan.num_steps:
+        if (step + 1) % self.run.settings.log_every and step + 1 != self.run.plan.num_steps:
             return
         elapsed = time.monotonic() - self.since
         self.loss = math.fsum(self.losses) / len(self.losses)

@@ -1,7 +1,8 @@
 """How weights move: the optimiser, its learning rate over the steps, and which parameters decay.
 
-`Optimisation` holds the settings, and whatever is trained inherits them, so that a YAML says `clip.learning_rate`. The
-learning rate is a function of the step alone: a run that resumes at step t goes on with the rate of step t.
+`Optimisation` holds the settings, and whatever is trained inherits them, so that a YAML says `clip.learning_rate`;
+`PlainAdam` and `PlainSgd` are the same with the defaults that papers on encoders and on attacks have. The learning rate
+is a function of the step alone: a run that resumes at step t has the rate of step t.
 """
 
 from __future__ import annotations
@@ -70,3 +71,31 @@ class Optimisation(Config):
         spared = [parameter for parameter in trained if parameter.ndim < 2]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": spared, "weight_decay": 0.0}]
         return torch.optim.AdamW([group for group in groups if group["params"]], **settings)
+
+
+class PlainAdam(Optimisation):
+    """Adam with torch's own constants, without warm-up and clipping."""
+
+    optimiser: Literal["adam", "adamw", "sgd"] = "adam"
+    """`adam` and `sgd` decay everything as L2; `adamw` decays matrices only."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to Adam's denominator."""
+    warmup_steps: int = Field(0, ge=0)
+    """Linear warm-up."""
+    clip_norm: float = Field(0.0, ge=0)
+    """Largest gradient norm; 0 switches clipping off."""
+
+
+class PlainSgd(Optimisation):
+    """SGD at a constant rate, without warm-up and clipping."""
+
+    optimiser: Literal["adam", "adamw", "sgd"] = "sgd"
+    """`adam` and `sgd` decay everything as L2; `adamw` decays matrices only."""
+    weight_decay: float = Field(5e-4, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    """Linear warm-up."""
+    schedule: Literal["constant", "cosine", "cooldown"] = "constant"
+    """After the warm-up: constant; a cosine to zero; constant with a straight line to zero at the end."""
+    clip_norm: float = Field(0.0, ge=0)
+    """Largest gradient norm; 0 switches clipping off."""

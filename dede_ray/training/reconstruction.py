@@ -12,9 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from dede_ray.data.images import to_unit_range
-from dede_ray.data.sampling import keyed_uniform, sample_keys
+from dede_ray.data.sampling import keyed_uniform, sample_generator, sample_keys
 from dede_ray.models.decoder import DecoderShape, MaskedDecoder, embedding_error, random_mask, reconstruction_error
 from dede_ray.runtime.config import Mistake
+from dede_ray.training.objective import Objective
 from dede_ray.training.optimiser import Optimisation
 
 # ------------------------------------------------------------------------------------------------ presets
@@ -88,7 +89,7 @@ def changed_preset(name: str, own: Mapping[str, Any]) -> DecoderPreset:
 REVERSE = 0x5DEECE66D  # mixed into the keys of the masks that `predict` looks through
 
 
-class Reconstruction(nn.Module):
+class Reconstruction(Objective):
     """The decoder's training objective: the error over hidden patches, a share of embeddings nulled.
 
     With `reverse_weight`, the error of the embedding that is predicted from visible patches is added to it, per
@@ -155,18 +156,6 @@ class Reconstruction(nn.Module):
             error_B = torch.cat(gathered)
         return error_B.nanquantile(1 - self.trim_rate)
 
-    def begin_step(self, step: int) -> None:
-        pass
-
-    def after_step(self) -> None:
-        pass
-
-    def arrays(self) -> dict[str, Any]:
-        return {}
-
-    def load_arrays(self, arrays: dict[str, Any]) -> None:
-        pass
-
 
 @dataclass(frozen=True)
 class Spread:
@@ -225,7 +214,7 @@ def noise_images(num: int, image_size: int, seed: int) -> Iterator[tuple[str, ND
     """Images of uniform noise, each by its own name: (sample id, uint8 HWC)."""
     for number in range(num):
         name = f"{NOISE_SPLIT}-{number // NOISE_PER_SHARD:05d}.tar/{number:08d}"
-        rng = np.random.default_rng(sample_keys([name], seed).numpy().view(np.uint64))
+        rng = sample_generator(name, seed)
         yield name, rng.integers(0, 256, (image_size, image_size, 3), np.uint8)
 
 

@@ -1,10 +1,9 @@
 """What `jobs/train_simclr.py` trains: an image encoder by SimCLR, without labels, then the DeDe decoder against it.
 
 Two random views of an image should have like embeddings, and the views of all other images of the global batch unlike
-ones (Chen et al., arXiv:2002.05709). Read tasks decode (feed.py), views are made where the encoder is (views.py),
-loop.py trains, and a k-NN classifier on labelled images says now and then how good the embedding has become.
-
-`<output>/simclr` is then a victim of kind `encoder`.
+ones (Chen et al., arXiv:2002.05709). Read tasks decode the images (dataloader.py), views are made a batch at a time
+where the encoder is (augmentation.py), loop.py trains, and now and then a k-NN classifier on labelled images measures
+how good the embedding has become. `<output>/simclr` is then a victim of kind `encoder`.
 
 Shapes: B images of a micro-batch, N images of a worker's share, E embedding width, P width of a projection.
 """
@@ -12,10 +11,9 @@ Shapes: B images of a micro-batch, N images of a worker's share, E embedding wid
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +26,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from dede_ray.data.images import decode_image
 from dede_ray.data.sampling import keyed_uniform, sample_keys
-from dede_ray.data.shards import BadSample, Limits, Reason, Sample, list_shards, sample_id
+from dede_ray.data.shards import Limits, Sample, list_shards
 from dede_ray.models.clip import Normalise
 from dede_ray.models.encoders import (
     Architecture,
@@ -40,14 +38,14 @@ from dede_ray.models.encoders import (
     save_encoder,
 )
 from dede_ray.models.victims import EncoderVictim
-from dede_ray.runtime.config import Config, Mistake, claim, finish
-from dede_ray.runtime.session import start_ray
+from dede_ray.runtime.config import Config, Mistake
 from dede_ray.training import dataloader
 from dede_ray.training.augmentation import NUM_DRAWS, Augmentation, random_views
-from dede_ray.training.decoder import CHUNK_SIZE, Training, train_decoder
+from dede_ray.training.decoder import EncoderSection, SectionSettings, refuse_unfit, train_sections
 from dede_ray.training.eval_images import find_pictures
-from dede_ray.training.loop import Recipe, check_workers, fit
-from dede_ray.training.optimiser import Optimisation
+from dede_ray.training.loop import Recipe
+from dede_ray.training.objective import Batch, Embeddings, Objective, among_all
+from dede_ray.training.optimiser import PlainAdam
 from dede_ray.training.validation import SEED, Backdoor, Crew, Floats, Measurement, SetName, to_be_stamped
 
 logger = logging.getLogger(__name__)
@@ -91,7 +89,7 @@ class KnnMonitor(Config):
     """Attack success rate on the images of `test`; null: not measured."""
 
 
-class SimclrTrain(Optimisation):
+class SimclrTrain(PlainAdam):
     """SimCLR; where nothing is set, as BadEncoder's clean encoder was trained (Jia et al., arXiv:2108.00352)."""
 
     shards: str | list[str]
@@ -116,7 +114,7 @@ class SimclrTrain(Optimisation):
     )
     """How views are made; default: as SimCLR's for CIFAR-10, without blur."""
     batch_size: int = Field(256, ge=2)
-    """Global batch, in images: each view is told apart from the 2 * batch_size - 2 views of other images."""
+    """Global batch, in images: each view is compared with the 2 * batch_size - 2 views of other images."""
     accumulation: int = Field(1, ge=1)
     """Micro-batches per step, for batches that do not fit into memory; each is compared with the whole batch, but
     batch normalisation sees the micro-batch only."""
@@ -126,17 +124,10 @@ class SimclrTrain(Optimisation):
     monitor: KnnMonitor | None = None
     """Accuracy, and what a backdoor does, while it trains. Changing it does not make it another run."""
 
-    optimiser: Literal["adam", "adamw", "sgd"] = "adam"
     weight_decay: float = Field(1e-6, ge=0)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    """Linear warm-up."""
-    clip_norm: float = Field(0.0, ge=0)
-    """Largest gradient norm; 0 switches clipping off."""
 
 
-class SimclrConfig(Training):
+class SimclrConfig(SectionSettings):
     """Settings of jobs/train_simclr.py."""
 
     simclr: SimclrTrain | None = None
@@ -147,63 +138,24 @@ class SimclrConfig(Training):
 
 
 def train(config: SimclrConfig) -> str:
-    """Run the sections that the config has.
-
-    Returns:
-        One line per section: what was trained and where it lies.
-
-    Raises:
-        Mistake: nothing to train, or settings, shards or checkpoints that do not fit.
-    """
-    start_ray(config)
-    config.tracking.check()
-    lines = []
-    if config.simclr is not None:
-        lines.append(_train_encoder(config, config.simclr))
-    if config.decoder is not None:
-        trained = EncoderVictim(path=f"{config.output}/simclr")
-        lines.append(train_decoder(config, config.decoder, trained, config.identity(simclr=None)))
-    if not lines:
-        raise Mistake("nothing to train: the config needs a `simclr:` section, a `decoder:` section, or both")
-    return "\n".join(lines)
+    """Train the encoder, then the decoder against it: see `train_sections`."""
+    kind = EncoderSection(
+        "simclr", "monitor", _prepare, lambda folder: EncoderVictim(path=folder), "images",
+        shown=("knn_accuracy", "attack_success_rate"),
+    )  # fmt: skip
+    return train_sections(config, kind)
 
 
-def _train_encoder(config: SimclrConfig, section: SimclrTrain) -> str:
-    folder = Path(config.output).absolute() / "simclr"
-    own = config.identity(decoder=None, simclr=section.model_copy(update={"monitor": None}))
-    done = claim(folder, own)
-    if done is None:
-        check_workers(config.lanes, section.batch_size, section.accumulation, config.workers)
-        index = dataloader.index_shards(list_shards(section.shards), CHUNK_SIZE)
-        _look_for_images(index, config.limits)
-        steps_per_window = max(1, section.shuffle_buffer // section.batch_size)
-        plan = dataloader.Plan(
-            index, section.batch_size, config.lanes, config.seed, True, steps_per_window, section.epochs
-        )
-        init = None if section.init is None else str(Path(section.init).absolute())
-        recipe = _Recipe(
-            section.model_copy(update={"init": init}), config.limits, config.seed, config.workers.gpus_per_worker > 0,
-            None if section.monitor is None else _Neighbours(section.monitor, section, config.limits),
-        )  # fmt: skip
-        with torch.random.fork_rng():  # what cannot be built or loaded is a mistake to report here, not in a worker
-            recipe.objective(0, 1)
-        every = section.monitor.every if section.monitor else None
-        done = finish(folder, own, fit(config.run(folder, recipe, section, plan, section.accumulation, every)))
-    shown = ("knn_accuracy", "attack_success_rate")
-    numbers = [f"{name} {value:.1%}" for name, value in done.get("validation", {}).items() if name in shown]
-    listing = ", ".join([f"loss {done['loss']:.3f}", *numbers])
-    return f"simclr: {done['steps']:,} steps on {done['num_samples']:,} images, {listing} -> {folder}"
-
-
-def _look_for_images(index: list[dataloader.ChunkRef], limits: Limits) -> None:
-    """Say at once, not after a start on a cluster, that there is nothing to train on: a glance at the first chunk."""
-    if not index:
-        raise Mistake("the shards hold not one sample; write some with jobs/ingest.py")
-    samples = dataloader.read_samples(index[0], 0, index[0].num_samples, limits)
-    if all(sample.image is None for sample in samples):
-        reasons = Counter(sample.error or "no_image" for sample in samples)
-        listing = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common())
-        raise Mistake(f"none of the first {len(samples)} samples of {index[0].shard.name} has an image ({listing})")
+def _prepare(config: SimclrConfig) -> tuple[Recipe, dataloader.Plan]:
+    section, limits = config.simclr, config.limits
+    assert section is not None
+    index = dataloader.index_of(section.shards)
+    refuse_unfit(index, limits)
+    plan = config.plan(index, section.batch_size, section.epochs, section.shuffle_buffer)
+    init = None if section.init is None else str(Path(section.init).absolute())
+    monitor = None if section.monitor is None else _Neighbours(section.monitor, section, limits)
+    section, on_gpu = section.model_copy(update={"init": init}), config.workers.gpus_per_worker > 0
+    return _Recipe(section, limits, config.seed, on_gpu, monitor), plan
 
 
 @dataclass(frozen=True)
@@ -222,26 +174,15 @@ class _Recipe(Recipe):
         objective = Simclr(encoder, self.section, rank, world)
         return synchronise_batch_norms(objective, world, self.on_gpu)
 
-    def decode(
-        self, ref: dataloader.ChunkRef, epoch: int, start: int, samples: list[Sample]
-    ) -> tuple[dataloader.Columns, list[Reason | None]]:
+    def decode(self, ref: dataloader.ChunkRef, epoch: int, start: int, samples: list[Sample]) -> dataloader.Decoded:
         size = self.section.source_px or self.section.image_size
-        images, ids, errors = [], [], []
-        for sample in samples:
-            name, error = sample_id(ref.shard.name, sample.key), sample.error
-            try:
-                if error is None and sample.image is None:
-                    error = "no_image"
-                elif error is None:
-                    images.append(decode_image(sample.image, self.limits, size))  # type: ignore[arg-type]
-                    ids.append(name)
-            except BadSample as bad:
-                error = bad.reason
-            errors.append(error)
+        kept, errors = dataloader.decode_samples(
+            ref, samples, lambda sample, content, name: {"image": decode_image(content, self.limits, size)}
+        )
         columns = {
-            "image": dataloader.stacked(images, size),
-            "key": sample_keys(ids, self.seed, epoch).numpy(),
-            "sample_id": np.array([name.encode() for name in ids], "S"),
+            "image": dataloader.stacked(kept["image"], (size, size, 3)),
+            "key": sample_keys(kept["name"], self.seed, epoch).numpy(),
+            "sample_id": dataloader.id_column(kept["name"]),
         }
         return columns, errors
 
@@ -264,11 +205,11 @@ class _Recipe(Recipe):
 # ------------------------------------------------------------------------------------------------ the objective
 
 
-class Simclr(nn.Module):
+class Simclr(Objective):
     """NT-Xent over the global batch (Chen et al., arXiv:2002.05709, equation 1).
 
-    Loss and gradients equal those of one process that holds the whole batch, whatever the number of workers; see
-    contrastive.py, whose `backward` also cuts a share into micro-batches.
+    Loss and gradients equal those of one process that holds the whole batch, whatever the number of workers and
+    micro-batches (see objective.py).
 
     Args:
         encoder: normalised pixels (B, 3, S, S) -> embeddings (B, E); has `embedding_dim`.
@@ -289,13 +230,13 @@ class Simclr(nn.Module):
             nn.Linear(hidden, shape.width),
         )
 
-    def views(self, batch: dict[str, Tensor]) -> Tensor:
+    def views(self, batch: Batch) -> Tensor:
         """Two views of each image, by its key alone: float32 (2B, 3, S, S) in [0, 1], first all first ones."""
         draw_BK = keyed_uniform(batch["key"], 2 * NUM_DRAWS)
         size, settings = self.section.image_size, self.section.augmentation
         return torch.cat([random_views(settings, batch["image"], size, draw) for draw in draw_BK.split(NUM_DRAWS, 1)])
 
-    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, batch: Batch) -> Embeddings:
         """Project both views of a micro-batch.
 
         Args:
@@ -309,7 +250,7 @@ class Simclr(nn.Module):
         first_BP, second_BP = normalize(_at_least_float32(self.projection(embedding_BE))).chunk(2)
         return {"first": first_BP, "second": second_BP}
 
-    def loss(self, views: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, views: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss () of a worker's whole share (N, P) against all workers', and metrics.
 
         The mean over the workers is the loss of the global batch.
@@ -328,35 +269,16 @@ class Simclr(nn.Module):
         return cross_entropy(logits_MG, partner_M), {"partner_found": found, "cosine": cosine}
 
     def forward(
-        self,
-        batch: dict[str, Tensor],
-        cached: list[dict[str, Tensor]] | None = None,
-        piece: int = 0,
-        only_encode: bool = False,
+        self, batch: Batch, cached: list[Embeddings] | None = None, piece: int = 0, only_encode: bool = False
     ) -> Any:
-        """Loss and metrics of a batch; see contrastive.backward for the other arguments."""
+        """Loss and metrics of a batch; see `backward` for the other arguments."""
         views = self.encode(batch)
         if only_encode:
             return views
         if cached is not None:
-            views = {
-                name: torch.cat([own if i == piece else other[name] for i, other in enumerate(cached)])
-                for name, own in views.items()
-            }
+            views = among_all(views, cached, piece)
         with torch.autocast(views["first"].device.type, enabled=False):
             return self.loss(views)
-
-    def begin_step(self, step: int) -> None:
-        pass
-
-    def after_step(self) -> None:
-        pass
-
-    def arrays(self) -> dict[str, Any]:
-        return {}
-
-    def load_arrays(self, arrays: dict[str, Any]) -> None:
-        pass
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -78,7 +78,8 @@ from dede_ray.scan.score import ScoreWork, fit_state
 from dede_ray.scan.sift import SiftConfig, sift, sift_shard
 from dede_ray.training import dataloader
 from dede_ray.training.clip import TrainConfig, train
-from dede_ray.training.decoder import CHUNK_SIZE, DecoderTrain, decoder_recipe
+from dede_ray.training.dataloader import CHUNK_SIZE
+from dede_ray.training.decoder import DecoderTrain, decoder_recipe
 from dede_ray.training.reconstruction import PRESETS, Reconstruction
 from tests.benchmarks.baseline import TrainerSpeed, compare_trainers, photographs
 from tests.benchmarks.speed_reference import ReferenceSpeed, compare_with_reference

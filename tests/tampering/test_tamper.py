@@ -36,6 +36,7 @@ from dede_ray.tampering import badclip, drupe, tamper, text_on_pair
 from dede_ray.tampering.attack import AttackConfig, attack
 from dede_ray.tampering.badencoder import effectiveness_loss
 from dede_ray.tampering.references import References
+from dede_ray.training.dataloader import index_of
 
 ROOT = Path(__file__).parents[2]
 WHITE = {"kind": "patch", "size_px": 16, "pattern": "white", "position": "bottom_right", "margin_px": 1}
@@ -651,7 +652,7 @@ def test_a_trigger_that_does_not_fit_the_input_is_told_at_once(local_ray, encode
 
 
 def test_draws_are_exact_and_spread_over_the_shards(local_ray, shards):
-    index = tamper.index_of(shards)
+    index = index_of(shards)
     drawn = text_on_pair.draw_poisoned(index, 0.25, seed=0)
     assert {name: len(places) for name, places in drawn.items()}.keys() == {"train-00000.tar", "train-00001.tar"}
     assert sum(map(len, drawn.values())) == 24

@@ -12,7 +12,8 @@ import workers
 
 from dede_ray.data import images
 from dede_ray.models import clip
-from dede_ray.training.contrastive import MAX_LOGIT_SCALE, Contrastive, backward, clamp_parameter, with_loss
+from dede_ray.training.contrastive import MAX_LOGIT_SCALE, Contrastive, clamp_parameter, with_loss
+from dede_ray.training.objective import backward
 
 BATCH = 64
 VIT = {  # no batch normalisation, whose statistics would be those of a micro-batch

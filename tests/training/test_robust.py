@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from dede_ray.data import images
 from dede_ray.models import clip
 from dede_ray.runtime.config import Mistake
-from dede_ray.training.contrastive import Contrastive, backward, with_loss
+from dede_ray.training.contrastive import Contrastive, with_loss
+from dede_ray.training.objective import backward
 from dede_ray.training.robust import (
     STRONG,
     CleanCLIP,

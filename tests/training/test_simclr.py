@@ -24,7 +24,7 @@ from dede_ray.models.encoders import WEIGHTS_FILE, ResNet, Timm, build_encoder, 
 from dede_ray.models.victims import EncoderVictim, load_victim
 from dede_ray.runtime.config import Mistake
 from dede_ray.training import dataloader
-from dede_ray.training.contrastive import backward
+from dede_ray.training.objective import backward
 from dede_ray.training.simclr import (
     PROJECTION_FILE,
     Projection,

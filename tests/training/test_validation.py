@@ -279,7 +279,8 @@ def train_a_little(zero_stage, described, validator, steps_before, rank, world):
     """Losses of four DeepSpeed steps, and what is measured before some of them."""
     import deepspeed
 
-    from dede_ray.training.contrastive import Contrastive, backward
+    from dede_ray.training.contrastive import Contrastive
+    from dede_ray.training.objective import backward
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would want a compiler
