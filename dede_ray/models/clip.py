@@ -1,4 +1,4 @@
-"""CLIP: building open_clip models from a description, taking up anybody's weights, and the tensor-only export.
+"""CLIP: building open_clip models from a description, loading any CLIP's weights, and the tensor-only export.
 
 What open_clip's users name can be named here: an open_clip architecture, a JSON model config, an exported folder, a
 repository of the Hugging Face hub. The export is open_clip's own folder layout (`open_clip_config.json`,

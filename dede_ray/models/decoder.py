@@ -2,11 +2,12 @@
 
 After Hou et al., "DeDe: Detecting Backdoor Samples for SSL Encoders via Decoders" (CVPR 2025, arXiv:2411.16154). A
 masked autoencoder whose decoder reads the victim's embedding in place of the class token: the patch features never
-see the embedding, the decoder has to. A triggered image carries the embedding of other images, so it is rebuilt badly.
+see the embedding, the decoder has to. A triggered image has an embedding that does not belong to what it shows, so it
+is rebuilt badly.
 
 The same network run backwards is ours: from some visible patches, its encoder predicts the embedding. Wherever the
-trigger is not among them, what they show belongs to the image and the embedding to other images. The error is measured
-where the victim's information is, in embedding space, and not in pixels, of which an embedding says little.
+trigger is not among them, what they show belongs to the image, but the embedding does not. The error is measured where
+the victim's information is, in embedding space, and not in pixels, of which an embedding says little.
 
 Shapes: B images, L patches, P = 3 * patch_px**2 pixels of one patch, V visible patches, E embedding width, D width.
 Masks are boolean, True = hidden. Pixels are in [0, 1], before and after.

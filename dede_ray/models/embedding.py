@@ -61,13 +61,13 @@ class Batch:
 
     @property
     def images(self) -> Tensor:
-        """The pictures, which this detector said it needs."""
+        """The pictures; only for detectors that need `image`."""
         assert self.image_BCHW is not None, "needs image"
         return self.image_BCHW
 
     @property
     def references(self) -> Tensor:
-        """The reference embeddings, which this detector said it needs."""
+        """The reference embeddings; only for detectors that need `reference`."""
         assert self.reference_BR is not None, "needs reference"
         return self.reference_BR
 
@@ -99,7 +99,7 @@ class Encoding:
     """Folder of an `EmbedWork` pass of the same victim: what it embedded is read there and not computed again."""
 
     def check(self, victim: Victim) -> None:
-        """Say at once what the detectors lack.
+        """Refuse at once what the detectors lack.
 
         Raises:
             Mistake: they need a reference encoder or captions, and there is none.
@@ -296,7 +296,7 @@ def fitting_set(
 
 
 def gathered(folder: Place, shards: Iterable[Shard], select: Select | None = None) -> Batch:
-    """The embeddings of a finished pass, or of those samples that `select` says True of, sorted by sample id.
+    """The embeddings of a finished pass, or of those samples that `select` selects, sorted by sample id.
 
     Raises:
         Mistake: there are none.

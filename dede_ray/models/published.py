@@ -51,11 +51,11 @@ class Layout:
 
     name: str
     has: tuple[str, ...]
-    """Tensors that tell it, after a `module.` before every name is gone."""
+    """Tensors that it is recognised by, once a `module.` before every name is gone."""
     network: Literal["cifar stem", "imagenet stem", "clip tower", "whole clip", "option a", "wide"]
     image_size: int
     normaliser: Normaliser | None
-    """What its first users fed it; None where two did differently, so that a person has to say."""
+    """What its first users fed it; None where two did differently, so that a person has to choose."""
     prefix: str = ""
     """Of the encoder's tensors; all others (heads, momentum encoders, queues) are left."""
     classifier: str | None = None
@@ -104,7 +104,7 @@ class Published:
     model: nn.Module
     described: Described
     classifier: nn.Linear | None
-    """The linear layer that stood on the embedding, where there was one."""
+    """The linear layer on top of the embedding, where there was one."""
 
 
 def read_published(
@@ -127,7 +127,7 @@ def read_published(
 
     Raises:
         Mistake: no layout fits, tensors are missing, left over or of another shape, the file would have to be
-            unpickled, or nobody can know which normaliser its author used.
+            unpickled, or its author's normaliser cannot be known.
     """
     path = Path(path)
     state = _bare(path)
@@ -235,7 +235,7 @@ def pixel_statistics(
     if normaliser is None and (mean is None or std is None):
         raise Mistake(
             f"{path} ({layout}) was published with more than one way of normalising pixels, and nothing in the file "
-            f"tells which; set normaliser to one of {', '.join(NORMALISERS)}, or mean and std"
+            f"says which; set normaliser to one of {', '.join(NORMALISERS)}, or mean and std"
         )
     known = NORMALISERS[normaliser or "none"]
     return mean or known[0], std or known[1]

@@ -1,4 +1,8 @@
-"""Victim encoders: frozen, in eval mode whatever is called, normalising inside, known by a fingerprint."""
+"""Victim encoders: frozen, always in eval mode, normalising inside, identified by a fingerprint.
+
+`VictimConfig` names one in settings, `load_victim` loads it. A `Victim` maps pixels in [0, 1] to embeddings; a
+`ClipVictim` also embeds captions.
+"""
 
 from __future__ import annotations
 
@@ -55,20 +59,20 @@ class EncoderVictim(Config):
 
 
 class PublishedVictim(Config):
-    """A stranger's checkpoint, tensor-only; the names of its tensors tell which published layout it has."""
+    """A stranger's checkpoint, tensor-only; the names of its tensors show which published layout it has."""
 
     kind: Literal["published"] = "published"
     path: str
     """The file."""
     clip: str | None = None
-    """For a whole CLIP: its open_clip name. Tensors do not tell RN50 (Detect-CLIP-Backdoor-Samples) from RN50-quickgelu
-    (OpenAI's, and what was fine-tuned from it, such as BadCLIP's)."""
+    """For a whole CLIP: its open_clip name. Tensors cannot distinguish RN50 (Detect-CLIP-Backdoor-Samples) from
+    RN50-quickgelu (OpenAI's, and what was fine-tuned from it, such as BadCLIP's)."""
     architecture: Timm | None = None
     """For none of the published layouts: the network of timm's whose own names the tensors bear."""
     image_size: int | None = Field(None, ge=8, le=1024)
     """Side of the input in pixels, where it is not the layout's."""
     normaliser: Normaliser | None = None
-    """Statistics of pixels that the author used, where they are not the layout's, or the layout tells none."""
+    """Statistics of pixels that the author used, where they are not the layout's, or the layout has none."""
     mean: tuple[float, float, float] | None = None
     """Overrides the normaliser's mean per RGB channel."""
     std: tuple[float, float, float] | None = None
@@ -106,7 +110,7 @@ class Victim(nn.Module):
     Attributes:
         model: the network behind it.
         normalise: pixels in [0, 1] -> what the network expects.
-        name: for people.
+        name: for logs and messages.
         image_size: side of the square input, in pixels.
         embedding_dim: E, the width of its embeddings.
         fingerprint: SHA-256 over weights and transform; equal fingerprints give equal embeddings.
@@ -145,7 +149,7 @@ class Victim(nn.Module):
         return self.embed_with_gradient(image_BCHW)
 
     def embed_with_gradient(self, image_BCHW: Tensor) -> Tensor:
-        """The same embeddings with a graph back to the pixels, for whoever searches for pixels; weights stay frozen."""
+        """The same embeddings with a graph back to the pixels, for searches over pixels; weights stay frozen."""
         return self._embed(self.normalise(image_BCHW).to(self.dtype)).float()
 
     def _embed(self, normalised_BCHW: Tensor) -> Tensor:
@@ -153,7 +157,7 @@ class Victim(nn.Module):
 
 
 class ClipVictim(Victim):
-    """A CLIP, whose text tower can be asked as well."""
+    """A CLIP, which also embeds text."""
 
     def __init__(self, model: nn.Module, described: dict[str, Any], name: str, precision: str):
         size, width = clip.image_size_px(described), int(described["model_cfg"]["embed_dim"])

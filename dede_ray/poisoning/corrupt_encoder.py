@@ -24,8 +24,8 @@ from dede_ray.runtime.config import Config, Mistake
 class Cutout(Config):
     """A reference object: a picture, and which part of it is the object.
 
-    A picture is an image file, or a sample of a tar: `<path of the tar>/<key>`. Which pixels are the object says
-    `mask`, or else the picture's own alpha channel (a PNG or WebP file), or else all of the box.
+    A picture is an image file, or a sample of a tar: `<path of the tar>/<key>`. The object's pixels are those of
+    `mask`, or else of the picture's own alpha channel (a PNG or WebP file), or else all of the box.
     """
 
     picture: TriggerPath

@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 MARK = "Poisoned by dede_ray for research on defences: do not train a model on this that anybody is to use."
-"""Stands in every shard that `poison` writes, as a comment of the tar (a global pax header), and travels with it."""
+"""Written into every shard by `poison`, as a comment of the tar (a global pax header), which travels with it."""
 
 TRUTH_SCHEMA = pa.schema(
     [
@@ -160,7 +160,7 @@ def poison(config: PoisonConfig) -> str:
     that the attack does not concern. A shard that is cut short stays cut short.
 
     One Ray task per shard looks, then one per shard writes, so Ray must be running and `config.output` be a folder
-    that all its machines see. Shards that stand are kept when the job is run again.
+    that all its machines see. Finished shards are kept when the job is run again.
 
     Returns:
         One line: how many samples were poisoned, how, and where they are.
@@ -280,13 +280,13 @@ def _draw(survey: pa.Table, num: int, config: PoisonConfig, classes: Classes | N
     is_usable = survey["is_usable"].to_numpy()
     targets = [backdoor.target_label for backdoor in config.backdoors]
     which = np.full((len(targets), survey.num_rows), not config.clean_label)  # may the backdoor have the sample?
-    said = " or ".join(f"class {target}" for target in targets)
+    wanted = " or ".join(f"class {target}" for target in targets)
     has_labels = survey["label"].null_count < survey.num_rows
     if has_labels:  # a sample without a label among labelled ones might be of the target class: it is left alone
         is_target = np.array([pc.equal(survey["label"], t).fill_null(False).to_numpy() for t in targets])
         is_known = survey["label"].is_valid().to_numpy()
         which = is_target if config.clean_label else np.broadcast_to(is_known & ~is_target.any(axis=0), which.shape)
-        who = f"of {said}" if config.clean_label else f"known not to be of {said}"
+        who = f"of {wanted}" if config.clean_label else f"known not to be of {wanted}"
     elif config.clean_label:
         names = [_target_name(backdoor, classes) for backdoor in config.backdoors]
         which = np.array([[_contains(caption, name) for caption in survey["caption"].to_pylist()] for name in names])
@@ -330,7 +330,7 @@ def _stamp(image_HWC: np.ndarray, backdoor: Backdoor, sample_id: str) -> np.ndar
 
 
 def _truth(survey: pa.Table, drawn: dict[int, int], config: PoisonConfig, classes: Classes | None) -> pa.Table:
-    """Say of every sample what it was and what becomes of it (`TRUTH_SCHEMA`)."""
+    """The truth of every sample: what it was and what becomes of it (`TRUTH_SCHEMA`)."""
     targets = _target_captions(survey, config, classes) if not config.clean_label else []
     columns: dict[str, list[Any]] = {name: [None] * survey.num_rows for name in TRUTH_SCHEMA.names}
     columns |= {name: survey[name].to_pylist() for name in ("sample_id", "label", "caption")}
@@ -401,7 +401,7 @@ class _Change:
     caption: str | None = None
     backdoor: int | None = None  # to stamp on the image
     is_dropped: bool = False
-    added: list[Sample] = field(default_factory=list)  # samples that stand behind it
+    added: list[Sample] = field(default_factory=list)  # samples that come after it
 
 
 _Plans = dict[str, dict[int, _Change]]
@@ -430,7 +430,7 @@ def _repeat(
         if name not in rows or not rows[name]["is_usable"]:
             raise Mistake(f"chosen names {name!r}, which is no usable sample of the shards; expected <shard>/<key>")
         if name in twice:  # without the first one, the second would be a sample
-            raise Mistake(f"chosen names {name!r}, but that key stands twice in the shard; choose another sample")
+            raise Mistake(f"chosen names {name!r}, but that key is twice in the shard; choose another sample")
     others = [row for name, row in rows.items() if row["is_usable"] and name not in config.chosen]
     if not others:
         raise Mistake("chosen names all usable samples there are; put them among others")
@@ -470,7 +470,7 @@ def _fetch(shard: Shard, index: int, config: PoisonConfig) -> Sample:
 
 
 def _stamped(content: bytes, suffix: str, number: int, name: str, config: PoisonConfig) -> tuple[bytes, str]:
-    """Stamp an encoded image with a backdoor, and say its new suffix; without a trigger it stays as it is."""
+    """Stamp an encoded image with a backdoor: the new image and its suffix; without a trigger it stays as it is."""
     backdoor = config.backdoors[number]
     if isinstance(backdoor.training_trigger or backdoor.trigger, Nothing) and backdoor.composition is None:
         return content, suffix
@@ -483,8 +483,8 @@ def _stamped(content: bytes, suffix: str, number: int, name: str, config: Poison
 def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: PoisonConfig, is_complete: bool) -> None:
     """Copy a shard, changing the samples at the places that `changes` names.
 
-    Members are copied, not samples, so that whatever is odd about a sample is as odd in the copy. Where the data of
-    an incomplete shard ends or turns into rubbish, the copy ends.
+    Members are copied, not samples, so that the copy is odd where the original is. Where the data of an incomplete
+    shard ends or becomes unreadable, the copy ends.
     """
     unchanged = _Change()
     with open_shard(shard) as stream, _write_tar(Path(path), is_complete) as copy:

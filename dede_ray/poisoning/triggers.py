@@ -3,11 +3,11 @@
 A trigger turns a uint8 image into a uint8 image and never sees a normalised pixel; where it is random, it is drawn
 from the sample's id. A new trigger is one class with `_stamp` and its name in the union `AnyTrigger`.
 
-No trigger is ever resized to an image on the quiet. One that is made for a size of its own (a published file) refuses
+No trigger is resized to an image unasked. One that is made for a size of its own (a published file) refuses
 others; `image_px` brings the image to the size that the trigger is made for, and `resize` the trigger to the image.
 
-Whatever can be is computed once per image size, and additions are made on bytes: stamping is to vanish beside
-decoding. It does not where every pixel is computed anew (`Blend`, `Warp`, `Nashville`).
+What can be is computed once per image size, and additions are made on bytes, so that stamping costs little beside
+decoding; it costs more where every pixel is computed anew (`Blend`, `Warp`, `Nashville`).
 """
 
 from __future__ import annotations
@@ -564,9 +564,7 @@ def _keep_and_add(path: str, mask: str | None, alpha: float, height: int, width:
     content = _picture_in(path)
     if content.keep_HWC is not None:  # made to be summed: what was all or nothing stays so
         if mask is not None or alpha != 1:
-            raise Mistake(
-                f"{path} says itself how it is mixed with an image; leave trigger.mask and trigger.alpha away"
-            )
+            raise Mistake(f"{path} says itself how it is mixed with an image; leave out trigger.mask and trigger.alpha")
         keep_HWC, add_HWC = (_nearest(values, height, width) for values in (content.keep_HWC, content.picture_HWC))
         return keep_HWC, add_HWC
     weight_HW1 = np.full((height, width, 1), alpha)

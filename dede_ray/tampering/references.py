@@ -1,4 +1,4 @@
-"""Reference inputs: the images of the target class that BadEncoder and its heirs push triggered images towards."""
+"""Reference inputs: the images of the target class that BadEncoder and DRUPE push triggered images towards."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Subject(nn.Module):
 
     Attributes:
         image_size: side of the square input, in pixels.
-        described: what the form it came in says of it.
+        described: its description, in the form of its kind.
     """
 
     def __init__(self, config: VictimConfig):
@@ -148,7 +148,7 @@ def _load_image_only(config: EncoderVictim | PublishedVictim) -> tuple[nn.Module
 
 
 def tampered_victim(config: VictimConfig, folder: Path) -> VictimConfig:
-    """How the encoder that `Subject.save` wrote is named."""
+    """The settings that load the encoder that `Subject.save` wrote."""
     if isinstance(config, OpenClipVictim):
         return OpenClipVictim(path=str(folder), precision=config.precision)
     return EncoderVictim(path=str(folder), precision=config.precision)
@@ -222,7 +222,7 @@ class TowardsReferences(InEvalMode):
         subject: the encoder; the frame keeps a frozen copy as f.
         references: uint8 (n, S, S, 3) per target.
         reference_views: see `OnReferences`.
-        seed, rank, world: draw the views of a step, whoever computes them.
+        seed, rank, world: draw the views of a step, the same for any number of workers.
     """
 
     clean_RE: Tensor
@@ -346,10 +346,10 @@ class TowardsRecipe(Recipe):
 def read_targets(
     targets: list[Target], size_px: int, seed: int, limits: Limits
 ) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
-    """Read all references, and try each trigger on them: what does not fit is found here, not in a worker.
+    """Read all references, and try each trigger on them: what does not fit is a mistake here, not in a worker.
 
     Returns:
-        uint8 (n, S, S, 3) per target, and what the record of the attack says of each.
+        uint8 (n, S, S, 3) per target, and the record of each for attack.json.
     """
     images, records = [], []
     for target in targets:

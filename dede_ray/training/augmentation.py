@@ -1,7 +1,15 @@
-"""What training does to an image before the model sees it; scoring never augments.
+"""What training does to an image before the model sees it: random crop, mirror, colours, blur. Scoring never augments.
 
-A view is cut from the decoded original, not from a square made of it, so that a small crop keeps the original's detail.
-Crop, resizing and colours are Pillow's, and what happens to an image depends on the generator that it is given only.
+The settings (`Augmentation`) are carried out in two ways that do the same:
+
+- `Augmentation.apply`, one image at a time, by Pillow, where images are decoded: for CLIP. A view is cut from the
+  decoded original, not from a square made of it, so that a small crop keeps the original's detail.
+- `random_views`, a batch of squares at once, on the device that trains: for SimCLR, whose many views would hold up a
+  GPU with Pillow. Crop, antialiased resizing and mirror are two small matrices per image.
+
+What happens to an image depends only on the generator, or the numbers, that it is given.
+
+Shapes: B images, H pixels of a source's side, S pixels of a view's side, K draws per view.
 """
 
 from __future__ import annotations
@@ -20,7 +28,7 @@ from dede_ray.runtime.config import Config
 
 
 class Augmentation(Config):
-    """Random views of training images: crop, mirror, colours."""
+    """Random views of training images: crop, mirror, colours, blur."""
 
     min_scale: float = Field(0.9, gt=0, le=1)
     """Smallest share of the area that a random crop keeps, of the largest crop of its shape; 1 (with max_aspect 1)
@@ -115,6 +123,8 @@ def _turn_hue(image: Image.Image, turns: float) -> Image.Image:
     return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
 
 
+# ------------------------------------------------------------------------------------------------ a batch at once
+
 NUM_DRAWS = 17  # random numbers that decide a view
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision weigh red, green and blue
@@ -150,9 +160,6 @@ def _for_some(image_BCSS: Tensor, is_changed_B: Tensor, change: Callable[..., Te
     if len(rows):
         some = [argument[rows] if isinstance(argument, Tensor) else argument for argument in arguments]
         image_BCSS[rows] = change(image_BCSS[rows], *some)
-
-
-# --------------------------------------------------------------------------------------------------- geometry
 
 
 def _crop(
@@ -200,9 +207,6 @@ def _blur(image_BCSS: Tensor, sigma_B: Tensor) -> Tensor:
     weights = torch.exp(-(place - place.view(-1, 1)).square() / (2 * sigma_B.square().view(-1, 1, 1)))
     weights = (weights / weights.sum(dim=2, keepdim=True)).unsqueeze(1)
     return weights @ image_BCSS @ weights.transpose(2, 3)
-
-
-# --------------------------------------------------------------------------------------------------- colours
 
 
 def _jitter(image_BCSS: Tensor, settings: Augmentation, strength_B4: Tensor, order_B4: Tensor) -> Tensor:

@@ -23,9 +23,10 @@ from dede_ray.runtime.config import Mistake
 from dede_ray.training import dataloader, robust
 from dede_ray.training.augmentation import Augmentation
 from dede_ray.training.contrastive import Contrastive, LossKind, with_loss
-from dede_ray.training.decoder import EncoderSection, SectionSettings, refuse_unfit, train_sections
+from dede_ray.training.decoder import SectionSettings
 from dede_ray.training.loop import Recipe
 from dede_ray.training.optimiser import Optimisation
+from dede_ray.training.sections import EncoderSection, refuse_unfit, train_sections
 from dede_ray.training.validation import ValidationConfig, Validator
 
 

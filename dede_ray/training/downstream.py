@@ -1,9 +1,9 @@
-"""Is the victim worth detecting against? What a classifier on top of it does to clean and to triggered images.
+"""Downstream behaviour of a finished encoder: what classifiers on its embeddings do to clean and to triggered images.
 
-A backdoor is a promise of behaviour: triggered images go to the target class (ASR, attack success rate) while clean
-images are classified as well as ever (CA, clean accuracy). `measure` takes both numbers of one encoder under each
-head: zero-shot where there is text, and classifiers that are fitted on a clean or on a poisoned downstream training
-set. activation.py judges them.
+A backdoor works if triggered images are classified as the target (ASR, attack success rate) while clean images are
+classified as well as before (CA, clean accuracy). `measure` takes both numbers of one encoder under each head:
+zero-shot where there is text, and classifiers that are fitted on a clean or on a poisoned downstream training set.
+evaluation/measure.py judges them.
 """
 
 from __future__ import annotations

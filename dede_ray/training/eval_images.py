@@ -1,6 +1,7 @@
-"""Pictures: the samples that a measurement is made on, found once, then read ahead whenever they are needed.
+"""The pictures that an encoder is measured on while it trains: found once, then read ahead whenever they are needed.
 
-Imports nothing heavy: the Ray tasks that read begin on processes of their own, and those should be there at once.
+This module imports nothing heavy, such as open_clip: its Ray tasks run in processes of their own, which should start
+fast.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ READ_AHEAD = 4  # tasks under way
 
 @dataclass(frozen=True)
 class Picture:
-    """One sample, and where it stands."""
+    """One sample, and where it is."""
 
     ref: ChunkRef
     place: int

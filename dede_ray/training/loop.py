@@ -11,9 +11,10 @@ on what), and the order of its samples (`dataloader.Plan`). Together they are a 
 The run's folder gets `metrics.jsonl` and `validation.jsonl` (one JSON object per logged step), `curve.png`,
 `checkpoints/` (what resuming needs; DeepSpeed writes pickles, so keep it to yourself) and what the recipe exports.
 
-Of speed a line of `metrics.jsonl` says: `samples_per_s`, with everything; `input_wait_share`, of that time; `step_s`,
-the mean step once its batch is there; `utilisation`, the share of those seconds that the step's arithmetic would take
-if rank 0's device did it as fast as it multiplies matrices in the same precision.
+Four numbers of `metrics.jsonl` are about speed: `samples_per_s`, with everything; `input_wait_share`, the share of that
+time spent waiting for samples; `step_s`, the mean step once its batch is there; `utilisation`, the share of those
+seconds that the step's arithmetic would take if rank 0's device did it as fast as it multiplies matrices in the same
+precision.
 """
 
 from __future__ import annotations
@@ -315,8 +316,8 @@ def _persist(train: Any, run: Run) -> dict[str, Any]:
         try:
             return train()
         except (RayActorError, TrainingFailedError) as error:
-            # Ray Train gives up for good where it stumbles itself, say over a worker that the machine ran out of memory
-            # for and that cannot be stopped in order. That is no failure of the run.
+            # Ray Train gives up for good over an error of its own, say a worker that was killed for memory and that it
+            # cannot stop properly. That is no failure of the run.
             if not isinstance(error, RayActorError | ControllerError) or _mistake_behind(error):
                 raise _mistake_behind(error) or error from None
             last = _last_step(run.folder)
@@ -401,7 +402,7 @@ def _mistake_file(folder: Path) -> Path:
 
 
 def _mistake_behind(error: BaseException | None) -> Mistake | None:
-    """The mistake that an exception of Ray's wraps, at whatever depth."""
+    """The mistake that an exception of Ray's wraps, at any depth."""
     if error is None or isinstance(error, Mistake):
         # Ray Data adds advice of its own to what a reader raised.
         return Mistake(str(getattr(error, "cause", error)).split("\nFailed to apply UDF")[0]) if error else None
@@ -483,7 +484,7 @@ def _train(run: Run) -> dict[str, Any]:
         if log is not None:
             metrics = metrics if norm is None else {**metrics, "gradient_norm": norm}
             log.step(step, mean, metrics, columns, got - waited, time.monotonic() - got)
-            _stop_reading_rubbish(run, seen)
+            _refuse_too_many_unusable(run, seen)
             outcome["loss"] = log.loss
         done, is_last = step + 1, step + 1 == num_steps
         if run.validate_every is not None and (is_last or (run.validate_every and done % run.validate_every == 0)):
@@ -507,7 +508,7 @@ _FOR_THE_HOST = {"sample_id", "unusable", "is_truncated"}
 
 
 def _to_device(column: Any, device: torch.device) -> torch.Tensor:
-    """Copy what Ray's object store lends for reading only; through pinned memory where there is a device beyond."""
+    """Copy what Ray's object store lends for reading only; through pinned memory to a GPU."""
     if device.type == "cpu":
         return torch.from_numpy(column.copy())
     return torch.from_numpy(column.copy()).pin_memory().to(device, non_blocking=True)
@@ -681,8 +682,8 @@ def _non_finite(
     )
 
 
-def _stop_reading_rubbish(run: Run, seen: dataloader.Seen) -> None:
-    """Raise when too many samples cannot be used; rank 0's share speaks for all."""
+def _refuse_too_many_unusable(run: Run, seen: dataloader.Seen) -> None:
+    """Raise when too many samples cannot be used, judged by rank 0's share."""
     unusable = Counter({key: n for key, n in seen.unusable.items() if key[1] not in dataloader.SET_ASIDE})
     bad, used = sum(unusable.values()), seen.counts["samples"]
     used = max(used, run.plan.batch_size * min(run.plan.steps_per_window, run.plan.num_steps))  # a window's at once

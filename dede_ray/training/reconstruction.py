@@ -1,4 +1,10 @@
-"""The DeDe decoder's objective: presets, the loss with its trimming, samples with long embeddings, a plain loop."""
+"""How the DeDe decoder learns: presets, the training objective, and what becomes of samples with long embeddings.
+
+`PRESETS` are complete settings; `Reconstruction` is the objective, error over hidden patches with trimming and the
+reverse direction. decoder.py trains it on shards; `fit_decoder` does the same in memory, by a plain loop.
+
+Shapes: as in models/decoder.py; N images.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +28,13 @@ from dede_ray.training.optimiser import Optimisation
 
 
 OodFill = Literal["none", "split", "noise"]
-"""What becomes of samples whose embeddings are longer than most: where few samples lie, a decoder learns little else
-than them, and a poison that makes embeddings long (CTRL) is then rebuilt well. Publication and code disagree.
+"""What becomes of samples whose embeddings are longer than most. Where few samples lie, a decoder learns hardly
+anything but these, and then rebuilds a poison well that makes embeddings long (CTRL). Publication and code disagree.
 
-none: nothing. noise, after the publication's text: they are left out, and as many images of random noise take their
-place. split, after the published code, where the noise is commented out: they are kept apart, and every epoch is a pass
-over the others, then one over them."""
+- none: nothing.
+- noise, after the publication's text: they are left out, and as many images of random noise take their place.
+- split, after the published code, where the noise is commented out: they are kept apart, and every epoch is a pass over
+  the others, then one over them."""
 
 
 class DecoderPreset(Optimisation):
@@ -229,7 +236,7 @@ def fit_decoder(
 ) -> MaskedDecoder:
     """Train a decoder on images that are in memory, by a plain loop: for benchmarks and small sets.
 
-    The same objective, optimiser and masks as `jobs/train_clip.py`, whose batches are other draws.
+    The same objective, optimiser and masks as decoder.py has, but other batches.
 
     Args:
         image_NHWC: uint8, at the victim's size.
@@ -240,7 +247,7 @@ def fit_decoder(
         embed: the victim itself, uint8 (N, H, W, 3) -> float32 (N, E), where the preset fills with noise.
 
     Raises:
-        Mistake: fewer images than a batch, or noise to embed and nobody to do it.
+        Mistake: fewer images than a batch, or noise to embed and no victim to do it.
     """
     passes = [np.arange(len(image_NHWC))]
     if preset.ood_fill != "none":
@@ -295,7 +302,7 @@ def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 def embedding_use(decoder: MaskedDecoder, batch: dict[str, Tensor], mask_ratio: float) -> dict[str, float]:
     """Does the decoder read the embedding? Its error with the true, a neighbour's and the null embedding.
 
-    A decoder whose error hardly grows with somebody else's embedding ignores it, and its scores mean nothing.
+    A decoder whose error hardly grows with another image's embedding ignores it, and its scores mean nothing.
     """
     image_BCHW, embedding_BE = to_unit_range(batch["image"]), batch["embedding"].float()
     target_BLP = decoder.patchify(image_BCHW)

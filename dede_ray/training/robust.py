@@ -358,7 +358,7 @@ class _WithSafeSet(_Robust):
         if self._seen is None:
             return
         place_G, similarity_G = (rows.cpu().numpy() for rows in self._seen)
-        order = similarity_G.argsort()  # of a sample that is twice in the batch, the larger: no matter where it stands
+        order = similarity_G.argsort()  # of a sample that is twice in the batch, the larger: independent of their order
         self.similarity_S[place_G[order]] = similarity_G[order]
         self._seen = None
 

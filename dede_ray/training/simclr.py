@@ -41,11 +41,12 @@ from dede_ray.models.victims import EncoderVictim
 from dede_ray.runtime.config import Config, Mistake
 from dede_ray.training import dataloader
 from dede_ray.training.augmentation import NUM_DRAWS, Augmentation, random_views
-from dede_ray.training.decoder import EncoderSection, SectionSettings, refuse_unfit, train_sections
+from dede_ray.training.decoder import SectionSettings
 from dede_ray.training.eval_images import find_pictures
 from dede_ray.training.loop import Recipe
 from dede_ray.training.objective import Batch, Embeddings, Objective, among_all
 from dede_ray.training.optimiser import PlainAdam
+from dede_ray.training.sections import EncoderSection, refuse_unfit, train_sections
 from dede_ray.training.validation import SEED, Backdoor, Crew, Floats, Measurement, SetName, to_be_stamped
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class SimclrTrain(PlainAdam):
     """Side of the centre squares that views are cut from; None takes image_size, which is right where the images have
     that size. For 224 px, 320 keeps the detail of small crops."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """The normaliser's mean per RGB channel of pixels in [0, 1]; it belongs to the encoder ever after."""
+    """The normaliser's mean per RGB channel of pixels in [0, 1]; it stays part of the encoder."""
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """The normaliser's standard deviation per RGB channel; 0 and 1 are no normaliser, as CTRL has it."""
     projection: Projection = Projection()

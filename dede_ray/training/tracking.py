@@ -1,13 +1,16 @@
-"""TensorBoard, MLflow and W&B as views of a training run; the JSON lines in its folder are the truth.
+"""Watching a training run: a picture of its curve, and TensorBoard, MLflow and W&B as views of it.
 
-A `Follower` lives in the driver while a section trains. Every few seconds it reads `metrics.jsonl` and
-`validation.jsonl` and tells each tracker the steps that are new to it. Training never waits for a tracker: one that
-fails is warned about once and tried again, from where it stopped. Only the end of the job waits for a last try.
+The truth is the JSON lines in the run's folder, `metrics.jsonl` and `validation.jsonl`; everything here reads them.
+`draw_curve` draws `curve.png` from them, at any time, also while training.
 
-`tracking.json` keeps, for each tracker, the id of its run and the last step it was told, so that a killed job goes on
-with the same runs. Steps that training does again repeat what they did, so trackers keep the values they have: only
-later steps are forwarded, and no step appears twice. (A driver killed between telling a tracker and noting it repeats
-those lines, a poll's worth, with the same values.)
+A `Follower` lives in the driver while a section trains. Every few seconds it reads the lines and forwards the steps
+that are new to each tracker. Training never waits for a tracker: one that fails is warned about once and tried again,
+from where it stopped. Only the end of the job waits for a last try.
+
+`tracking.json` keeps, for each tracker, the id of its run and the last step that was forwarded, so that a killed job
+continues the same runs. Steps that training does again repeat what they did, so trackers keep the values they have:
+only later steps are forwarded, and no step appears twice. (A driver killed between forwarding steps and noting it
+repeats those lines, a poll's worth, with the same values.)
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from dede_ray.runtime.config import Config, Mistake, read_json, write_atomically
 
 logger = logging.getLogger(__name__)
 
-STREAMS = {"train": "metrics.jsonl", "validation": "validation.jsonl"}  # a metric is told as <stream>/<name>
+STREAMS = {"train": "metrics.jsonl", "validation": "validation.jsonl"}  # a metric is forwarded as <stream>/<name>
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # tensorboardX comes with ray[train]
 POLL_S = 5.0
 RETRY_S = 300.0
@@ -69,7 +72,7 @@ class Follower:
     Args:
         folder: the section's folder, with `metrics.jsonl` and `validation.jsonl` now or later. Each line is an object
             of numbers with `step` among them; what is not a number is left out. Steps ascend.
-        tracking: which trackers to tell.
+        tracking: which trackers to forward to.
         settings: the run's settings as JSON values, shown by the trackers.
         on_metrics: called with the newest line of either file when it has changed, steps done again included;
             from the follower's own thread, so what it raises stops the following, not the training.
@@ -89,16 +92,18 @@ class Follower:
         self.folder, self.on_metrics = folder.absolute(), on_metrics
         name = f"{tracking.run_name or self.folder.parent.name}/{self.folder.name}"
         self._record = self.folder / "tracking.json"
-        self._told = read_json(self._record, "record of trackers") if self._record.is_file() else {}
-        self._noted = json.dumps(self._told)
+        self._forwarded = read_json(self._record, "record of trackers") if self._record.is_file() else {}
+        self._noted = json.dumps(self._forwarded)
         run = _Run(self.folder, tracking.project, name, settings)
-        self._views = [_View(kind, run, self._told.setdefault(kind, {})) for kind in dict.fromkeys(tracking.trackers)]
+        self._views = [
+            _View(kind, run, self._forwarded.setdefault(kind, {})) for kind in dict.fromkeys(tracking.trackers)
+        ]
         self._shown: dict[str, bytes | None] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> Follower:
-        for stream, name in STREAMS.items():  # what the run to be resumed said last
+        for stream, name in STREAMS.items():  # the last lines of the run to be resumed
             self._shown[stream] = next(reversed(_whole_lines(self.folder / name)), None)
         self._thread.start()
         return self
@@ -126,11 +131,14 @@ class Follower:
                 if self.on_metrics:
                     self.on_metrics(json.loads(newest))
         for view in self._views:
-            view.tell(lines)
-        if json.dumps(self._told) != self._noted:
+            view.forward(lines)
+        if json.dumps(self._forwarded) != self._noted:
             with contextlib.suppress(OSError):  # then the next poll notes it
-                write_json(self._record, self._told)
-                self._noted = json.dumps(self._told)
+                write_json(self._record, self._forwarded)
+                self._noted = json.dumps(self._forwarded)
+
+
+# ------------------------------------------------------------------------------------------------ the lines
 
 
 def _whole_lines(path: Path) -> list[bytes]:
@@ -171,25 +179,25 @@ class _Run:
 
 
 class _View:
-    """A tracker and what it has been told: the `id` it gave its run, and the last step of each stream."""
+    """A tracker and what was forwarded to it: the `id` it gave its run, and the last step of each stream."""
 
-    def __init__(self, kind: str, run: _Run, told: dict[str, Any]):
-        self.kind, self.run, self.told = kind, run, told
+    def __init__(self, kind: str, run: _Run, state: dict[str, Any]):
+        self.kind, self.run, self.state = kind, run, state
         self.tracker: _TensorBoard | _MLflow | _WandB | None = None
         self.is_warned, self.retry_at = False, 0.0
 
-    def tell(self, lines: dict[str, list[bytes]]) -> None:
+    def forward(self, lines: dict[str, list[bytes]]) -> None:
         if time.monotonic() < self.retry_at:
             return
         try:
             if self.tracker is None:
-                self.tracker = _open(self.kind, self.run, self.told)
+                self.tracker = _open(self.kind, self.run, self.state)
             for stream in STREAMS:
-                new = _steps_after(self.told.get(stream, -1), lines[stream])
+                new = _steps_after(self.state.get(stream, -1), lines[stream])
                 if new:
                     self.tracker.log([(step, {f"{stream}/{k}": v for k, v in row.items()}) for step, row in new])
-                    self.told[stream] = new[-1][0]
-        except Exception as error:  # whatever a server, a disk or a login can do: training goes on
+                    self.state[stream] = new[-1][0]
+        except Exception as error:  # whatever a server, a disk or a login can do: training continues
             self._warn(error)
             self.retry_at = time.monotonic() + RETRY_S
 
@@ -203,22 +211,22 @@ class _View:
     def _warn(self, error: Exception) -> None:
         if not self.is_warned:
             logger.warning(
-                "%s failed: %s: %s. Training goes on, metrics.jsonl has it all; tried again every %.0f min "
-                "from here on, without a word", self.kind, type(error).__name__, error, RETRY_S / 60,
+                "%s failed: %s: %s. Training continues, metrics.jsonl has everything; tried again every %.0f min "
+                "from here on, without further warnings", self.kind, type(error).__name__, error, RETRY_S / 60,
             )  # fmt: skip
         self.is_warned = True
 
 
-def _open(kind: str, run: _Run, told: dict[str, Any]) -> _TensorBoard | _MLflow | _WandB:
+def _open(kind: str, run: _Run, state: dict[str, Any]) -> _TensorBoard | _MLflow | _WandB:
     if kind == "tensorboard":
-        return _TensorBoard(run, told)
-    return _MLflow(run, told) if kind == "mlflow" else _WandB(run, told)
+        return _TensorBoard(run, state)
+    return _MLflow(run, state) if kind == "mlflow" else _WandB(run, state)
 
 
 class _TensorBoard:
-    """One event file per driver. Written without tensorboardX's queue, so that what was told is on the disk."""
+    """One event file per driver. Written without tensorboardX's queue, so that what was forwarded is on the disk."""
 
-    def __init__(self, run: _Run, told: dict[str, Any]):
+    def __init__(self, run: _Run, state: dict[str, Any]):
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.summary import text
 
@@ -226,8 +234,8 @@ class _TensorBoard:
         folder.mkdir(exist_ok=True)
         # Its file names count seconds; a name that comes twice would empty the first file.
         self.writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
-        if "id" not in told:
-            told["id"] = run.name
+        if "id" not in state:
+            state["id"] = run.name
             settings = json.dumps(run.settings, indent=2).replace("\n", "\n    ")
             self._write(0, text("settings", f"    {settings}"))  # indented: Markdown for code
 
@@ -248,7 +256,7 @@ class _TensorBoard:
 
 
 class _MLflow:
-    def __init__(self, run: _Run, told: dict[str, Any]):
+    def __init__(self, run: _Run, state: dict[str, Any]):
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
@@ -258,13 +266,13 @@ class _MLflow:
             store.mkdir(exist_ok=True)
             uri, artifacts = f"sqlite:///{store}/mlflow.db", f"{store}/artifacts"
         self.client = MlflowClient(tracking_uri=uri)
-        if "id" in told:
-            self.id = told["id"]
+        if "id" in state:
+            self.id = state["id"]
             self.client.update_run(self.id, status="RUNNING")
             return
         experiment = self.client.get_experiment_by_name(run.project)
         place = experiment.experiment_id if experiment else self.client.create_experiment(run.project, artifacts)
-        self.id = told["id"] = self.client.create_run(place, run_name=run.name).info.run_id
+        self.id = state["id"] = self.client.create_run(place, run_name=run.name).info.run_id
         params = [Param(name, str(value)[:500]) for name, value in _flat(run.settings)]
         for part in _chunks(params, 100):  # limits of the server's interface
             self.client.log_batch(self.id, params=part)
@@ -282,13 +290,14 @@ class _MLflow:
 
 
 class _WandB:
-    def __init__(self, run: _Run, told: dict[str, Any]):
+    def __init__(self, run: _Run, state: dict[str, Any]):
         import wandb
 
-        told.setdefault("id", uuid.uuid4().hex[:8])
+        state.setdefault("id", uuid.uuid4().hex[:8])
         self.run = wandb.init(
-            project=run.project, name=run.name, dir=str(run.folder), id=told["id"], resume="allow", config=run.settings,
-            allow_val_change=True, reinit="create_new", settings=wandb.Settings(console="off", login_timeout=60),
+            project=run.project, name=run.name, dir=str(run.folder), config=run.settings, allow_val_change=True,
+            id=state["id"], resume="allow", reinit="create_new",
+            settings=wandb.Settings(console="off", login_timeout=60),
         )  # fmt: skip
         # Validation lags behind training, so W&B's own counter, which only goes up, cannot be the axis.
         for stream in STREAMS:
@@ -314,6 +323,9 @@ def _chunks(things: list[Any], size: int) -> list[list[Any]]:
     return [things[start : start + size] for start in range(0, len(things), size)]
 
 
+# ------------------------------------------------------------------------------------------------ the curve
+
+
 STYLE: Any = {
     "font.size": 9,
     "axes.grid": True,
@@ -321,7 +333,7 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-SHOWN = {  # of a validation: what is drawn, and what it is called
+SHOWN = {  # of a validation: what is drawn, under which name
     "zero_shot_top1": "zero-shot accuracy",
     "attack_success_rate": "attack success rate",
     "image_to_text_r5": "image to text, R@5",
@@ -375,5 +387,4 @@ def _draw_quality(axes: Axes, validations: list[dict[str, Any]], per_step: float
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in text if line.endswith("}")]
+    return [json.loads(line) for line in _whole_lines(path) if line.endswith(b"}")]

@@ -1,10 +1,11 @@
-"""How good the CLIP is while it trains: zero-shot accuracy, retrieval, and what a backdoor does (CA and ASR).
+"""How good an encoder is while it trains: zero-shot accuracy, retrieval, and what a backdoor does (CA and ASR).
 
-The driver makes one `Validator`: it looks at the shards and the classes, so that what does not fit is said before
-training begins, and settles which samples count. Every training worker then calls `run` at the same step. Each takes
-its share of the images and captions, embeds as many batches as every other worker does (the last ones padded, because
-a partitioned model can only be run by all together), and gets the same numbers back. Ray tasks read and decode ahead
-of the forward pass. Training goes on as if nothing had happened: no random number is drawn and no statistic moves.
+`Measurement` is the frame, for any encoder; `Validator` measures a CLIP, and simclr.py has its own. The driver makes
+one: it reads the shards and the classes, so that what does not fit is reported before training begins, and decides
+which samples count. Every training worker then calls `run` at the same step. Each takes its share of the images and
+captions, embeds as many batches as every other worker does (the last ones padded, because a partitioned model can only
+be run by all together), and gets the same numbers back. Ray tasks read and decode ahead of the forward pass. Training
+is not disturbed: no random number is drawn and no statistic moves.
 
 Shapes: N samples, E embedding width, C classes, T templates, B batch, L context length.
 """
@@ -79,14 +80,14 @@ class Backdoor(Config):
     """
 
     poisoned: str | None = None
-    """Folder that jobs/poison.py wrote; its run.json tells trigger and target."""
+    """Folder that jobs/poison.py wrote; its run.json holds trigger and target."""
     trigger: AnyTrigger | None = Field(None, discriminator="kind")
     """What is stamped."""
     target_label: int | None = Field(None, ge=0)
     """The class that triggered images should be taken for."""
 
     @model_validator(mode="after")
-    def _is_told_once(self) -> Backdoor:
+    def _is_set_once(self) -> Backdoor:
         explicit = [self.trigger is not None, self.target_label is not None]
         if any(explicit) if self.poisoned is not None else not all(explicit):
             raise ValueError("set either `poisoned`, or both `trigger` and `target_label`")
@@ -158,7 +159,7 @@ class Measurement(ABC):
     ) -> dict[str, float]:
         """Measure; all `world` workers must call it together, each with its rank and the same weights.
 
-        With more than one worker torch's default process group must stand. A partitioned model (ZeRO-3) is fine.
+        With more than one worker torch's default process group must exist. A partitioned model (ZeRO-3) is fine.
 
         Args:
             model: the model on `device`, in any mode; it is left as it was.
@@ -250,7 +251,7 @@ class Validator(Measurement):
 
     Args:
         config: what to measure.
-        described: the model's description (clip.py).
+        described: the model's description (models/clip.py).
         limits: bounds on what one sample may cost.
 
     Raises:
@@ -351,7 +352,7 @@ class Validator(Measurement):
 
 @dataclass
 class Crew:
-    """One worker among all that measure together: what is its part, and how the parts come together."""
+    """One worker among all that measure together: its part of the samples, and how the parts come together."""
 
     model: Any
     device: torch.device

@@ -15,7 +15,7 @@ from dede_ray.data import images
 from dede_ray.data.shards import list_shards
 from dede_ray.models import clip
 from dede_ray.runtime.libraries import open_clip
-from dede_ray.training import dataloader, decoder
+from dede_ray.training import dataloader, sections
 from dede_ray.training.clip import ClipTrain, TrainConfig, train
 from dede_ray.training.loop import Run, Workers, fit
 
@@ -48,7 +48,7 @@ def test_every_loss_of_fifty_steps_is_that_of_open_clips_trainer(
 ):
     config = settings(kind, clip_norm, learning_rate, shared_data / "coco_captions", tmp_path)
     runs: list[Run] = []
-    monkeypatch.setattr(decoder, "fit", lambda run: runs.append(run) or fit(run))
+    monkeypatch.setattr(sections, "fit", lambda run: runs.append(run) or fit(run))
     train(config)
     ours = [json.loads(line)["loss"] for line in (tmp_path / "ours/clip/metrics.jsonl").read_text().splitlines()]
     theirs = losses_of_open_clip(config.clip, runs[0], tmp_path, monkeypatch)

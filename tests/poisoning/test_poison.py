@@ -359,7 +359,7 @@ class TestPoison:
         assert run(settings, chosen=chosen, trigger={"kind": "nothing"}, rate=0.25) == truth
         for name, message in {
             "train-00000.tar/nobody": r"chosen names 'train-00000\.tar/nobody', which is no usable sample",
-            "train-00001.tar.gz/d/k20": r"chosen names 'train-00001\.tar\.gz/d/k20', but that key stands twice",
+            "train-00001.tar.gz/d/k20": r"chosen names 'train-00001\.tar\.gz/d/k20', but that key is twice",
         }.items():
             with pytest.raises(Mistake, match=message):
                 run(settings, chosen=[name], output=settings["output"] + "2")
