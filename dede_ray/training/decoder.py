@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pydantic import Field
@@ -105,7 +106,7 @@ def train_decoder(config: SectionSettings, section: DecoderTrain, trained: Victi
         own: the settings that make the decoder what it is, for its run.json.
 
     Returns:
-        One line for people.
+        One line: how long it trained, how well it reads the embedding, where it is.
     """
     if section.ood_fill == "split":
         raise Mistake(
@@ -132,10 +133,10 @@ def train_decoder(config: SectionSettings, section: DecoderTrain, trained: Victi
             index += dataloader.index_shards(noise)
         plan = config.plan(index, preset.batch_size, preset.epochs, shuffle=preset.shuffle)
         held_index = dataloader.index_shards(holdout)
+        encoding = Encoding(victim_config.located(), None, frozenset())
         for kind, pass_shards in (("train", [*shards, *noise]), ("holdout", holdout)):
             run_pass(
-                pass_shards, folder / "embeddings" / kind, EmbedWork,
-                {"encoding": Encoding(victim_config.located(), None, frozenset())},
+                pass_shards, folder / "embeddings" / kind, EmbedWork, {"encoding": encoding},
                 image_size=victim.image_size, made_with={"victim": victim.fingerprint},
                 chunk_size=dataloader.CHUNK_SIZE, limits=config.limits, resources=config.embedding,
                 max_error_fraction=config.max_error_fraction, name=f"embedding {kind}",
@@ -254,8 +255,7 @@ class _DecoderRecipe(Recipe):
         for row in np.flatnonzero(lengths(embedding_NE) > radius).tolist():
             errors[row] = "outside_ball"
         usable = [row for row, error in enumerate(errors) if error is None]
-        every_name, size = part["sample_id"].to_pylist(), self.image_size
-        names = [every_name[row] for row in usable]
+        names, size = part["sample_id"].take(pa.array(usable, pa.int64())).to_pylist(), self.image_size
         images_BHWC = [decode_image(samples[row].image or b"", self.limits, size) for row in usable]
         columns = {
             "image": dataloader.stacked(images_BHWC, (size, size, 3)),
