@@ -511,7 +511,7 @@ def encode_captions(model: Any, tokenize: Any, captions: list[str], batch_size: 
 
 
 def _looks_back_only(model: Any) -> bool:
-    """Whether it is open_clip's plain CLIP, whose caption is read off at its end."""
+    """Whether it is open_clip's plain CLIP, which takes a caption's embedding from its last token."""
     return type(model) is open_clip.model.CLIP and model.text_pool_type == "argmax" and model.attn_mask is not None
 
 

@@ -90,7 +90,7 @@ EMBEDDINGS = ("embedding", "reference", "caption_embedding", "reference_caption_
 
 @dataclass(frozen=True)
 class Encoding:
-    """Which encoders look at a sample; what a fitting set and a score have in common."""
+    """The encoders that embed a sample: the same for a fitting set and for scores."""
 
     victim: VictimConfig
     reference: VictimConfig | None
@@ -115,7 +115,7 @@ class Encoding:
             )
 
     def made_with(self, victim: Victim) -> dict[str, Any]:
-        """What the embeddings depend on, for a pass."""
+        """Everything that the embeddings depend on, as a pass records it."""
         reference = self.reference and load_victim(self.reference).fingerprint
         return {"victim": victim.fingerprint, "reference": reference, "needs": sorted(self.needs - {"image"})}
 
@@ -172,7 +172,7 @@ class Encoders:
         )
 
     def columns(self, precision: Precision) -> dict[str, pa.DataType]:
-        """Kinds of the columns that `stored` gives."""
+        """Arrow types of the columns that `stored` gives."""
         kind = pa.float16() if precision == "float16" else pa.float32()
         widths = {"embedding": self.victim.embedding_dim}
         if self.reference is not None:

@@ -290,7 +290,7 @@ def _initialise(network: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Described:
-    """What an encoder's weights do not say."""
+    """An encoder's architecture, input size and normaliser, which its weights do not contain."""
 
     architecture: Architecture
     image_size: int

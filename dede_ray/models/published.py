@@ -57,7 +57,7 @@ class Layout:
     normaliser: Normaliser | None
     """What its first users fed it; None where two did differently, so that a person has to choose."""
     prefix: str = ""
-    """Of the encoder's tensors; all others (heads, momentum encoders, queues) are left."""
+    """Prefix of the encoder's tensors; all others (heads, momentum encoders, queues) are left out."""
     classifier: str | None = None
     """Prefix of the linear layer on top, within the encoder's."""
     dropped: str | None = None
@@ -93,7 +93,7 @@ NUM_PARAMETERS: dict[Architecture, int] = {
     ResNet(depth=50, stem="imagenet"): 23_508_032,
     ClipResNet(): 38_316_896,
 }
-"""Of the published networks, without classifier."""
+"""Parameters of the published networks, without classifier."""
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,7 @@ def _load_clip(config: OpenClipVictim) -> Victim:
 
 
 def best_device() -> torch.device:
-    """Where this process computes: the GPU that it was given, if any."""
+    """The device that this process computes on: the GPU that it was given, if any."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -60,7 +60,7 @@ def resolve_weights(init: str | Path) -> Path:
 
 
 def _behind_tag(tag: str) -> str:
-    """Where the weights lie that open_clip's users know by a tag such as `laion2b_s34b_b79k`."""
+    """Repositories of the weights that open_clip's users know by a tag such as `laion2b_s34b_b79k`."""
     models = [model for model, known in open_clip.list_pretrained() if known == tag]
     known = {open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "") for model in models}
     repositories = sorted(HUB + address.strip("/") for address in known if address)

@@ -103,7 +103,7 @@ class Backdoor(Config):
     target_label: int = Field(ge=0)
     """The class that triggered images should be taken for."""
     target_name: str | None = None
-    """What captions call it; null: its name in classes.json."""
+    """Its name in captions; null: its name in classes.json."""
     target_captions: list[str] | None = Field(None, min_length=1)
     """Captions of poisoned samples, one is drawn for each; null: as `captions` says."""
 
@@ -395,7 +395,7 @@ def _target_name(backdoor: Backdoor, classes: Classes | None) -> str:
 
 @dataclass
 class _Change:
-    """What becomes of one place of a shard; None leaves the member as it is."""
+    """The change at one place of a shard; None leaves the member as it is."""
 
     label: int | None = None
     caption: str | None = None

@@ -560,7 +560,7 @@ def _pasted(path: str, mask: str | None, alpha: float, size_px: int | None) -> t
 
 
 def _keep_and_add(path: str, mask: str | None, alpha: float, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a file makes of an image: `image * keep + add`, in grey levels."""
+    """How a file changes an image: `image * keep + add`, in grey levels."""
     content = _picture_in(path)
     if content.keep_HWC is not None:  # made to be summed: what was all or nothing stays so
         if mask is not None or alpha != 1:

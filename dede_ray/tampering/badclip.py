@@ -58,7 +58,8 @@ class PatchSearch(PlainAdam):
     triplet_weight: float = Field(500.0, ge=0)
     """Weight of the image side against the text side."""
     margin: float = Field(1.0, gt=0)
-    """How much nearer a patched image is to be to images of the target than to images without the patch."""
+    """Margin of the triplet loss: by how much a patched image should be nearer to images of the target than to images
+    without the patch."""
     auto_augment: float = Field(0.5, ge=0, le=1)
     """Share of the images that AutoAugment changes before the patch is put on."""
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 from dede_ray.runtime.config import Mistake
 from dede_ray.tampering.badencoder import effectiveness_loss
@@ -30,6 +29,7 @@ from dede_ray.tampering.tamper import (
     spread,
     utility_loss,
 )
+from dede_ray.training.objective import everyones
 
 Phase = Literal["warmup", "first", "second"]
 
@@ -129,7 +129,7 @@ class _Drupe(TowardsReferences):
             self.sums = torch.zeros(4)
 
     def loss(self, e: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        triggered_BE, clean_BE = (_everyone(rows, self.world) for rows in (e.tampered_TBE[0], e.tampered_BE))
+        triggered_BE, clean_BE = (everyones(rows, self.world) for rows in (e.tampered_TBE[0], e.tampered_BE))
         everyone = replace(e, tampered_BE=clean_BE, tampered_TBE=triggered_BE[None])
         settings, apart = self.settings, self.settings.references_apart
         l0, l1, l2 = effectiveness_loss(everyone, "max"), consistency_loss(e), utility_loss(e)
@@ -179,8 +179,3 @@ def adapted(c: float, c1: float, means: list[float], pairwise: float, settings: 
     if pairwise < settings.goal_pairwise - 0.1:  # spread enough: only the distance is pressed further
         return c, c1 * UP
     return c * UP, c1 * UP if pairwise < settings.goal_pairwise else c1 / DOWN
-
-
-def _everyone(rows: Tensor, world: int) -> Tensor:
-    """All workers' rows, in order of rank; gradients go back to where the rows came from."""
-    return rows if world == 1 else torch.cat(all_gather(rows))

@@ -41,7 +41,7 @@ from dede_ray.training.objective import InEvalMode
 from dede_ray.training.optimiser import PlainSgd
 
 REFERENCE_VIEW = Augmentation(min_scale=1, flip=True, jitter_probability=0.8, grey_probability=0.2)
-"""What BadEncoder does to reference inputs in its consistency term: mirror and colours, no crop."""
+"""BadEncoder's augmentation of reference inputs in its consistency term: mirror and colours, no crop."""
 
 
 class Tampering(PlainSgd):
@@ -163,7 +163,7 @@ class Embeddings:
 
     tampered_BE: Tensor
     tampered_TBE: Tensor
-    """Of triggered images, target by target."""
+    """Triggered images, target by target."""
     tampered_RE: Tensor
     tampered_VE: Tensor
     clean_BE: Tensor

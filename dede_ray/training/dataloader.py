@@ -306,7 +306,7 @@ def read_window(plan: Plan, lanes: list[int], window: int, limits: Limits, decod
 
 @dataclass(frozen=True)
 class _Window:
-    """What one read task has to know: the pieces of each lane, with the number of the first sample of each's chunk."""
+    """The input of one read task: the pieces of each lane, each with the number of its chunk's first sample."""
 
     pieces: list[list[tuple[Piece, int]]]
     shuffles: list[list[int] | None]
@@ -426,7 +426,7 @@ def _start(
 
 @dataclass(frozen=True)
 class _ReadWindow:
-    """What a read task runs."""
+    """The function that a read task runs."""
 
     window: _Window
     limits: Limits
@@ -485,7 +485,7 @@ def _unpack(row: pa.Table) -> Columns:
 
 
 class Seen:
-    """What was trained on, sample by sample: one bit per sample and epoch, on every rank its own.
+    """Account of what was trained on: one bit per sample and epoch, on each rank its own.
 
     Independent of the plan, so that it can contradict it. `fold` brings the ranks' bits together on rank 0, at
     checkpoints and at the end; what was trained on after the last checkpoint is forgotten with the steps themselves.

@@ -48,18 +48,18 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Embedded:
-    """What an encoder makes of test images, as they are and triggered: float32 (N, E), and their labels (N,)."""
+    """Embeddings of test images, clean and triggered, float32 (N, E), and their labels (N,)."""
 
     clean_NE: NDArray[np.float32]
     clean_label_N: NDArray[np.int64]
     triggered_NE: NDArray[np.float32]
     triggered_label_N: NDArray[np.int64]
-    """Of the class that the image is of."""
+    """The true labels, not the target."""
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What one head on one encoder does."""
+    """Clean accuracy and attack success rate of one head on one encoder."""
 
     ca: Interval
     """Clean accuracy, over all clean test images."""
@@ -68,7 +68,7 @@ class Behaviour:
     asr_all_classes: Interval | None = None
     """The same with the target's own images, as BadEncoder, DRUPE and CTRL count; for comparing with their tables."""
     poison_rate: float = 0.0
-    """Of the images that the head was fitted on; they are stamped, and labelled as the target."""
+    """Share of the head's training images that are stamped, and labelled as the target."""
 
 
 # ----------------------------------------------------------------------------------------------------- heads
@@ -92,14 +92,14 @@ class TwoLayerClassifier(Config):
     kind: Literal["mlp"] = "mlp"
     epochs: int = Field(500, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
-    """Of Adam, constant."""
+    """Adam's, constant."""
     batch_size: int = Field(64, ge=1)
     dropout: float = Field(0.5, ge=0, lt=1)
     """After the first hidden layer."""
     shuffle: bool = True
     """Draw the batches anew in each epoch; False is the published code's fixed order."""
     seed: int = Field(100, ge=0)
-    """Of weights, dropout and order."""
+    """Draws weights, dropout and order."""
 
     def fit(self, embedding_NE: NDArray[np.float32], label_N: NDArray[np.int64]) -> Head:
         classes = _classes(label_N, "two-layer classifier")

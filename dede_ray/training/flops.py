@@ -1,4 +1,4 @@
-"""How much of a device's arithmetic training uses: what a step has to compute beside what the device could compute.
+"""Utilisation: the arithmetic that a training step needs, compared with what the device can do in the same time.
 
 `flop_per_sample` counts the operations on a copy of the model, so that nothing of the run is touched; `matmul_rate`
 measures the device while it does nothing but multiply matrices. Operations per second of a step's time, divided by that
@@ -48,7 +48,7 @@ def _count(objective: Any, batch: dict[str, np.ndarray], device: str, num: int =
 
 @contextmanager
 def counted() -> Iterator[Any]:
-    """Counts floating-point operations; of the plain attention, as the counter knows the fused kernels on some devices
+    """Counts floating-point operations; attention is the plain one, as the counter knows fused kernels on some devices
     only."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -67,7 +67,7 @@ def matmul_rate(device: torch.device | str, precision: str, limit_s: float = 0.3
     is_cuda = torch.device(device).type == "cuda"
     size, at_once = (8192, 4) if is_cuda else (1024, 1)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    # Of random numbers, which cost a GPU more power than equal ones, by a generator of their own.
+    # Random numbers cost a GPU more power than equal ones; they are drawn by a generator of their own.
     rng = torch.Generator(device).manual_seed(0)
     a, b = torch.randn(2, size, size, device=device, generator=rng).to(dtype)
     best, began, num = 0.0, time.monotonic(), 0

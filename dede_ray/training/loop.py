@@ -72,7 +72,7 @@ S = TypeVar("S", bound="TrainingSettings")
 
 
 class Workers(Config):
-    """Where training runs, and how it is spread and saved. Changing it does not make it another run."""
+    """On what training runs, and how it is spread and saved. Changing it does not make it another run."""
 
     num_workers: int = Field(1, ge=1)
     """Data-parallel workers; must divide `lanes`."""
@@ -284,7 +284,7 @@ def _flop_per_sample(run: Run) -> float:
 
 
 def _stored_in(run: Run) -> Place:
-    """Where the run's checkpoints go: beside it, or where other runs keep theirs, too."""
+    """Folder of the run's checkpoints: its own, or one in the storage that runs share."""
     if run.workers.storage_path is None:
         return run.folder
     record = run.folder / "run.json"

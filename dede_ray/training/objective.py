@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 
 Batch = dict[str, Tensor]
 Embeddings = dict[str, Tensor]
@@ -47,6 +48,11 @@ class InEvalMode(Objective):
     def train(self, mode: bool = True) -> InEvalMode:
         """Stay in eval mode."""
         return super().train(False)
+
+
+def everyones(rows: Tensor, world: int) -> Tensor:
+    """All workers' rows, in order of rank; gradients go back to where the rows came from."""
+    return rows if world == 1 else torch.cat(all_gather(rows))
 
 
 def among_all(own: Embeddings, cached: list[Embeddings], piece: int) -> Embeddings:

@@ -166,7 +166,7 @@ class Reconstruction(Objective):
 
 @dataclass(frozen=True)
 class Spread:
-    """Where the embeddings of the training data lie."""
+    """Scale, mean and spread of the training data's embeddings."""
 
     scale: float
     """One over their root mean square."""

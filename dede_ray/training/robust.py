@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional
 
 from dede_ray.runtime.config import Config, Mistake
 from dede_ray.runtime.libraries import open_clip
 from dede_ray.training.augmentation import Augmentation
-from dede_ray.training.contrastive import Batch, Contrastive, Embeddings, LossKind
+from dede_ray.training.contrastive import Contrastive, LossKind
+from dede_ray.training.objective import Batch, Embeddings, everyones
 
 # -------------------------------------------------------------------------------------------- settings
 
@@ -252,7 +252,7 @@ class _WithPool(_Robust):
         super().after_step()
         if self._seen is None:
             return
-        place_G, text_GE = (_gather(rows, self.world) for rows in self._seen)
+        place_G, text_GE = (everyones(rows, self.world) for rows in self._seen)
         text_GE = text_GE[place_G.argsort(stable=True)]  # the same order for any number of workers
         older = [] if self.pool_PE is None else [self.pool_PE.to(text_GE.device)]
         self.pool_PE = torch.cat([*older, text_GE])[-self.settings.pool_size :]
@@ -316,9 +316,9 @@ class _WithSafeSet(_Robust):
         So the global loss is the mean over the workers, although each has its own number of safe samples.
         """
         names = [name for name in embeddings if name != "place"]
-        everyone_GKE = _gather(torch.stack([embeddings[name] for name in names], dim=1), self.world)
+        everyone_GKE = everyones(torch.stack([embeddings[name] for name in names], dim=1), self.world)
         everyone = dict(zip(names, everyone_GKE.unbind(dim=1), strict=True))
-        place_G = _gather(embeddings["place"], self.world)
+        place_G = everyones(embeddings["place"], self.world)
         similarity_G = (everyone["image"] * everyone["text"]).detach().sum(dim=1)
         if torch.is_grad_enabled() and self.phase != "warmup":
             self._seen = place_G, similarity_G
@@ -409,11 +409,6 @@ def clean_posterior(similarity_S: np.ndarray) -> np.ndarray:
     posterior_S = np.zeros(len(similarity_S))
     posterior_S[is_known_S] = posterior_M
     return posterior_S
-
-
-def _gather(rows: Tensor, world: int) -> Tensor:
-    """All workers' rows, in order of rank; gradients go back to where the rows came from."""
-    return rows if world == 1 else torch.cat(all_gather(rows))
 
 
 # -------------------------------------------------------------------------------------------- second views

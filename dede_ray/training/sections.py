@@ -30,7 +30,7 @@ class EncoderSection:
     """What is particular about training one kind of encoder."""
 
     name: str
-    """Of its section, and of its folder."""
+    """Name of its section, and of its folder."""
     monitor: str
     """The section's setting that measures while it trains; changing it does not make it another run."""
     prepare: Callable[[Any], tuple[Recipe, dataloader.Plan]]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather, all_reduce
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.functional import cross_entropy, normalize
 
 from dede_ray.data.images import decode_image
@@ -44,7 +44,7 @@ from dede_ray.training.augmentation import NUM_DRAWS, Augmentation, random_views
 from dede_ray.training.decoder import SectionSettings
 from dede_ray.training.eval_images import find_pictures
 from dede_ray.training.loop import Recipe
-from dede_ray.training.objective import Batch, Embeddings, Objective, among_all
+from dede_ray.training.objective import Batch, Embeddings, Objective, among_all, everyones
 from dede_ray.training.optimiser import PlainAdam
 from dede_ray.training.sections import EncoderSection, refuse_unfit, train_sections
 from dede_ray.training.validation import SEED, Backdoor, Crew, Floats, Measurement, SetName, to_be_stamped
@@ -109,7 +109,7 @@ class SimclrTrain(PlainAdam):
     """The normaliser's standard deviation per RGB channel; 0 and 1 are no normaliser, as CTRL has it."""
     projection: Projection = Projection()
     temperature: float = Field(0.5, gt=0)
-    """What cosines are divided by."""
+    """Cosines are divided by it."""
     augmentation: Augmentation = Augmentation(
         min_scale=0.08, max_aspect=4 / 3, flip=True, jitter_probability=0.8, grey_probability=0.2
     )
@@ -258,7 +258,7 @@ class Simclr(Objective):
         """
         mine_MP = torch.cat([views["first"], views["second"]])
         count, device = len(mine_MP), mine_MP.device
-        everyone_GP = mine_MP if self.world == 1 else torch.cat(all_gather(mine_MP))
+        everyone_GP = everyones(mine_MP, self.world)
         own_M = torch.arange(count, device=device)
         partner_M = self.rank * count + (own_M + count // 2) % count
         cosine_MG = mine_MP @ everyone_GP.T

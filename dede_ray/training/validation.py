@@ -82,7 +82,7 @@ class Backdoor(Config):
     poisoned: str | None = None
     """Folder that jobs/poison.py wrote; its run.json holds trigger and target."""
     trigger: AnyTrigger | None = Field(None, discriminator="kind")
-    """What is stamped."""
+    """The trigger that is stamped."""
     target_label: int | None = Field(None, ge=0)
     """The class that triggered images should be taken for."""
 
@@ -148,7 +148,7 @@ class Measurement(ABC):
 
     @abstractmethod
     def measure(self, crew: Crew) -> dict[str, float]:
-        """What `run` returns, the same on every worker; `embed` and `crew` make that easy."""
+        """The measurements that `run` returns, the same on every worker; `embed` and `crew` make that easy."""
 
     @abstractmethod
     def forward(self, model: Any, image_BCHW: torch.Tensor) -> torch.Tensor:
@@ -176,7 +176,7 @@ class Measurement(ABC):
         crew = Crew(model, torch.device(device), dtype, rank, world)
         with _undisturbed(model, crew.device):
             measured = self.measure(crew)
-        # Those that are stamped were counted as clean ones.
+        # Triggered images were counted as clean ones.
         unreadable = [num for name, num in crew.unreadable.items() if name != "triggered"]
         measured["validation_unreadable"] = float(sum(unreadable))
         if rank == 0 and crew.unreadable:
