@@ -29,7 +29,7 @@ from dede_ray.tampering.tamper import (
     spread,
     utility_loss,
 )
-from dede_ray.training.objective import everyones
+from dede_ray.training.objective import gather_rows
 
 Phase = Literal["warmup", "first", "second"]
 
@@ -129,7 +129,7 @@ class _Drupe(TowardsReferences):
             self.sums = torch.zeros(4)
 
     def loss(self, e: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        triggered_BE, clean_BE = (everyones(rows, self.world) for rows in (e.tampered_TBE[0], e.tampered_BE))
+        triggered_BE, clean_BE = (gather_rows(rows, self.world) for rows in (e.tampered_TBE[0], e.tampered_BE))
         everyone = replace(e, tampered_BE=clean_BE, tampered_TBE=triggered_BE[None])
         settings, apart = self.settings, self.settings.references_apart
         l0, l1, l2 = effectiveness_loss(everyone, "max"), consistency_loss(e), utility_loss(e)

@@ -50,7 +50,7 @@ class InEvalMode(Objective):
         return super().train(False)
 
 
-def everyones(rows: Tensor, world: int) -> Tensor:
+def gather_rows(rows: Tensor, world: int) -> Tensor:
     """All workers' rows, in order of rank; gradients go back to where the rows came from."""
     return rows if world == 1 else torch.cat(all_gather(rows))
 

@@ -26,7 +26,7 @@ from dede_ray.runtime.config import Config, Mistake
 from dede_ray.runtime.libraries import open_clip
 from dede_ray.training.augmentation import Augmentation
 from dede_ray.training.contrastive import Contrastive, LossKind
-from dede_ray.training.objective import Batch, Embeddings, everyones
+from dede_ray.training.objective import Batch, Embeddings, gather_rows
 
 # -------------------------------------------------------------------------------------------- settings
 
@@ -252,7 +252,7 @@ class _WithPool(_Robust):
         super().after_step()
         if self._seen is None:
             return
-        place_G, text_GE = (everyones(rows, self.world) for rows in self._seen)
+        place_G, text_GE = (gather_rows(rows, self.world) for rows in self._seen)
         text_GE = text_GE[place_G.argsort(stable=True)]  # the same order for any number of workers
         older = [] if self.pool_PE is None else [self.pool_PE.to(text_GE.device)]
         self.pool_PE = torch.cat([*older, text_GE])[-self.settings.pool_size :]
@@ -316,9 +316,9 @@ class _WithSafeSet(_Robust):
         So the global loss is the mean over the workers, although each has its own number of safe samples.
         """
         names = [name for name in embeddings if name != "place"]
-        everyone_GKE = everyones(torch.stack([embeddings[name] for name in names], dim=1), self.world)
+        everyone_GKE = gather_rows(torch.stack([embeddings[name] for name in names], dim=1), self.world)
         everyone = dict(zip(names, everyone_GKE.unbind(dim=1), strict=True))
-        place_G = everyones(embeddings["place"], self.world)
+        place_G = gather_rows(embeddings["place"], self.world)
         similarity_G = (everyone["image"] * everyone["text"]).detach().sum(dim=1)
         if torch.is_grad_enabled() and self.phase != "warmup":
             self._seen = place_G, similarity_G

@@ -44,7 +44,7 @@ from dede_ray.training.augmentation import NUM_DRAWS, Augmentation, random_views
 from dede_ray.training.decoder import SectionSettings
 from dede_ray.training.eval_images import find_pictures
 from dede_ray.training.loop import Recipe
-from dede_ray.training.objective import Batch, Embeddings, Objective, among_all, everyones
+from dede_ray.training.objective import Batch, Embeddings, Objective, among_all, gather_rows
 from dede_ray.training.optimiser import PlainAdam
 from dede_ray.training.sections import EncoderSection, refuse_unfit, train_sections
 from dede_ray.training.validation import SEED, Backdoor, Crew, Floats, Measurement, SetName, to_be_stamped
@@ -258,7 +258,7 @@ class Simclr(Objective):
         """
         mine_MP = torch.cat([views["first"], views["second"]])
         count, device = len(mine_MP), mine_MP.device
-        everyone_GP = everyones(mine_MP, self.world)
+        everyone_GP = gather_rows(mine_MP, self.world)
         own_M = torch.arange(count, device=device)
         partner_M = self.rank * count + (own_M + count // 2) % count
         cosine_MG = mine_MP @ everyone_GP.T
