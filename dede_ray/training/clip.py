@@ -155,10 +155,8 @@ class _ClipRecipe(Recipe):
         def read_one(sample: Sample, content: bytes, name: str) -> dict[str, Any]:
             if sample.caption is None:
                 raise BadSample("caption_missing")
-            image_HWC, rng = (
-                decode_image(content, self.limits, enough_px=enough_px),
-                sample_generator(name, self.seed, epoch),
-            )
+            image_HWC = decode_image(content, self.limits, enough_px=enough_px)
+            rng = sample_generator(name, self.seed, epoch)
             kept = {"image": augmentation.apply(image_HWC, size, rng), "caption": sample.caption}
             if has_views:
                 rng = sample_generator(name, self.seed, epoch, 1)
