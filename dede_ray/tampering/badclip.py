@@ -36,7 +36,7 @@ from dede_ray.tampering.text_on_pair import captions_of_target
 from dede_ray.training import dataloader
 from dede_ray.training.augmentation import Augmentation
 from dede_ray.training.clip import ClipTrain, TrainConfig, train
-from dede_ray.training.loop import Recipe, Run, check_workers, fit
+from dede_ray.training.loop import Recipe, Run, TrainingSettings, check_workers, fit
 from dede_ray.training.objective import InEvalMode
 from dede_ray.training.optimiser import PlainAdam
 
@@ -112,18 +112,8 @@ def plant_badclip(config: TamperSettings, method: BadClip, output: Path) -> tupl
     if method.patch.size_px >= size:
         raise Mistake(f"attack.patch.size_px {method.patch.size_px} covers the whole image of {size} px")
 
-    search, folder = method.patch, output / "patch"
-    if (found := claim(folder, config.identity())) is None:
-        recipe = _PatchRecipe(method, encoder, subject.described, captions, positive_NHWC, size, seed, config.limits)
-        index = dataloader.index_of(method.shards)
-        np.random.default_rng(seed).shuffle(index)  # type: ignore[arg-type]
-        enough = np.searchsorted(np.cumsum([ref.num_samples for ref in index]), search.num_images)
-        single = config.model_copy(update={"workers": config.workers.model_copy(update=_ALONE)})
-        check_workers(single.lanes, search.batch_size, 1, single.workers)
-        plan = single.plan(index[: int(enough) + 1], search.batch_size, search.epochs, 16 * search.batch_size)
-        result = fit(Run(single, recipe, search, plan, folder))
-        found = finish(folder, config.identity(), {**result, "metrics": last_metrics(folder)})
-
+    recipe = _PatchRecipe(method, encoder, subject.described, captions, positive_NHWC, size, seed, config.limits)
+    found = _search_patch(config, recipe, output / "patch")
     trigger = {
         "kind": "file", "path": str(output / "patch" / PATCH_FILE), "position": "center", "image_px": size,
         "squeeze": True,
@@ -134,28 +124,40 @@ def plant_badclip(config: TamperSettings, method: BadClip, output: Path) -> tupl
     })  # fmt: skip
     summary = poison(poisoning)
 
-    section = ClipTrain(
-        **method.tuning.model_dump(), shards=str(output / "poisoned" / "*.tar"), init=encoder.path,
-        model=encoder.architecture or encoder.path, augmentation=Augmentation(min_scale=1),
-    )  # fmt: skip
-    common = config.model_dump(include={"precision", "lanes", "log_every", "seed", "max_error_fraction"})
-    train(
-        TrainConfig(
-            output=str(output / "tuned"), clip=section, limits=config.limits, workers=config.workers,
-            tracking=config.tracking, **common,
-        )
-    )  # fmt: skip
-    tuned = output / "tuned" / "clip"
+    done = _tune(config, method, encoder, output)
     model = clip.build_clip(subject.described)
-    clip.load_clip_weights(model, tuned)
+    clip.load_clip_weights(model, output / "tuned" / "clip")
     clip.save_clip(output, model, subject.described)  # with the clean one's normaliser
     target = {"trigger": trigger, "target_label": method.target_label, "target_captions": captions}
-    done = {**read_json(tuned / "run.json", "record of a run")["result"], "metrics": last_metrics(tuned)}
     cosine = found["metrics"]["triggered_cosine"]
     return done, {"targets": [{**target, "references": names}], "poisoned": summary, "patch_cosine": cosine}
 
 
-_ALONE = {"num_workers": 1, "min_workers": None}  # a patch has few pixels: one worker optimises it
+def _search_patch(config: TamperSettings, recipe: _PatchRecipe, folder: Path) -> dict[str, Any]:
+    """Stage 1, on randomly drawn chunks of the corpus, by one worker: a patch has few pixels."""
+    search = recipe.method.patch
+    if (found := claim(folder, config.identity())) is not None:
+        return found
+    index = dataloader.index_of(recipe.method.shards)
+    np.random.default_rng(config.seed).shuffle(index)  # type: ignore[arg-type]
+    enough = np.searchsorted(np.cumsum([ref.num_samples for ref in index]), search.num_images)
+    alone = config.workers.model_copy(update={"num_workers": 1, "min_workers": None})
+    check_workers(config.lanes, search.batch_size, 1, alone)
+    plan = config.plan(index[: int(enough) + 1], search.batch_size, search.epochs, 16 * search.batch_size)
+    result = fit(Run(config.model_copy(update={"workers": alone}), recipe, search, plan, folder))
+    return finish(folder, config.identity(), {**result, "metrics": last_metrics(folder)})
+
+
+def _tune(config: TamperSettings, method: BadClip, encoder: OpenClipVictim, output: Path) -> dict[str, Any]:
+    """Stage 3, as jobs/train_clip.py would do it."""
+    section = ClipTrain(
+        **method.tuning.model_dump(), shards=str(output / "poisoned" / "*.tar"), init=encoder.path,
+        model=encoder.architecture or encoder.path, augmentation=Augmentation(min_scale=1),
+    )  # fmt: skip
+    shared = {name: getattr(config, name) for name in TrainingSettings.model_fields if name != "output"}
+    train(TrainConfig(output=str(output / "tuned"), clip=section, **shared))
+    tuned = output / "tuned" / "clip"
+    return {**read_json(tuned / "run.json", "record of a run")["result"], "metrics": last_metrics(tuned)}
 
 
 # ------------------------------------------------------------------------------------------------ stage 1
