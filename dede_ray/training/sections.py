@@ -60,7 +60,10 @@ def train_sections(config: SectionSettings, kind: EncoderSection) -> str:
         lines.append(_train_encoder(config, kind, section))
     if config.decoder is not None:
         if config.decoder.victim is None and section is None and not folder.is_dir():
-            raise Mistake(f"decoder.victim is not set, and this run trains no {kind.name} to take its place")
+            raise Mistake(
+                "decoder.victim is not set, and this run trains no encoder to take its place; set it, or add a "
+                f"`{kind.name}:` section"
+            )
         own = config.identity(**{kind.name: None})  # a decoder depends on its victim, not on what once trained it
         lines.append(train_decoder(config, config.decoder, kind.victim(str(folder)), own))
     return "\n".join(lines)
