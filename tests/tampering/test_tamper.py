@@ -663,7 +663,8 @@ def test_draws_are_exact_and_spread_over_the_shards(local_ray, shards):
 
 
 def test_every_config_of_this_job_loads_and_opens_with_its_command():
-    paths = sorted((ROOT / "configs").glob("attack_*.yaml"))
+    first_lines = {path: path.read_text().partition("\n")[0] for path in (ROOT / "configs").rglob("*.yaml")}
+    paths = [path for path, line in first_lines.items() if "jobs/attack.py" in line or path.parent.name == "attack"]
     assert len({load(AttackConfig, [str(path)]).attack.kind for path in paths}) == 4
     for path in paths:
-        assert path.read_text().startswith(f"# python jobs/attack.py configs/{path.name}\n")
+        assert first_lines[path] == f"# python jobs/attack.py {path.relative_to(ROOT)}"
