@@ -12,9 +12,18 @@ import numpy as np
 import pytest
 
 from dede_ray.data.images import decode_image
-from dede_ray.data.shards import BadSample, Limits, Shard, iter_chunks, list_shards
+from dede_ray.data.shards import BadSample, Limits, Sample, Shard, iter_chunks, list_shards
 from dede_ray.runtime.config import Mistake
-from dede_ray.training.dataloader import ChunkRef, Plan, Seen, batches, index_shards, read_samples, read_window
+from dede_ray.training.dataloader import (
+    ChunkRef,
+    Plan,
+    Seen,
+    batches,
+    decode_samples,
+    index_shards,
+    read_samples,
+    read_window,
+)
 
 LIMITS = Limits()
 
@@ -50,6 +59,28 @@ def ids(ref, epoch, start, samples):
 
 def names_of(columns) -> list[str]:
     return sorted(name.decode() for name in columns["sample_id"])
+
+
+# --- samples to columns
+
+
+def test_what_cannot_be_used_has_its_reason_and_leaves_no_value_behind():
+    samples = [
+        Sample("a", 0, b"1"),
+        Sample("b", 1),
+        Sample("c", 2, b"3", error="image_unreadable"),
+        Sample("d", 3, b"4"),
+    ]
+
+    def read_one(sample: Sample, content: bytes, name: str) -> dict:
+        if sample.key == "d":
+            raise BadSample("caption_missing")
+        return {"image": content}
+
+    kept, errors = decode_samples(made_up([4])[0], samples, read_one)
+    assert kept == {"image": [b"1"], "name": ["s0.tar/a"]}
+    assert errors == [None, "no_image", "image_unreadable", "caption_missing"]
+    assert kept["what no sample has"] == []
 
 
 # --- the plan
