@@ -664,7 +664,7 @@ def test_draws_are_exact_and_spread_over_the_shards(local_ray, shards):
 
 def test_every_config_of_this_job_loads_and_opens_with_its_command():
     first_lines = {path: path.read_text().partition("\n")[0] for path in (ROOT / "configs").rglob("*.yaml")}
-    paths = [path for path, line in first_lines.items() if "jobs/attack.py" in line or path.parent.name == "attack"]
+    paths = [path for path, line in first_lines.items() if " attack " in line or path.parent.name == "attack"]
     assert len({load(AttackConfig, [str(path)]).attack.kind for path in paths}) == 4
     for path in paths:
-        assert first_lines[path] == f"# python jobs/attack.py {path.relative_to(ROOT)}"
+        assert first_lines[path] == f"# dede-ray attack {path.relative_to(ROOT)}"
