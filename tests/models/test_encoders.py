@@ -96,7 +96,7 @@ def test_absurd_architectures_are_refused_before_anything_is_built(wrong, tmp_pa
     write_json(
         tmp_path / "encoder.json", {"architecture": wrong, "image_size": 32, "mean": [0, 0, 0], "std": [1, 1, 1]}
     )
-    with pytest.raises(Mistake, match="does not describe an encoder"):
+    with pytest.raises(Mistake, match="does not describe an exported encoder"):
         load_encoder(tmp_path)
 
 
@@ -129,7 +129,7 @@ def test_absurd_descriptions_are_refused(saved, wrong):
     folder, *_ = saved
     description = read_json(folder / "encoder.json", "description")
     (folder / "encoder.json").write_text(str({**description, **wrong}).replace("'", '"').replace("inf", "1e999"))
-    with pytest.raises(Mistake, match="does not describe an encoder"):
+    with pytest.raises(Mistake, match="does not describe an exported encoder"):
         load_encoder(folder)
 
 

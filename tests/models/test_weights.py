@@ -136,7 +136,7 @@ def test_a_folder_without_an_export_and_a_name_without_a_file_are_mistakes(tmp_p
         resolve_weights(tmp_path)
     with pytest.raises(Mistake, match=r"no checkpoint at absent\.pt; expected"):
         resolve_weights("absent.pt")
-    with pytest.raises(Mistake, match="tag laion2b_s34b_b79k stands for one of hf-hub:laion/CLIP-ViT-B-32"):
+    with pytest.raises(Mistake, match="tag laion2b_s34b_b79k means one of hf-hub:laion/CLIP-ViT-B-32"):
         resolve_weights("laion2b_s34b_b79k")
 
 

@@ -201,8 +201,8 @@ def test_what_is_saved_is_loaded_and_scores_the_same(amplified, corpus, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"way": "sideways"}, "does not describe a classifier"),
-        ({"image_size": 1e9}, "does not describe a classifier"),
+        ({"way": "sideways"}, "does not describe an exported classifier"),
+        ({"image_size": 1e9}, "does not describe an exported classifier"),
         ({"settings": {**SMALL, "num_networks": 10**9}}, "tensors for 1000000000 networks"),
         ({"settings": {**SMALL, "width": 8}}, "does not fit its amplified.json"),
     ],
