@@ -63,6 +63,7 @@ def evaluate(config: EvaluateConfig | dict[str, Any] | str | Path) -> str:
         ...     "truth": "runs/digits/poisoned/truth.parquet",
         ...     "attack": "runs/digits/poisoned",
         ...     "test_shards": "runs/digits/clean/test-*.tar",
+        ...     "probe_shards": "runs/digits/clean/train-*.tar",
         ...     "output": "runs/mine_report",
         ... })
         >>> said.splitlines()[-1]

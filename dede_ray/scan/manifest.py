@@ -45,8 +45,8 @@ class Manifest:
         >>> import dede_ray
         >>> manifest = dede_ray.read_manifest("runs/digits/scores")
         >>> frame = manifest.to_pandas()
-        >>> frame.columns[:5].tolist()
-        ['sample_id', 'content_hash', 'shard', 'index', 'error']
+        >>> frame.columns[:4].tolist()
+        ['sample_id', 'content_hash', 'shard', 'index']
         >>> frame.query("flagged").sample_id.tolist() == manifest.flagged
         True
     """
