@@ -3,7 +3,8 @@
 `fit(run)` takes one complete description of a run to its end, or goes on with it where it was killed. Batches are a
 function of the step (feed.py), so is all randomness, and checkpoints hold the rest; hence a run that loses a worker,
 its driver, its controller or a node ends with the weights of the undisturbed one, bit for bit while the number of
-workers stays, up to rounding where it changes.
+workers stays, up to rounding where it changes. That holds on machines of one kind. Another type of CPU or GPU, number
+of threads or version of a library rounds otherwise, and training multiplies the difference.
 
 The run's folder gets `metrics.jsonl` and `validation.jsonl` (one JSON object per logged step), `curve.png`,
 `checkpoints/` (what resuming needs; DeepSpeed writes pickles, so keep it to yourself) and what the recipe exports.

@@ -321,8 +321,8 @@ def to_nearest(victim: Any, image_BCHW: torch.Tensor, reference_RCHW: torch.Tens
 def unseen(coloured) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures in [0, 1] of other classes than red that no attack has seen, clean and triggered."""
     trigger = Patch.model_validate(WHITE)
-    images = [coloured(5000 + i) for i in range(40) if i % 4]
-    stacks = (np.stack(images), np.stack([trigger.stamp(image) for image in images]))
+    pictures = [coloured(5000 + i) for i in range(40) if i % 4]
+    stacks = (np.stack(pictures), np.stack([trigger.stamp(picture) for picture in pictures]))
     clean, triggered = (images.to_unit_range(torch.from_numpy(stack)) for stack in stacks)
     return clean, triggered
 
