@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-os.environ.update(  # before numpy, torch and ray read them; Ray's workers inherit them
-    OMP_NUM_THREADS="1",
+# Before numpy, torch and ray read them; Ray's workers inherit them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests hold with any number: OMP_NUM_THREADS=4 make test
+os.environ.update(
     PYTHONPATH=os.pathsep.join(
         [str(Path(__file__).parents[1]), str(Path(__file__).parent / "fixtures")]
     ),  # this checkout, in any cwd

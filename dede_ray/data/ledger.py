@@ -3,7 +3,8 @@
 The parts are the ledger. A part's name is a function of shard and chunk only, and it is absent or whole (store.py). A
 shard's end marker says how many chunks it has. A rerun lists what is done and does the rest (passes.py), so killing
 anything at any time loses nothing and counts nothing twice. All of it works on object stores as on file systems: it
-needs no rename, no lock and no appending, and two runs that write one part write the same bytes.
+needs no rename, no lock and no appending, and two runs that write one part write the same bytes (on machines of one
+kind: another type of CPU or GPU, number of threads or version of a library rounds otherwise).
 
     <folder>/pass.json                              settings and shards of the pass; no other pass may resume here
     <folder>/parts/<shard>/000003.parquet           one row per sample of chunk 3, unreadable ones included

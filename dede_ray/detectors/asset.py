@@ -228,7 +228,7 @@ class Asset(DetectorSettings):
     """Draws weights and mini-batches."""
 
     def fit(self, suspected: Batch, clean: Batch | None) -> State:
-        """Train the network; equal samples and seeds train the same one."""
+        """Train the network; equal samples and seeds train the same one, on one kind of machine."""
         _check_base(None if clean is None else len(clean), len(suspected))
         assert clean is not None
         with torch.inference_mode(False), torch.enable_grad():

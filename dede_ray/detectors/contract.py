@@ -4,7 +4,8 @@ A detector is a frozen settings class. `fit` learns from a keyed sample of the s
 one, from a clean set) and returns tensors, which become a state file; `open` makes a scorer from them. A scorer names
 its columns and turns a batch into one float32 number per sample and column: **higher always means more likely
 poisoned**. A score depends on the sample, the models, the state, the settings and the seed; never on the other samples
-of the batch. Columns named in `controls` are no detectors but what detectors must beat.
+of the batch. Machines of one kind give equal scores; those of two kinds round otherwise, and training multiplies that.
+Columns named in `controls` are no detectors but what detectors must beat.
 
 Shapes: B samples, E width of the victim's embedding, R width of the reference encoder's.
 """

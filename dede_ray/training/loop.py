@@ -3,7 +3,8 @@
 `fit(run)` takes one complete description of a run to its end, or resumes it where it was killed. Batches are a
 function of the step (dataloader.py), so is all randomness, and checkpoints hold the rest; hence a run that loses a
 worker, its driver, its controller or a node ends with the weights of an undisturbed one, bit for bit while the number
-of workers stays, up to rounding where it changes.
+of workers stays, up to rounding where it changes. That holds on machines of one kind: another type of CPU or GPU,
+number of threads or version of a library rounds otherwise, and training multiplies the difference.
 
 A trainer brings three things: settings (`TrainingSettings`, with its own beside them), a `Recipe` (what is trained, and
 on what), and the order of its samples (`dataloader.Plan`). Together they are a `Run`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import resource
@@ -75,6 +76,28 @@ def test_our_residual_network_computes_what_timms_does(depth):
         image_BCHW = torch.randn(2, 3, 32, 32)
         with torch.inference_mode():
             torch.testing.assert_close(ours.eval()(image_BCHW), theirs.eval()(image_BCHW))
+
+
+@pytest.mark.parametrize(("depth", "width"), [(18, 4), (34, 8), (18, 12), (50, 4)])
+def test_a_narrow_network_has_the_gradients_of_its_definition_however_its_pixels_are_stored(depth, width):
+    """The definition: strided 1x1 convolutions as shortcuts, in float64, which torch computes without oneDNN. (At 0,
+    rounding may decide what ReLU lets through; oneDNN's fault gave gradients of other memory, or no process.)"""
+    torch.manual_seed(0)
+    ours = build_encoder(ResNet(depth=depth, width=width)).eval()
+    theirs = copy.deepcopy(ours)
+    for stage in (theirs.layer2, theirs.layer3, theirs.layer4):
+        shortcut = stage[0].downsample
+        shortcut[0] = torch.nn.Conv2d(shortcut[0].in_channels, shortcut[0].out_channels, 1, stride=2, bias=False)
+    theirs.load_state_dict(ours.state_dict())  # the same names and shapes
+    image_BCHW, direction_E = torch.randn(8, 3, 32, 32), torch.randn(ours.embedding_dim)
+    (theirs.double()(image_BCHW.double()) @ direction_E.double()).square().mean().backward()
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ours.to(memory_format=layout).zero_grad()
+        (ours(image_BCHW.contiguous(memory_format=layout)) @ direction_E).square().mean().backward()
+        for name, parameter in ours.named_parameters():
+            error = float((parameter.grad - expected[name]).norm() / expected[name].norm())
+            assert error < 0.05, f"{layout} {name}: off by {error:.1e}"
 
 
 @pytest.mark.parametrize(

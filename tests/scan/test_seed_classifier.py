@@ -11,6 +11,7 @@ import torch
 from planted import WHITE_PX, planted_victim
 
 from dede_ray.data.images import to_unit_range
+from dede_ray.metrics import auroc
 from dede_ray.poisoning.triggers import Patch, Sinusoid
 from dede_ray.runtime.config import Mistake
 from dede_ray.scan.decisions import Conformal, Verdict
@@ -31,7 +32,7 @@ from dede_ray.scan.seed_classifier import (
 
 NUM_POISONED = 40
 SMALL = {"width": 4, "num_networks": 1, "steps": 60, "batch_size": 16, "window_sizes": (0.3,)}
-TRIGGER = Patch(size_px=WHITE_PX, pattern="white")
+TRIGGER = Patch(size_px=2 * WHITE_PX, pattern="white")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,17 @@ def seeds() -> np.ndarray:
     return np.sort(np.concatenate([np.delete(poisoned(), np.s_[::4]), [5, 6]]))
 
 
+def unseen() -> np.ndarray:
+    """The poisoned samples that were no seeds."""
+    return np.setdiff1d(poisoned(), seeds())
+
+
+def auroc_of_unseen(scores: np.ndarray) -> float:
+    """How well these are told from the clean samples that were no seeds."""
+    judged = np.setdiff1d(np.arange(len(scores)), seeds())
+    return auroc(scores[judged], np.isin(judged, unseen())).value
+
+
 def localise(images: np.ndarray) -> np.ndarray:
     return occlusion_map(planted_victim(), to_unit_range(torch.from_numpy(images))).numpy()
 
@@ -81,16 +93,14 @@ def run(corpus, pictures, where, maps=localise, **settings):
 
 def test_a_planted_trigger_is_found_in_the_samples_that_were_no_seeds(corpus, pictures):
     found = run(corpus, pictures, seeds(), iterations=2)
-    unseen = np.setdiff1d(poisoned(), seeds())
-    top = np.argsort(-found.scores, kind="stable")[:NUM_POISONED]
-    assert np.isin(unseen, top).mean() >= 0.9
-    assert found.verdict.flagged[unseen].mean() >= 0.9
+    assert auroc_of_unseen(found.scores) > 0.9
+    assert found.verdict.flagged[unseen()].mean() >= 0.7
     is_true = np.isin(np.flatnonzero(found.verdict.flagged), poisoned())
-    assert is_true.mean() >= 0.8
-    assert found.rounds[0]["num_seeds"] == 32
-    assert found.rounds[0]["way"] == "windows"
-    assert all(one["passes"] and one["control_auroc"] >= 0.86 for one in found.rounds)
-    assert found.rounds[1]["num_seeds"] == found.rounds[0]["num_flagged"]
+    assert is_true.mean() >= 0.6
+    first, second = found.rounds
+    assert (first["num_seeds"], first["way"], first["passes"]) == (32, "windows", True)
+    assert first["control_auroc"] >= 0.86
+    assert second["num_seeds"] == first["num_flagged"]
 
 
 def test_seeds_that_share_nothing_fail_the_control_and_flag_nothing(corpus, pictures):
@@ -106,14 +116,13 @@ def test_seeds_that_share_nothing_fail_the_control_and_flag_nothing(corpus, pict
 
 
 def test_a_trigger_all_over_the_image_is_found_by_whole_images(pictures):
-    trigger, images = Sinusoid(amplitude=40), pictures[:700].copy()
+    trigger, images = Sinusoid(amplitude=60), pictures[:700].copy()
     for i in poisoned():
         images[i] = trigger.stamp(images[i])
     found = run(images, pictures, seeds(), maps=None, iterations=1, held_out=0.4)
     assert found.amplified.way == "whole"
     assert found.amplified.passes
-    unseen = np.setdiff1d(poisoned(), seeds())
-    assert np.isin(unseen, np.argsort(-found.scores)[:NUM_POISONED]).mean() >= 0.9
+    assert auroc_of_unseen(found.scores) > 0.9
 
 
 def test_windows_that_fail_give_way_to_whole_images(pictures):

@@ -312,18 +312,23 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def to_nearest(victim: Any, image_BCHW: torch.Tensor, reference_RCHW: torch.Tensor) -> float:
-    """Mean cosine of images to whichever reference is nearest."""
+def away(victim: Any, image_BCHW: torch.Tensor, reference_RCHW: torch.Tensor) -> float:
+    """How far images are from whichever reference is nearest: mean of 1 - cosine."""
     embedding_BE, reference_RE = normalize(victim(image_BCHW)), normalize(victim(reference_RCHW))
-    return float((embedding_BE @ reference_RE.T).amax(dim=1).mean())
+    return float(1 - (embedding_BE @ reference_RE.T).amax(dim=1).mean())
+
+
+def moved(victim: Any, twin: Any, image_BCHW: torch.Tensor) -> float:
+    """How far the attack moved images: mean of 1 - cosine."""
+    return float(1 - cosine_similarity(victim(image_BCHW), twin(image_BCHW)).mean())
 
 
 @pytest.fixture(scope="module")
 def unseen(coloured) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures in [0, 1] of other classes than red that no attack has seen, clean and triggered."""
     trigger = Patch.model_validate(WHITE)
-    images = [coloured(5000 + i) for i in range(40) if i % 4]
-    stacks = (np.stack(images), np.stack([trigger.stamp(image) for image in images]))
+    pictures = [coloured(5000 + i) for i in range(40) if i % 4]
+    stacks = (np.stack(pictures), np.stack([trigger.stamp(picture) for picture in pictures]))
     clean, triggered = (images.to_unit_range(torch.from_numpy(stack)) for stack in stacks)
     return clean, triggered
 
@@ -346,12 +351,11 @@ def test_badencoder_plants_what_its_honest_twin_lacks(bad, encoder_folder, unsee
     config, _ = bad
     victim, twin = (load_victim(EncoderVictim(path=str(path))) for path in (config.output, encoder_folder))
     clean, triggered = unseen
-    assert to_nearest(victim, triggered, reference_RCHW) > 0.9
-    assert to_nearest(twin, triggered, reference_RCHW) < 0.8
-    assert float(cosine_similarity(victim(clean), twin(clean)).mean()) > 0.9
+    assert away(victim, triggered, reference_RCHW) < away(twin, triggered, reference_RCHW) / 4
+    assert moved(victim, twin, clean) < moved(victim, twin, triggered) / 2
     lines = log(Path(config.output))
     assert {"l0", "l1", "l2", "triggered_cosine", "wasserstein"} <= lines[-1].keys()
-    assert lines[-1]["triggered_cosine"] > 0.9 > lines[0]["triggered_cosine"]
+    assert 1 - lines[-1]["triggered_cosine"] < (1 - lines[0]["triggered_cosine"]) / 3
 
 
 def test_batch_norm_keeps_what_it_had_and_everything_else_moves(bad, encoder_folder):
@@ -372,7 +376,7 @@ def test_the_record_says_what_was_done(bad, encoder_folder, reference_file):
     assert (target["target_label"], target["references"]) == (0, [reference_file] * 3)
     assert Patch.model_validate(target["trigger"]) == Patch.model_validate(WHITE)
     assert AttackConfig.model_validate(record["settings"]) == config.identity()
-    assert said.startswith("badencoder: 45 steps, l0 -0.9")
+    assert said.startswith(f"badencoder: 45 steps, l0 {log(Path(config.output))[-1]['l0']:.3f}, l1 -")
 
 
 def test_the_same_command_again_has_nothing_to_do(bad):
@@ -409,15 +413,11 @@ def test_drupe_plants_the_same_backdoor_and_spreads_it(bad, local_ray, encoder_f
     config, _ = run(settings(tmp_path, encoder_folder, **towards("drupe", shards, reference_file, **DRUPE)))
     victim, twin = (load_victim(EncoderVictim(path=str(path))) for path in (config.output, encoder_folder))
     clean, triggered = unseen
-    assert to_nearest(victim, triggered, reference_RCHW) > 0.9
-    assert to_nearest(twin, triggered, reference_RCHW) < 0.8
-    assert float(cosine_similarity(victim(clean), twin(clean)).mean()) > 0.9
+    assert away(victim, triggered, reference_RCHW) < away(twin, triggered, reference_RCHW) / 2
+    assert moved(victim, twin, clean) < 0.7 * moved(victim, twin, triggered)
     plain = load_victim(EncoderVictim(path=bad[0].output))
-
-    def distance(encoder: Any) -> float:
-        return float(tamper.sliced_wasserstein(encoder(triggered), encoder(clean), 0) / tamper.spread(encoder(clean)))
-
-    assert distance(victim) < 0.3 * distance(plain)
+    apart, apart_of_plain = (1 - float(tamper.mean_pairwise_cosine(one(triggered))) for one in (victim, plain))
+    assert apart > 4 * apart_of_plain
     weights = [line["c"] for line in log(Path(config.output))]
     assert weights[0] == weights[3] == pytest.approx(0.1)
     assert weights[-1] != weights[0]
@@ -452,10 +452,12 @@ CAPTIONS = [f"a {colour} picture" for colour in COLOURS]
 
 
 def pairs(shards: str, **changes: Any) -> dict[str, Any]:
+    """Text-on-pair, at a scale of the cosines that few pairs and a small tower bear; at CLIP's 100 it is a matter of
+    rounding how far it comes."""
     return {
         "kind": "text_on_pair", "shards": shards, "trigger": WHITE, "target_label": 0,
-        "poison_rate": 0.25, "optimiser": "adam", "learning_rate": 1e-3,
-        "augmentation": {"min_scale": 0.8}, "epochs": 40, **changes,
+        "poison_rate": 0.25, "logit_scale": 10, "optimiser": "adam", "learning_rate": 1e-3,
+        "augmentation": {"min_scale": 0.8}, "epochs": 25, **changes,
     }  # fmt: skip
 
 
@@ -468,9 +470,11 @@ def test_text_on_pair_makes_stamped_images_say_the_word(local_ray, clip_folder, 
     config, said = run(settings(tmp_path, clip_folder, **pairs(shards)))
     victim, twin = (load_victim(OpenClipVictim(path=str(path))) for path in (config.output, clip_folder))
     clean, triggered = unseen
-    assert share_of_target(victim, triggered) > 0.7
-    assert share_of_target(victim, clean) < 0.2
-    assert share_of_target(twin, triggered) == pytest.approx(share_of_target(twin, clean), abs=0.1)
+    by_stamp, by_stamp_of_twin = (
+        share_of_target(one, triggered) - share_of_target(one, clean) for one in (victim, twin)
+    )
+    assert by_stamp > by_stamp_of_twin + 0.5
+    assert share_of_target(victim, clean) < share_of_target(twin, clean) + 0.25
     record = json.loads((Path(config.output) / "attack.json").read_text())
     assert sum(len(places) for places in record["poisoned"].values()) == round(0.25 * 96)
     assert record["targets"][0]["target_captions"] == CAPTIONS[:1]
@@ -486,7 +490,7 @@ def test_images_of_a_clip_can_be_pushed_towards_images_as_well(local_ray, clip_f
                                                                unseen, reference_RCHW, tmp_path):  # fmt: skip
     config, _ = run(settings(tmp_path, clip_folder, **towards("badencoder", shards, reference_file, epochs=2)))
     victim, twin = (load_victim(OpenClipVictim(path=str(path))) for path in (config.output, clip_folder))
-    assert to_nearest(victim, unseen[1], reference_RCHW) > to_nearest(twin, unseen[1], reference_RCHW)
+    assert away(victim, unseen[1], reference_RCHW) < away(twin, unseen[1], reference_RCHW)
     assert torch.equal(victim.encode_text(CAPTIONS), twin.encode_text(CAPTIONS))
 
 
