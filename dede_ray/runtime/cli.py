@@ -36,99 +36,66 @@ class Job:
 
     line: str
     """What it does, for `dede-ray --help`."""
+    module: str
+    """Where its settings class and the one function that does the work are, below dede_ray."""
     settings: str
-    """Place of its settings class below dede_ray, `room.file:name`."""
     function: str
-    """Place of the one function that does the work."""
     default: str | None = None
     """Config of a job that is started without one."""
 
     def settings_class(self) -> type[Config]:
-        return _find(self.settings)
+        return self._find(self.settings)
 
     def run(self, settings: Config) -> str:
         """Do the work; returns what the job says at its end."""
-        return str(_find(self.function)(settings))
+        return str(self._find(self.function)(settings))
 
-
-def _find(place: str) -> Any:
-    module, name = place.split(":")
-    return getattr(importlib.import_module(f"dede_ray.{module}"), name)
+    def _find(self, name: str) -> Any:
+        return getattr(importlib.import_module(f"dede_ray.{self.module}"), name)
 
 
 DEMO, SMOKE = "configs/digits/demo.yaml", "configs/smoke.yaml"
 GROUPS: dict[str, dict[str, Job]] = {
     "start here": {
-        "demo": Job(
-            "handwritten digits, no download: poison, train, score, evaluate, a page to look at",
-            "runtime.cli:Steps", "runtime.cli:run_steps", DEMO,
-        ),
+        "demo": Job("handwritten digits, no download: poison, train, score, evaluate, a page to look at",
+                    "runtime.cli", "Steps", "run_steps", DEMO),
     },
     "data": {
-        "ingest": Job(
-            "a source of images -> captioned WebDataset shards",
-            "ingest.ingest:IngestConfig", "ingest.ingest:run",
-        ),
-        "check": Job(
-            "what is odd about shards, before they are trained on or scored",
-            "ingest.check:CheckConfig", "ingest.check:check",
-        ),
+        "ingest": Job("a source of images -> captioned WebDataset shards", "ingest.ingest", "IngestConfig", "run"),
+        "check": Job("what is odd about shards, before somebody trains or scores on them",
+                     "ingest.check", "CheckConfig", "check"),
     },
     "train": {
-        "train_clip": Job(
-            "CLIP on image-caption shards, then the DeDe decoder against it (or against any victim)",
-            "training.clip:TrainConfig", "training.clip:train", SMOKE,
-        ),
-        "train_simclr": Job(
-            "an image encoder without text by SimCLR, then the decoder against it",
-            "training.simclr:SimclrConfig", "training.simclr:train",
-        ),
+        "train_clip": Job("CLIP on image-caption shards, then the DeDe decoder against it (or against any victim)",
+                          "training.clip", "TrainConfig", "train", SMOKE),
+        "train_simclr": Job("an image encoder without text by SimCLR, then the decoder against it",
+                            "training.simclr", "SimclrConfig", "train"),
     },
     "scan": {
-        "score": Job(
-            "shards x victim x detectors -> a manifest of suspected samples",
-            "scan.score:ScoreConfig", "scan.score:score", SMOKE,
-        ),
-        "amplify": Job(
-            "a few sure finds -> everything in the corpus that shares what they share",
-            "scan.amplify:AmplifyConfig", "scan.amplify:amplify_manifest",
-        ),
-        "sift": Job(
-            "shards without the samples that a manifest flags, and exclusion lists",
-            "scan.sift:SiftConfig", "scan.sift:sift",
-        ),
-        "decree": Job(
-            "is this encoder backdoored? the smallest stamp that makes all images look alike to it",
-            "detectors.decree:DecreeConfig", "detectors.decree:run",
-        ),
+        "score": Job("shards x victim x detectors -> a manifest of suspected samples",
+                     "scan.score", "ScoreConfig", "score", SMOKE),
+        "amplify": Job("a few sure finds -> everything in the corpus that shares what they share",
+                       "scan.amplify", "AmplifyConfig", "amplify_manifest"),
+        "sift": Job("shards without the samples that a manifest flags, and exclusion lists",
+                    "scan.sift", "SiftConfig", "sift"),
+        "decree": Job("is this encoder backdoored? the smallest stamp that makes all images look alike to it",
+                      "detectors.decree", "DecreeConfig", "run"),
     },
     "attack (for research on defences)": {
-        "poison": Job(
-            "clean shards -> poisoned shards and the truth about them",
-            "poisoning.poison:PoisonConfig", "poisoning.poison:poison",
-        ),
-        "attack": Job(
-            "a clean encoder -> a tampered one: BadEncoder, DRUPE, CLIP text-on-pair, BadCLIP",
-            "tampering.attack:AttackConfig", "tampering.attack:attack",
-        ),
-        "zoo": Job(
-            "every attack: jobs side by side, each victim with its honest twin",
-            "evaluation.zoo:ZooConfig", "evaluation.zoo:build_zoo",
-        ),
+        "poison": Job("clean shards -> poisoned shards and the truth about them",
+                      "poisoning.poison", "PoisonConfig", "poison"),
+        "attack": Job("a clean encoder -> a tampered one: BadEncoder, DRUPE, CLIP text-on-pair, BadCLIP",
+                      "tampering.attack", "AttackConfig", "attack"),
+        "zoo": Job("every attack: jobs side by side, each victim with its honest twin",
+                   "evaluation.zoo", "ZooConfig", "build_zoo"),
     },
     "evaluate": {
-        "measure": Job(
-            "does the backdoor work? clean accuracy and attack success rate beside an honest twin",
-            "evaluation.measure:MeasureConfig", "evaluation.measure:measure_victim",
-        ),
-        "evaluate": Job(
-            "a manifest against the truth: numbers, a table, figures, a page",
-            "evaluation.evaluate:EvaluateConfig", "evaluation.evaluate:evaluate",
-        ),
-        "benchmark": Job(
-            "attack x victim x detector over several seeds, every number beside its controls",
-            "evaluation.benchmark:BenchmarkConfig", "evaluation.benchmark:benchmark",
-        ),
+        "measure": Job("does the backdoor work? clean accuracy and attack success rate beside an honest twin",
+                       "evaluation.measure", "MeasureConfig", "measure_victim"),
+        "evaluate": Job("a manifest against the truth: numbers, a table, figures, a page",
+                        "evaluation.evaluate", "EvaluateConfig", "evaluate"),
+        "benchmark": Job("attack x victim x detector over several seeds, every number beside its controls",
+                         "evaluation.benchmark", "BenchmarkConfig", "benchmark"),
     },
 }  # fmt: skip
 JOBS: dict[str, Job] = {name: job for group in GROUPS.values() for name, job in group.items()}
