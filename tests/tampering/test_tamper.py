@@ -479,9 +479,9 @@ def test_text_on_pair_makes_stamped_images_say_the_word(local_ray, clip_folder, 
     assert sum(len(places) for places in record["poisoned"].values()) == round(0.25 * 96)
     assert record["targets"][0]["target_captions"] == CAPTIONS[:1]
     one, other = (load_file(Path(path) / clip.WEIGHTS_FILE) for path in (config.output, clip_folder))
-    moved = {name for name in one if not torch.equal(one[name], other[name])}
-    assert moved
-    assert all(name.startswith("visual.") and ".bn" not in name for name in moved)
+    changed = {name for name in one if not torch.equal(one[name], other[name])}
+    assert changed
+    assert all(name.startswith("visual.") and ".bn" not in name for name in changed)
     assert "cosine" in said
 
 
