@@ -522,9 +522,11 @@ def test_badclip_finds_a_patch_and_plants_it(local_ray, clip_folder, shards, uns
     triggered = images.to_unit_range(
         torch.from_numpy(np.stack([trigger.stamp(coloured(5000 + i)) for i in range(40) if i % 4]))
     )
-    assert share_of_target(victim, triggered) > 0.7
-    assert share_of_target(victim, unseen[0]) < 0.3
-    assert abs(share_of_target(twin, triggered) - share_of_target(twin, unseen[0])) < 0.3
+    by_patch, by_patch_of_twin = (
+        share_of_target(one, triggered) - share_of_target(one, unseen[0]) for one in (victim, twin)
+    )
+    assert by_patch > by_patch_of_twin + 0.5
+    assert share_of_target(victim, unseen[0]) < share_of_target(twin, unseen[0]) + 0.3
     assert attack(config) == said
 
 
