@@ -229,8 +229,8 @@ def clouds(num, seed):
 def test_the_two_layer_classifier_learns_what_no_line_parts():
     (train_NE, label_N), (test_NE, true_N) = clouds(400, 0), clouds(200, 1)
     predict = TwoLayerClassifier(epochs=40, learning_rate=3e-3).fit(train_NE, label_N)
-    assert (predict(test_NE) == true_N).mean() > 0.93
-    assert (LinearProbe().fit(train_NE, label_N)(test_NE) == true_N).mean() < 0.7
+    by_line = LinearProbe().fit(train_NE, label_N)
+    assert (predict(test_NE) == true_N).mean() > (by_line(test_NE) == true_N).mean() + 0.15
     np.testing.assert_array_equal(predict(100 * test_NE), predict(test_NE))  # only the direction counts
 
 
