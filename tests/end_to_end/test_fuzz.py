@@ -44,7 +44,7 @@ from tests.benchmarks.speed import SpeedConfig
 
 LIMITS = Limits(max_pixels=4_000_000, max_member_bytes=1_000_000)
 CONFIGS = Path(__file__).parents[2] / "configs"
-JOBS: dict[str, type[Config]] = {
+KINDS: dict[str, type[Config]] = {
     "chaos": ChaosConfig,
     "scale": ScaleConfig,
     **{name: job.settings_class() for name, job in JOBS.items()}, "speed": SpeedConfig,
@@ -170,9 +170,9 @@ def load_yaml(kind: type[Config], text: str) -> None:
 
 @functools.cache
 def configs() -> list[tuple[type[Config], Any]]:
-    paths = sorted(CONFIGS.glob("*.yaml"))
-    jobs = [max((job for job in JOBS if path.name.startswith(job)), key=len) for path in paths]
-    return [(JOBS[job], yaml.safe_load(path.read_text())) for job, path in zip(jobs, paths, strict=True)]
+    texts = [path.read_text() for path in sorted(CONFIGS.rglob("*.yaml"))]
+    jobs = [re.search(r"(?:dede-ray |jobs/)(\w+)", text) for text in texts]  # each opens with its command
+    return [(KINDS[job[1]], yaml.safe_load(text)) for job, text in zip(jobs, texts, strict=True) if job]
 
 
 odd_values = st.one_of(
