@@ -10,12 +10,13 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/dede-ray demo
 
+# Two processes: where one waits for Ray, the other computes. A file's tests stay together, for what they share.
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not gpu"
 
 # The inner loop: what needs no Ray and no job of its own.
 test-fast: .venv/installed
-	$(BIN)/python -m pytest -m "not slow and not gpu and not ray"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not gpu and not ray"
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest

@@ -118,6 +118,7 @@ def test_the_papers_step_has_the_arithmetic_of_its_network_three_times():
     assert 3 * blocks < 1e9 * _flop(Way()) < 1.1 * 3 * blocks
 
 
+@pytest.mark.slow
 def test_released_code_runs_unchanged_on_cpus_without_the_packages_it_does_not_use(checkout, tmp_path):
     """The victim's gradients cost what its forward pass costs, twice, less those of the pixels."""
     config = ReferenceSpeed(path=str(checkout), **SMALL)
@@ -131,6 +132,7 @@ def test_released_code_runs_unchanged_on_cpus_without_the_packages_it_does_not_u
     assert scored["gflop"] == pytest.approx(1.11, abs=0.01)  # a ResNet-18 at 32 px
 
 
+@pytest.mark.slow
 def test_released_code_that_fails_says_why(checkout, tmp_path):
     (checkout / "src" / "main.py").write_text("import numpy\nimport nothing_of_this_name\n")
     config = ReferenceSpeed(path=str(checkout), **SMALL)

@@ -18,6 +18,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from scipy import stats
 from torch import nn
 
 from dede_ray.data.images import to_unit_range
@@ -478,7 +479,9 @@ def test_other_weights_or_images_at_the_old_path_are_refused(world, undisturbed,
 
 def test_one_encoder_that_is_not_there_does_not_stop_the_others(world, tmp_path, local_ray):
     victims = [{"kind": "encoder", "path": str(world / name)} for name in ("nowhere", "b")]
-    with pytest.raises(Mistake, match=r"1 inversions were not made, the others are:\n  .*_nowhere, seed 0: no saved"):
+    with pytest.raises(
+        Mistake, match=r"1 inversions were not made, the others are:\n  .*_nowhere, seed 0: no exported"
+    ):
         run(settings(world, tmp_path / "out", victims=victims, seeds=[0]))
     assert [path.parts[-3][-2:] for path in tmp_path.glob("out/*/*/stamp.json")] == ["_b"]
 
@@ -495,8 +498,11 @@ def test_a_bank_is_inverted_too_and_judges_the_others(world, tmp_path, local_ray
     assert [row["is_bank"] for row in rows] == [False, False, True, True, True]
     norms = [row["pl1"] * 3 * 256 for row in rows]
     for row, norm in zip(rows[:2], norms, strict=False):
-        deviation = 1.4826 * np.median(np.abs(np.array(norms[2:]) - np.median(norms[2:])))
-        assert row["anomaly_index"] == pytest.approx((np.median(norms[2:]) - norm) / deviation, rel=1e-6)
+        deviation, distance = 1.4826 * stats.median_abs_deviation(norms[2:]), np.median(norms[2:]) - norm
+        if deviation == 0 == distance:  # one epoch found no stamp, on a machine that rounds like this
+            assert row["anomaly_index"] == 0
+        else:
+            assert row["anomaly_index"] == pytest.approx(distance / deviation, rel=1e-6)
     assert [row["anomaly_index"] for row in rows[2:]] == [None] * 3
 
 

@@ -214,6 +214,7 @@ def test_the_swap_rank_counts_embeddings_that_rebuild_better(victim, decoder_fol
     np.testing.assert_allclose(ranks, (np.stack(others) < own).mean(axis=0))
 
 
+@pytest.mark.slow
 def test_what_five_detectors_cost_is_reported_beside_embedding_alone(clip_config):
     from tests.benchmarks.speed import DetectorSpeed, SpeedConfig, measure_speed
 

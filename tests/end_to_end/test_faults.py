@@ -125,6 +125,7 @@ def assert_same_run(job: Job, result: dict, undisturbed: dict) -> None:
     assert result["samples"]["by_epoch"][0] == {"seen": NUM_SAMPLES, "repeated": 0, "unseen": 0, "unusable": {}}
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_driver_change_no_bit_where_shards_and_checkpoints_are_on_a_store(job, s3):
     store = f"{s3}/{job.folder.name}"
     for shard in (job.folder / "shards").iterdir():

@@ -55,6 +55,7 @@ def zoo(**branches):
     return ZooConfig.model_validate({"output": "zoo", "at_once": 2, "branches": branches})
 
 
+@pytest.mark.slow
 def test_the_table_has_what_worked_and_the_mistake_says_what_did_not(work, capfd):
     branches = {
         "honest": {"steps": ["measure measure.yaml"], "victim": "encoder"},

@@ -529,7 +529,7 @@ def test_nothing_to_check_two_shards_of_one_name_and_an_output_among_the_shards_
 
 
 def test_the_config_loads_and_opens_with_its_command():
-    path = ROOT / "configs" / "check.yaml"
+    path = ROOT / "configs" / "digits" / "check.yaml"
     load(CheckConfig, [str(path)])
     assert path.read_text().startswith("# dede-ray check configs/digits/check.yaml\n")
 

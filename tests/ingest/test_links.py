@@ -469,6 +469,6 @@ def test_the_core_installs_without_what_img2dataset_needs():
 
 
 def test_the_settings_of_conceptual_captions_are_those_of_the_file_as_google_publishes_it():
-    source = load(IngestConfig, [str(ROOT / "configs" / "ingest_cc3m.yaml")]).source
+    source = load(IngestConfig, [str(ROOT / "configs" / "ingest" / "cc3m.yaml")]).source
     assert source.columns == ["caption", "url"]
     assert not source.web.allow_private_addresses

@@ -499,6 +499,7 @@ def test_text_needs_a_clip(local_ray, encoder_folder, shards, tmp_path):
         run(settings(tmp_path, encoder_folder, **pairs(shards)))
 
 
+@pytest.mark.slow
 def test_badclip_finds_a_patch_and_plants_it(local_ray, clip_folder, shards, unseen, coloured, tmp_path):
     method = {
         "kind": "badclip", "shards": shards, "target_label": 0, "poison_rate": 0.2,

@@ -118,6 +118,7 @@ def spread(rank: int, world: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_no_way_of_spreading_a_batch_changes_loss_gradients_or_statistics(tmp_path):
     for world in (1, 2):
         torch.multiprocessing.spawn(spread, (world, str(tmp_path)), nprocs=world)
@@ -238,6 +239,7 @@ def knn_accuracy(encoder: torch.nn.Module, folder: Path) -> float:
     return float((knn_classify(query_NE, memory_ME, label_M, 4, 20, 0.1) == label_N).mean())
 
 
+@pytest.mark.slow
 def test_it_learns_without_labels_what_labels_mean(trained):
     config, said = trained
     folder = Path(config.output) / "simclr"
@@ -253,6 +255,7 @@ def test_it_learns_without_labels_what_labels_mean(trained):
     assert account["by_epoch"] == [{"epochs": [0, 19], "seen": 256, "repeated": 0, "unseen": 0, "unusable": {}}]
 
 
+@pytest.mark.slow
 def test_what_it_exports_is_a_victim(trained):
     config, _ = trained
     folder = Path(config.output) / "simclr"
@@ -268,6 +271,7 @@ def test_what_it_exports_is_a_victim(trained):
     assert {"0.weight", "1.running_mean", "3.bias"} <= load_file(folder / PROJECTION_FILE).keys()
 
 
+@pytest.mark.slow
 def test_a_decoder_is_trained_against_it(trained):
     config, said = trained
     about = json.loads((Path(config.output) / "decoder" / "run.json").read_text())["result"]
@@ -275,6 +279,7 @@ def test_a_decoder_is_trained_against_it(trained):
     assert "decoder: " in said
 
 
+@pytest.mark.slow
 def test_the_same_command_again_has_nothing_to_do(trained):
     config, said = trained
     files = {path: path.stat().st_mtime_ns for path in Path(config.output).rglob("*") if path.is_file()}
