@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import IO, get_args
 from typing import Literal as L
 
-import ray
 from pydantic import Field
 
 from dede_ray.data.tar import Tar, add_member, open_tar, write_whole
@@ -301,6 +300,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 def count_samples(shards: list[Shard]) -> int:
     """Count samples, readable or not, by the headers of the tars alone; shards in parallel on Ray."""
+    import ray  # a second of import that listing and reading shards need not pay
+
     count = ray.remote(num_cpus=1)(_count)
     return sum(ray.get([count.remote(shard) for shard in shards]))
 

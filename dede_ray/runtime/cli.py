@@ -120,14 +120,11 @@ def main(job: str | None = None) -> None:
             return
         job, *arguments = arguments
         program = f"dede-ray {job}"
-    try:
-        if job not in JOBS:
-            near = difflib.get_close_matches(job, JOBS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(JOBS)}"
-            raise Mistake(f"no job is called {job!r}; {hint} (see dede-ray --help)")
-        run_job(JOBS[job].settings_class(), lambda settings: _run(job, settings), program, arguments, JOBS[job].default)
-    except Mistake as mistake:
-        sys.exit(_one_message(mistake))
+    if job not in JOBS:
+        near = difflib.get_close_matches(job, JOBS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(JOBS)}"
+        sys.exit(_one_message(Mistake(f"no job is called {job!r}; {hint} (see dede-ray --help)")))
+    run_job(JOBS[job].settings_class(), lambda settings: _run(job, settings), program, arguments, JOBS[job].default)
 
 
 def _run(name: str, settings: Config) -> str:
