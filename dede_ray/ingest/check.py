@@ -43,6 +43,7 @@ from pydantic import Field, field_validator
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from dede_ray.data.captions import read_classes
+from dede_ray.data.first_bytes import NUM_BYTES, what_is
 from dede_ray.data.images import IMAGE_FORMATS, decode_image, orientation, with_one_exif
 from dede_ray.data.near_duplicates import THUMBNAIL_PX, first_equal, first_near, hamming, perceptual_hash
 from dede_ray.data.shards import (
@@ -653,16 +654,7 @@ def _header(content: bytes, suffix: str) -> tuple[dict[str, Any], list[tuple[str
 
 def _guess(content: bytes) -> str:
     """Name what was found in place of an image, if it is a familiar format."""
-    if not content.strip(b"\0"):
-        return f"{len(content):,} zero bytes" if content else "empty"
-    if content[4:8] == b"ftyp":
-        return "AVIF, HEIC or a film"
-    known = {b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"%PDF": "PDF", b"PK": "a ZIP archive",
-             b"\x93NUMPY": "a NumPy array", b"\x80": "perhaps a pickle", b"\xff\xd8": "a damaged JPEG",
-             b"\x89PNG": "a damaged PNG", b"RIFF": "a damaged WebP", b"BM": "a damaged BMP",
-             b"<": "HTML, XML or SVG", b"{": "JSON"}  # fmt: skip
-    start = content[:256].lstrip()
-    return next((name for magic, name in known.items() if start.startswith(magic)), "of no known format")
+    return what_is(content[:NUM_BYTES]) or "of no known format"
 
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ue000-\uf8ff\ufffd-\uffff]")
