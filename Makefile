@@ -14,9 +14,9 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not gpu"
 
-# The inner loop: what needs no Ray and no job of its own.
+# The inner loop: what needs no Ray, no job of its own, and trains nothing.
 test-fast: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not gpu and not ray"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not gpu and not ray and not trains"
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest

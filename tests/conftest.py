@@ -78,7 +78,7 @@ def s3() -> Iterator[str]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What uses Ray, or starts jobs that do, is left out by `make test-fast`."""
     for item in items:
-        if {"local_ray", "s3"} & set(getattr(item, "fixturenames", ())):
+        if {"local_ray", "s3", "smoke", "ward"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("ray")
 
 

@@ -13,6 +13,8 @@ from dede_ray.runtime.config import Mistake
 from dede_ray.training.loop import Workers
 from tests.benchmarks.baseline import TrainerSpeed, Variant, _flop_per_image, compare_trainers, photographs
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.mark.parametrize(("model", "forward_gflop"), [("ViT-B-32", 14.78), ("RN50", 18.18)])
 def test_the_arithmetic_of_a_pair_is_three_times_the_forward_pass_that_open_clip_publishes(model, forward_gflop):

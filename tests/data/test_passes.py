@@ -313,6 +313,7 @@ def spilled() -> list[str]:
     return [line for line in summary.splitlines() if "Spilled" in line]
 
 
+@pytest.mark.slow
 def test_readers_wait_for_slow_actors_and_nothing_is_spilled(local_ray, write_tar, picture, tmp_path):
     """540 MB of pixels through an object store of 200."""
     before, jpeg = spilled(), encode_image(picture(0, 256, 256), "jpg")

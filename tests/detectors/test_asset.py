@@ -25,6 +25,8 @@ from dede_ray.models.embedding import Batch
 from dede_ray.models.victims import OpenClipVictim, load_victim
 from dede_ray.runtime.config import Mistake
 
+pytestmark = pytest.mark.trains
+
 N, D = 1536, 32
 
 # ----------------------------------------------------------------------------------------------------------- the pieces

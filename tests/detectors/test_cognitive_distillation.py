@@ -16,6 +16,8 @@ from dede_ray.models.embedding import Batch
 from dede_ray.models.encoders import ResNet, build_encoder
 from dede_ray.models.victims import Victim
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture(scope="module")
 def victim() -> Victim:

@@ -40,6 +40,8 @@ from dede_ray.models.encoders import Described, ResNet, build_encoder, save_enco
 from dede_ray.models.victims import Victim
 from dede_ray.runtime.config import Mistake
 
+pytestmark = pytest.mark.trains
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -30,6 +30,8 @@ from dede_ray.models.victims import OpenClipVictim, load_victim
 from dede_ray.poisoning.triggers import Blend, Patch
 from dede_ray.runtime.config import Mistake, read_json
 
+pytestmark = pytest.mark.trains
+
 SEEDS = [0, 1]
 ROLES = ["victim", "honest", "other"]
 TRIGGER = Patch(size_px=6, pattern="white", margin_px=2)

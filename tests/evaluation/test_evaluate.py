@@ -16,6 +16,8 @@ from dede_ray.runtime.config import Mistake
 from dede_ray.scan.manifest import read_manifest, write_manifest
 from dede_ray.training.downstream import Behaviour
 
+pytestmark = pytest.mark.trains
+
 
 def test_every_score_stands_beside_its_honest_control(metrics, report):
     assert sorted(metrics["scores"]) == sorted(SCORES)

@@ -25,6 +25,8 @@ from dede_ray.evaluation.leaderboard import (
 )
 from dede_ray.runtime.config import write_json
 
+pytestmark = pytest.mark.trains
+
 SEEDS = (0, 1)
 CASES = {"works": About(["victim", "honest"], 2), "idle": About(["victim", "honest"], 2)}
 SETTINGS = LeaderboardSettings(num_mixtures=4, num_lists=6, false_alarm=None)

@@ -109,9 +109,8 @@ def test_the_smallest_demo_ends_with_a_page_of_real_pictures(smoke, checkout):
             assert low < high, "not one flat colour"
 
 
-@pytest.mark.parametrize(
-    "argv", [("demo", SMOKE), pytest.param(("train_clip",), marks=pytest.mark.slow)], ids=lambda argv: argv[0]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("argv", [("demo", SMOKE), ("train_clip",)], ids=lambda argv: argv[0])
 def test_finished_work_is_not_done_again(smoke, checkout, argv):
     """A job without a config runs its part of the smallest demo, which is finished here."""
     before = work_in(checkout / "runs/smoke")

@@ -31,6 +31,8 @@ from dede_ray.training.reconstruction import (
     ood_split,
 )
 
+pytestmark = pytest.mark.trains
+
 SMALL = DecoderShape(patch_px=4, width=32, heads=2, encoder_depth=1, decoder_depth=1)
 IDS = [f"train-00000.tar/{i:04d}" for i in range(40)]
 

@@ -12,6 +12,8 @@ from dede_ray.runtime.config import Mistake
 from dede_ray.scan.decisions import Conformal
 from dede_ray.scan.fusion import Difficulty, Fusion, split_calibration
 
+pytestmark = pytest.mark.trains
+
 
 def names(count, shard="train-00000.tar"):
     return [f"{shard}/{i:06d}" for i in range(count)]

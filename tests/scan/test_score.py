@@ -169,6 +169,7 @@ def test_the_manifest_says_what_made_it_and_holds_no_clock_time(scored, settings
 # --- what a score depends on
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_chunks_order_of_shards_or_number_of_actors(scored, settings, shards, tmp_path):
     backwards = [str(path) for path in sorted(shards.glob("train-*.tar"), reverse=True)]
     other = score(settings(tmp_path / "scores", shards=backwards, chunk_size=5, resources=TWO))
@@ -276,6 +277,7 @@ def scoring(folder: Path, config: str = "score.yaml") -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_job_run_again_gives_the_same_bytes_and_redoes_nothing(
     write_pictures, victim_folder, decoder_folder, tmp_path
 ):

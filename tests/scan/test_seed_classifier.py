@@ -30,6 +30,8 @@ from dede_ray.scan.seed_classifier import (
     occlusion_map,
 )
 
+pytestmark = pytest.mark.trains
+
 NUM_POISONED = 40
 SMALL = {"width": 4, "num_networks": 1, "steps": 60, "batch_size": 16, "window_sizes": (0.3,)}
 TRIGGER = Patch(size_px=2 * WHITE_PX, pattern="white")
@@ -115,6 +117,7 @@ def test_seeds_that_share_nothing_fail_the_control_and_flag_nothing(corpus, pict
     assert "failed its control" in found.verdict.report["message"]
 
 
+@pytest.mark.slow
 def test_a_trigger_all_over_the_image_is_found_by_whole_images(pictures):
     trigger, images = Sinusoid(amplitude=60), pictures[:700].copy()
     for i in poisoned():
@@ -125,6 +128,7 @@ def test_a_trigger_all_over_the_image_is_found_by_whole_images(pictures):
     assert auroc_of_unseen(found.scores) > 0.9
 
 
+@pytest.mark.slow
 def test_windows_that_fail_give_way_to_whole_images(pictures):
     """A map that points anywhere but at what the seeds share."""
     trigger, images = Sinusoid(amplitude=40), pictures[:30].copy()

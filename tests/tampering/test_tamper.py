@@ -38,6 +38,8 @@ from dede_ray.tampering.badencoder import effectiveness_loss
 from dede_ray.tampering.references import References
 from dede_ray.training.dataloader import index_of
 
+pytestmark = pytest.mark.trains
+
 ROOT = Path(__file__).parents[2]
 WHITE = {"kind": "patch", "size_px": 16, "pattern": "white", "position": "bottom_right", "margin_px": 1}
 WORKERS = {"cpus_per_worker": 0.5, "read_cpus": 0.5, "threads_per_worker": 1, "checkpoint_every": 10, "max_failures": 0}

@@ -13,6 +13,8 @@ from dede_ray.models import clip
 from dede_ray.training.contrastive import Contrastive
 from dede_ray.training.flops import flop_per_sample, matmul_rate
 
+pytestmark = pytest.mark.trains
+
 
 class Choosy(nn.Module):
     """Two products, the second of those rows only that a number picks: shapes alone do not say how many."""

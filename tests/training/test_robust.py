@@ -31,6 +31,8 @@ from dede_ray.training.robust import (
     nearest,
 )
 
+pytestmark = pytest.mark.trains
+
 BATCH = 64
 VIT = {
     "embed_dim": 16,
@@ -249,7 +251,9 @@ def test_no_way_of_spreading_a_batch_changes_loss_gradients_or_memory(tmp_path):
 # --- what is remembered
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(one, marks=pytest.mark.slow) if i else one for i, one in enumerate(METHODS)]
+)
 def test_a_run_that_resumes_goes_on_exactly(method, tmp_path):
     def run(objective: Any, steps: range) -> list[float]:
         optimiser = torch.optim.SGD(objective.parameters(), lr=0.1)
