@@ -16,6 +16,7 @@ readers who choose their own threshold afterwards. The other rules are simpler a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.9
 """Probability that all lower bounds on the number of poisoned samples hold at once."""
+NUM_URNS = 10_000
+"""Draws of a simulation that bounds come from."""
 
 
 class About(TypedDict, total=False):
@@ -101,11 +104,10 @@ class Conformal(Rule):
     """Conformal p-values, then Benjamini-Hochberg: a declared false discovery rate.
 
     Benjamini-Hochberg can reject only where 1 / (n + 1) <= q R / N for R rejections, so finding a poison rate r needs
-    n + 1 >= 1 / (q r) calibration samples, with `false_alarm` in the place of a larger q. With fewer, nothing is
-    flagged and the verdict says how many it takes.
+    n + 1 >= 1 / (q r) calibration samples. With fewer, nothing is flagged and the verdict says how many it takes.
 
     Source: Bates et al., Testing for outliers with conformal p-values, Ann. Stat. 2023, arXiv:2104.08279; they show
-    that p-values which share a calibration set depend positively, which is what Benjamini-Hochberg and Simes need.
+    that p-values which share a calibration set depend positively, which is what Benjamini-Hochberg needs.
 
     Example:
         >>> import dede_ray, numpy
@@ -121,7 +123,7 @@ class Conformal(Rule):
     q: float = Field(0.1, gt=0, lt=1)
     """False discovery rate: the expected share of clean samples among the flagged, at most."""
     false_alarm: float | None = Field(0.05, gt=0, lt=1)
-    """Chance that a corpus without poison gets a list at all, at most. Without it that chance is q."""
+    """Chance that a corpus without poison gets a list at all, at most (`rank_gate`). Without it that chance is q."""
     expected_poison_rate: float | None = Field(None, gt=0, lt=1)
     """Smallest poison rate that must be found; a calibration set too small for it is refused."""
     storey: bool = False
@@ -137,8 +139,7 @@ class Conformal(Rule):
     def decide(
         self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
     ) -> Verdict:
-        level = self.q if self.false_alarm is None else min(self.q, self.false_alarm)
-        needed = _num_needed(level, self.expected_poison_rate or 1.0)
+        needed = _num_needed(self.q, self.expected_poison_rate or 1.0)
         if self.mondrian_bins > 1 and (about.get("strata") is None or about.get("calibration_strata") is None):
             raise Mistake(
                 f"mondrian_bins is {self.mondrian_bins}, and there is no difficulty to make bins of; give this "
@@ -150,21 +151,22 @@ class Conformal(Rule):
         evidence.require_calibration()
         num_calibration = min(num for _, num in evidence.bins)
         least_q = _least_achievable(self.expected_poison_rate or 1.0, num_calibration)
-        least_rate = _least_achievable(level, num_calibration)
+        least_rate = _least_achievable(self.q, num_calibration)
         distinct_p = evidence.p_value[evidence.is_distinct]
+        if least_rate and self.false_alarm is not None and distinct_p.size:
+            least_rate = min(1.0, max(least_rate, int(_tops(distinct_p.size, num_calibration)[0]) / distinct_p.size))
         null_share = _storey(distinct_p, self.storey_lambda) if self.storey else None
         facts: dict[str, float | None] = {
-            "alarm": _simes(distinct_p),
+            "alarm": evidence.alarm(),
             "null_share": null_share,
             "achievable_q": least_q,
             "achievable_poison_rate": least_rate,
         }
         nothing = np.zeros(evidence.scores.size, bool)
-        declared = f"q = {self.q:g}" + (f" and false_alarm = {level:g}" if level < self.q else "")
+        declared = f"q = {self.q:g}"
         if num_calibration < needed:
             rate = f" and a poison rate of {self.expected_poison_rate:g}" if self.expected_poison_rate else ""
-            larger = "q" if self.false_alarm is None else "q and a false_alarm"
-            larger_q = f", or declare a {larger} of about {least_q:.2g} or more" if least_q and least_q < 1 else ""
+            larger_q = f", or declare a q of about {least_q:.2g} or more" if least_q and least_q < 1 else ""
             return evidence.verdict(
                 nothing,
                 threshold=None,
@@ -182,13 +184,17 @@ class Conformal(Rule):
         within = within if self.mondrian_bins > 1 else ""
         cutoff = _benjamini_hochberg_cutoff(distinct_p, self.q / (null_share or 1.0))
         flagged = evidence.p_value <= cutoff
-        if flagged.any() and _benjamini_hochberg_cutoff(distinct_p, level) < 0:
+        alarm = facts["alarm"]
+        if flagged.any() and self.false_alarm is not None and alarm is not None and alarm > self.false_alarm:
             num_withheld, flagged = int(flagged.sum()), nothing
-            how = f"none: the list is withheld, because Simes' test does not reject at false_alarm = {level:g}{within}"
+            how = (
+                f"none: the list is withheld, because the rank gate does not reject at false_alarm = "
+                f"{self.false_alarm:g}{within}"
+            )
             message = (
                 f"flagged none of {evidence.num_scored:,} samples: {num_withheld:,} would be on a list at "
                 f"q = {self.q:g}, but a corpus without any poison looks like this with probability "
-                f"{facts['alarm']:.2g}, and at most {level:g} is allowed (false_alarm)"
+                f"{alarm:.2g}, and at most {self.false_alarm:g} is allowed (false_alarm)"
             )
         elif flagged.any():
             copies = ", copies counted once" if distinct_p.size < evidence.num_scored else ""
@@ -388,12 +394,6 @@ def conformal_p_values(
 ) -> NDArray[np.float64]:
     """p = (1 + how many of n calibration samples score at least as high) / (n + 1); ties are broken at random.
 
-    A score that equals t calibration scores takes one of the t + 1 places around them, drawn from (seed, sample_id):
-    p depends on the sample and the calibration set, not on their order nor on what else is judged.
-
-    Clean p-values are then uniform on the grid k / (n + 1), ties or not. They also stay positively dependent: a higher
-    calibration score never lowers any p, whatever was drawn, and that is all the proof for continuous scores uses.
-
     Args:
         scores: (N,), NaN where a sample has no score.
         calibration: (n,), NaN are ignored.
@@ -406,46 +406,130 @@ def conformal_p_values(
     Source: Bates et al., Ann. Stat. 2023, arXiv:2104.08279.
     """
     scores, clean = np.asarray(scores, np.float64), np.asarray(calibration, np.float64)
-    clean = np.sort(clean[~np.isnan(clean)])
+    clean = clean[~np.isnan(clean)]
+    above = num_above(scores, clean, sample_ids, seed)
+    return np.where(np.isnan(scores), np.nan, (1 + above) / (clean.size + 1))
+
+
+def num_above(
+    scores: NDArray[np.float64], clean: NDArray[np.float64], sample_ids: Sequence[str], seed: int
+) -> NDArray[np.int64]:
+    """How many of n calibration samples stand above each of N samples, int64 (N,) in [0, n].
+
+    Of equal scores those with the larger draw stand above. A sample's draw comes from its id, those of t equal
+    calibration scores from the score and 1 to t: so the count depends on the sample and the calibration set, not on
+    their order nor on what else is judged, and all clean samples, corpus and calibration alike, stay exchangeable. A
+    higher calibration score never lowers a count, whatever was drawn, which is the positive dependence that
+    Benjamini-Hochberg needs.
+    """
+    clean = np.sort(clean)
     above = clean.size - np.searchsorted(clean, scores, side="right")
     num_equal = clean.size - np.searchsorted(clean, scores, side="left") - above
     tied = np.flatnonzero(num_equal)  # few; only they need a draw, and drawing is what costs
     draw = np.array([_uniform(seed, sample_ids[i]) for i in tied.tolist()], np.float64)
-    above[tied] += np.floor(draw * (num_equal[tied] + 1)).astype(np.int64)
-    return np.where(np.isnan(scores), np.nan, (1 + above) / (clean.size + 1))
+    value, which = np.unique(scores[tied], return_inverse=True)
+    for v, score in enumerate(value.tolist()):
+        here = np.flatnonzero(which == v)
+        names = [f"calibration {score!r} {k}" for k in range(num_equal[tied[here[0]]])]
+        others = np.sort(np.array([_uniform(seed, name) for name in names]))
+        above[tied[here]] += others.size - np.searchsorted(others, draw[here])
+    return above
 
 
-def true_discoveries(p_value: ArrayLike, confidence: float = CONFIDENCE) -> NDArray[np.int64]:
-    """Lower bounds on the number of poisoned samples among the 1, 2, ..., M smallest p-values, all valid at once.
+def rank_gate(above: ArrayLike, num_calibration: int) -> float | None:
+    """P-value of there being no poison at all: do corpus samples crowd the top of the pool of corpus and calibration?
 
-    Closed testing: a set of samples holds poison if Simes' test rejects it and every set that contains it. Among any
-    samples, at least as many are poisoned as can not be in one set that is not rejected. Simes' test holds for
-    conformal p-values, because they depend positively. For h, the size of the largest set that is not rejected, the
-    bound is max over u of 1 - u + #{i <= k: h p_(i) <= u alpha}; in O(M log M).
+    Without poison the M corpus and n calibration samples are exchangeable, so how many of the K highest are corpus
+    samples is hypergeometric. Six tops are tested, each twice as large as the last: K = 8, 16 ... 256 where M is about
+    n. The smallest of their p-values counts six times (Bonferroni).
+
+    Where Simes' test needs 20 M / n samples above all calibration samples to reject at 5 %, eight are enough here.
 
     Args:
-        p_value: (M,), in any order; each of a distinct sample, and without NaN.
+        above: (M,), of each distinct sample, the number of calibration samples above it.
+        num_calibration: n.
+    """
+    from scipy.stats import hypergeom  # slow to import
+
+    above = np.sort(np.asarray(above, np.int64))
+    num = above.size
+    if not num or not num_calibration:
+        return None
+    tops = _tops(num, num_calibration)
+    place = np.searchsorted(above, np.arange(num_calibration), side="right") + np.arange(1, num_calibration + 1)
+    num_corpus = tops - np.searchsorted(place, tops, side="right")
+    p_value = hypergeom.sf(num_corpus - 1, num + num_calibration, num, tops)
+    return float(min(1.0, tops.size * p_value.min()))
+
+
+def _tops(num: int, num_calibration: int) -> NDArray[np.int64]:
+    """The K of `rank_gate`: the first is where clean corpus samples alone stand with a probability of about e^-5."""
+    first = math.ceil(5 / math.log1p(num_calibration / num))
+    tops = first * 2 ** np.arange(6)
+    return np.unique(np.minimum(tops, num + num_calibration))
+
+
+def true_discoveries(above: ArrayLike, num_calibration: int, confidence: float = CONFIDENCE) -> NDArray[np.int64]:
+    """Lower bounds on the number of poisoned samples among the 1, 2, ..., M highest, all valid at once.
+
+    Among M clean samples, at most u_j stand before the j-th calibration sample, for all j at once, with the declared
+    probability (`_rank_envelope`). So of the corpus samples that stand before it, all but u_j are poisoned; and what a
+    prefix holds at least, a longer one holds, too, and one shorter by d holds all but d of it.
+
+    Args:
+        above: (M,), of each distinct sample, the number of calibration samples above it, in any order.
+        num_calibration: n.
         confidence: probability that all bounds hold.
 
     Returns:
-        int64 (M,), rising; the k-th is for the k smallest p-values.
-
-    Source: Goeman, Meijer, Krebs & Solari, Simultaneous control of all false discovery proportions in large-scale
-    multiple hypothesis testing, Biometrika 2019, arXiv:1611.06739, theorem 1; Goeman & Solari, Stat. Sci. 2011.
+        int64 (M,), rising; the k-th is for the k highest.
     """
-    p_value, alpha = np.sort(np.asarray(p_value, np.float64)), (1 - confidence) * (1 + ROUNDING_SLACK)
-    assert not np.isnan(p_value).any()
-    num, rank = p_value.size, np.arange(1, p_value.size + 1)
-    # Of the sets of one size, the one with the largest p-values is rejected last; and if it is, so is any larger one.
-    accepted, rejected = 0, num + 1
-    while rejected - accepted > 1:
-        size = (accepted + rejected) // 2
-        if (size * p_value[num - size :] > alpha * rank[:size]).all():
-            accepted = size
-        else:
-            rejected = size
-    least_u = np.maximum(1, np.ceil(accepted * p_value / alpha))
-    return np.maximum(0, np.maximum.accumulate(1 - least_u + rank)).astype(np.int64)
+    above = np.sort(np.asarray(above, np.int64))
+    bound = np.zeros(above.size, np.int64)
+    if above.size and num_calibration:
+        ranks, most_clean = _rank_envelope(above.size, num_calibration, confidence)
+        standing = np.searchsorted(above, ranks)  # corpus samples before the j-th calibration sample
+        some = standing > 0
+        np.maximum.at(bound, standing[some] - 1, standing[some] - most_clean[some])
+        place = np.arange(above.size)
+        bound = np.maximum.accumulate(bound)
+        bound = np.maximum(bound, np.maximum.accumulate((bound - place)[::-1])[::-1] + place)
+    return np.maximum(bound, 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _rank_envelope(num: int, num_calibration: int, confidence: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Some j in 1 ... n, and u_j: how many of M clean samples stand before the j-th of n clean ones, at most.
+
+    The count is a Polya urn's. Its quantiles, all at one level, and the level at which all of them hold at once with
+    the declared probability, come from two independent simulations.
+    """
+    ranks = np.unique(np.minimum(2 ** np.arange(num_calibration.bit_length() + 1), num_calibration))
+    draw = np.random.default_rng(0)
+    sorted_BJ, tried_BJ = (_polya_urn(draw, num, num_calibration, ranks) for _ in range(2))
+    sorted_BJ.sort(axis=0)
+    # Of the first simulation's draws, how many are as high: the rarest of each draw of the second one.
+    as_high_BJ = [NUM_URNS - np.searchsorted(sorted_BJ[:, j], tried_BJ[:, j]) for j in range(ranks.size)]
+    rarest_B = np.sort(np.min(as_high_BJ, axis=0))
+    allowed = 1 - confidence
+    num_beyond = math.floor(NUM_URNS * allowed - 2 * math.sqrt(NUM_URNS * allowed * (1 - allowed)))
+    level = int(rarest_B[max(0, num_beyond)]) - 1  # so many draws, at most, are beyond some quantile of this level
+    return ranks, sorted_BJ[NUM_URNS - 1 - max(0, level)]
+
+
+def _polya_urn(
+    draw: np.random.Generator, num: int, num_calibration: int, ranks: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """How many of `num` uniform numbers lie below the j-th smallest of n others, for some j, int64 (NUM_URNS, J)."""
+    steps = np.diff(np.append(np.insert(ranks, 0, 0), num_calibration + 1))
+    part_BJ = draw.gamma(steps, size=(NUM_URNS, steps.size))
+    left_BJ = np.cumsum(part_BJ[:, ::-1], axis=1)[:, ::-1]
+    count_BJ = np.zeros((NUM_URNS, ranks.size), np.int64)
+    before_B = np.zeros(NUM_URNS, np.int64)
+    for j in range(ranks.size):
+        before_B = before_B + draw.binomial(num - before_B, part_BJ[:, j] / left_BJ[:, j])
+        count_BJ[:, j] = before_B
+    return count_BJ
 
 
 def _uniform(seed: int, sample_id: str) -> float:
@@ -463,15 +547,6 @@ def _benjamini_hochberg_cutoff(p_value: NDArray[np.float64], q: float) -> float:
     rank = np.arange(1, p_value.size + 1)
     passes = np.flatnonzero(p_value * p_value.size <= q * rank * (1 + ROUNDING_SLACK))
     return float(p_value[passes[-1]]) if passes.size else -1.0
-
-
-def _simes(p_value: NDArray[np.float64]) -> float | None:
-    """P-value of Simes' test that all samples are clean: the q from which Benjamini-Hochberg rejects something.
-
-    Source: Simes, Biometrika 1986.
-    """
-    rank = np.arange(1, p_value.size + 1)
-    return float((np.sort(p_value) * p_value.size / rank).min()) if p_value.size else None
 
 
 def _storey(p_value: NDArray[np.float64], bound: float) -> float:
@@ -501,6 +576,8 @@ class _Evidence:
     sample_ids: Sequence[str]
     scores: NDArray[np.float64]  # (N,)
     p_value: NDArray[np.float64]  # (N,), copies have that of their group's representative
+    above: NDArray[np.int64]  # (N,), calibration samples of the own bin that stand above; of no use without a score
+    bin_of: NDArray[np.int64]  # (N,), place in `bins`
     representative: NDArray[np.int64]  # (N,), the row that represents its group: its own, if in none
     clean: NDArray[np.float64]  # calibration scores that are used
     bins: list[tuple[list[int], int]]  # strata of each bin, and its calibration samples
@@ -515,6 +592,15 @@ class _Evidence:
     def is_distinct(self) -> NDArray[np.bool_]:
         """(N,), M True: those with a score, one of each group."""
         return ~np.isnan(self.scores) & (self.representative == np.arange(self.scores.size))
+
+    def alarm(self) -> float | None:
+        """P-value of there being no poison, by the `rank_gate` of each bin (Bonferroni)."""
+        p_value = [
+            p
+            for number, (_, num) in enumerate(self.bins)
+            if (p := rank_gate(self.above[self.is_distinct & (self.bin_of == number)], num)) is not None
+        ]
+        return min(1.0, len(p_value) * min(p_value)) if p_value else None
 
     def require_calibration(self) -> int:
         """Number of calibration samples, if there are any."""
@@ -570,7 +656,12 @@ class _Evidence:
         names = np.array([self.sample_ids[i] for i in distinct.tolist()], dtype=np.str_)
         ranked = distinct[np.lexsort((names, -self.scores[distinct], self.p_value[distinct]))]
         rank[ranked] = np.arange(1, ranked.size + 1)
-        at_least[ranked] = true_discoveries(self.p_value[ranked])
+        found = np.zeros(ranked.size, np.int64)
+        for number, (_, num) in enumerate(self.bins):
+            here = np.flatnonzero(self.bin_of[ranked] == number)
+            bound = true_discoveries(self.above[ranked[here]], num, 1 - (1 - CONFIDENCE) / len(self.bins))
+            found[here] = np.diff(bound, prepend=0)
+        at_least[ranked] = np.cumsum(found)
         return rank[self.representative], at_least[self.representative]
 
 
@@ -604,17 +695,20 @@ def _weigh(
 
     bins = _merge_bins(clean_strata, least_in_bin)
     last_stratum = np.array([numbers[-1] for numbers, _ in bins], np.int64)
-    p_value = np.full(scores.size, np.nan)
+    bin_of = np.searchsorted(last_stratum[:-1], strata)
+    p_value, above = np.full(scores.size, np.nan), np.zeros(scores.size, np.int64)
     for number in range(len(bins)):
-        here = np.flatnonzero(np.searchsorted(last_stratum[:-1], strata) == number)
+        here = np.flatnonzero(bin_of == number)
         reference = clean[np.searchsorted(last_stratum[:-1], clean_strata) == number]
         names = sample_ids if here.size == scores.size else [sample_ids[i] for i in here.tolist()]
-        p_value[here] = conformal_p_values(scores[here], reference, names, seed)
+        above[here] = num_above(scores[here], reference, names, seed)
+        p_value[here] = (1 + above[here]) / (reference.size + 1)
     num_unused = int(is_scored.sum()) - clean.size
     p_value = np.where(np.isnan(scores), np.nan, p_value[representative])
     return _Evidence(
-        rule, sample_ids, scores, p_value, representative, clean, bins, int((~is_scored).sum()), num_unused
-    )
+        rule, sample_ids, scores, p_value, above, bin_of, representative, clean, bins, int((~is_scored).sum()),
+        num_unused,
+    )  # fmt: skip
 
 
 def _is_first_of_its_group(

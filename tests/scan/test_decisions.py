@@ -1,5 +1,6 @@
 """The list keeps the promise that was declared, and says so when it cannot."""
 
+import itertools
 import json
 import math
 import time
@@ -22,7 +23,10 @@ from dede_ray.scan.decisions import (
     Decision,
     FixedThreshold,
     PoolMedian,
+    _rank_envelope,
+    _tops,
     conformal_p_values,
+    rank_gate,
     true_discoveries,
 )
 
@@ -62,15 +66,26 @@ def test_p_values_of_clean_samples_are_uniform(decimals):
         scores = rng.normal(size=10)
         if decimals is not None:
             scores = scores.round(decimals)
-        rank.append(10 * conformal_p_values(scores[:1], scores[1:], names(1, f"trial-{trial}"))[0])
+        rank.append(10 * conformal_p_values(scores[:1], scores[1:], names(1), seed=trial)[0])
     counts = np.bincount(np.rint(rank).astype(int), minlength=11)[1:]
     assert counts.sum() == 4000
     assert stats.chisquare(counts).pvalue > 0.001
 
 
 def test_equal_scores_everywhere_still_give_uniform_p_values():
-    rank = np.rint(100 * conformal_p_values(np.ones(20_000), np.ones(99), names(20_000))).astype(int)
-    assert stats.chisquare(np.bincount(rank, minlength=101)[1:]).pvalue > 0.001
+    rank = [10 * conformal_p_values([1.0], np.ones(9), names(1), seed)[0] for seed in range(4000)]
+    assert stats.chisquare(np.bincount(np.rint(rank).astype(int), minlength=11)[1:]).pvalue > 0.001
+
+
+def test_tied_samples_stand_in_one_random_order_with_the_calibration_samples():
+    """Two of five equal ones are corpus samples: each of the ten orders is as likely as any other."""
+    orders = [
+        tuple(sorted(np.rint(4 * conformal_p_values(np.ones(2), np.ones(3), names(2), seed)).astype(int)))
+        for seed in range(5000)
+    ]
+    counts = np.unique(orders, axis=0, return_counts=True)[1]
+    assert len(counts) == 10
+    assert stats.chisquare(counts).pvalue > 0.001
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -221,10 +236,11 @@ def test_a_list_is_whole_or_withheld_with_the_reason():
     scores = np.r_[np.full(5, 9.0), np.zeros(95)]
     calibration = np.linspace(-1, 1, 199)
     free = Conformal(q=0.2, false_alarm=None).decide(scores, calibration, names(100))
-    lenient = Conformal(q=0.2, false_alarm=0.1).decide(scores, calibration, names(100))
-    strict = Conformal(q=0.2, false_alarm=0.09).decide(scores, calibration, names(100))
+    chance = 6 * stats.hypergeom.sf(4, 299, 100, 5)  # the highest five of 299 are all of the corpus
     assert free.flagged.sum() == 5
-    assert free.report["alarm"] == pytest.approx(0.1)  # five p-values of 1/200 among 100: 100 / 200 / 5
+    assert free.report["alarm"] == pytest.approx(chance)
+    lenient = Conformal(q=0.2, false_alarm=1.01 * chance).decide(scores, calibration, names(100))
+    strict = Conformal(q=0.2, false_alarm=0.99 * chance).decide(scores, calibration, names(100))
     np.testing.assert_array_equal(lenient.flagged, free.flagged)
     assert not strict.flagged.any()
     assert "5 would be on a list" in strict.report["message"]
@@ -232,11 +248,11 @@ def test_a_list_is_whole_or_withheld_with_the_reason():
     assert strict.report["poisoned_at_least"] == 0
 
 
-def test_a_false_alarm_rate_below_q_is_what_takes_calibration_samples():
+def test_the_gate_alone_takes_no_more_calibration_samples():
     rule = Conformal(q=0.1, false_alarm=0.01, expected_poison_rate=0.1)
-    message = rule.decide(np.zeros(50), np.zeros(998), names(50)).report["message"]
-    assert "need at least 999 calibration samples, have 998 (for q = 0.1 and false_alarm = 0.01 and a poison" in message
-    assert rule.decide(np.zeros(50), np.zeros(999), names(50)).report["certified"]
+    message = rule.decide(np.zeros(50), np.zeros(98), names(50)).report["message"]
+    assert "need at least 99 calibration samples, have 98 (for q = 0.1 and a poison rate of 0.1)" in message
+    assert rule.decide(np.zeros(50), np.zeros(99), names(50)).report["certified"]
 
 
 # --- Storey
@@ -310,13 +326,14 @@ def test_who_represents_a_group_is_drawn_without_a_look_at_the_scores():
     order = np.random.default_rng(23).permutation(1800)
     again = Conformal().decide(scores[order], range(4), [ids[i] for i in order], groups=[groups[i] for i in order])
     np.testing.assert_array_equal(again.p_value, verdict.p_value[order])
-    ties = Conformal().decide(np.ones(1800), np.ones(1), ids, groups=groups)
-    assert 0.42 < (ties.p_value[::3] == 0.5).mean() < 0.58  # its draw among equal scores is a fair one, too
+    ties = [Conformal(seed=seed).decide(np.ones(3), np.ones(1), ids[:3], groups=groups[:3]) for seed in range(600)]
+    above = np.mean([one.p_value[0] == 0.5 for one in ties])
+    assert 0.42 < above < 0.58  # its draw among equal scores is a fair one, too
 
 
 def test_a_copy_without_a_score_neither_counts_nor_is_flagged():
-    scores = [np.nan, 9.0, 9.0, 0.0]
-    verdict = Conformal().decide(scores, np.zeros(99), names(4), groups=["a", "a", "a", None])
+    scores = [np.nan, 9.0, 9.0, -9.0]
+    verdict = Conformal(false_alarm=None).decide(scores, np.zeros(99), names(4), groups=["a", "a", "a", None])
     assert verdict.flagged.tolist() == [False, True, True, False]
     assert (verdict.report["num_scored"], verdict.report["num_distinct"]) == (3, 2)
     assert "copies counted once" in verdict.report["message"]
@@ -393,7 +410,7 @@ def test_bins_are_quantiles_of_the_calibration_and_their_borders_take_no_part():
     ],
 )
 def test_bins_with_too_few_calibration_samples_join_a_neighbour_and_the_verdict_says_so(counts, merged):
-    rule = Conformal(mondrian_bins=3, expected_poison_rate=0.2)  # 99 = 1 / (0.05 * 0.2) - 1
+    rule = Conformal(mondrian_bins=3, expected_poison_rate=0.1)  # 99 = 1 / (0.1 * 0.1) - 1
     given = np.repeat(range(3), counts)
     report = rule.decide(np.zeros(9), np.zeros(sum(counts)), names(9), strata=[1] * 9, calibration_strata=given).report
     assert [one["strata"] for one in report["bins"]] == merged
@@ -405,7 +422,7 @@ def test_bins_with_too_few_calibration_samples_join_a_neighbour_and_the_verdict_
 
 
 def test_bins_that_cannot_be_made_are_refused():
-    rule = Conformal(mondrian_bins=3, expected_poison_rate=0.2)
+    rule = Conformal(mondrian_bins=3, expected_poison_rate=0.1)
     report = rule.decide([0.0], np.zeros(98), ["a"], strata=[2], calibration_strata=[0] * 50 + [1] * 48).report
     assert "need at least 99 calibration samples, have 98" in report["message"]
     with pytest.raises(Mistake, match="set mondrian_bins to 1"):
@@ -415,38 +432,85 @@ def test_bins_that_cannot_be_made_are_refused():
 # --- lower bounds for every prefix
 
 
-def closed_testing(p_value, confidence):
-    """The definition, by going through all sets of samples."""
-    num, alpha = len(p_value), (1 - confidence) * (1 + 1e-9)
-    order = np.argsort(p_value)
-    rejected = [True] * (1 << num)
-    for members in range((1 << num) - 1, 0, -1):
-        p = [p_value[i] for i in order if members >> i & 1]
-        local = any(len(p) * p[k] <= alpha * (k + 1) for k in range(len(p)))
-        rejected[members] = local and all(rejected[members | 1 << i] for i in range(num) if not members >> i & 1)
-    accepted = [members for members in range(1 << num) if not members or not rejected[members]]
-    prefixes = np.cumsum([1 << int(i) for i in order]).tolist()
-    largest = [max(bin(one).count("1") for one in accepted if not one & ~prefix) for prefix in prefixes]
-    return [size - largest[size - 1] for size in range(1, num + 1)]
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(
-    st.lists(st.sampled_from([1, 2, 3, 5, 8, 20, 60, 100]), min_size=1, max_size=7), st.sampled_from([0.9, 0.7, 0.5])
-)
-def test_bounds_are_those_of_closed_testing(hundredths, confidence):
-    p_value = np.array(hundredths) / 100
-    assert true_discoveries(p_value, confidence).tolist() == closed_testing(p_value, confidence)
-
-
-def test_bounds_are_those_of_closed_testing_for_ten_samples():
+@pytest.mark.parametrize(("num", "num_calibration"), [(30, 40), (300, 50), (50, 400)])
+def test_the_bounds_hold_at_once_for_clean_samples_as_often_as_declared(num, num_calibration):
+    """Against the definition: shuffled pools of clean samples, 20,000 of them, that know nothing of urns."""
     rng = np.random.default_rng(27)
-    bounds = []
-    for _ in range(6):
-        p_value = np.r_[rng.random(6) / 25, rng.random(4)]
-        bounds.append(true_discoveries(p_value).tolist())
-        assert bounds[-1] == closed_testing(p_value, 0.9)
-    assert len({max(bound) for bound in bounds}) > 1  # they differ, so something was compared
+    is_corpus = np.arange(num + num_calibration) < num
+    too_high = 0
+    for _ in range(20_000):
+        shuffled = rng.permutation(is_corpus)
+        above = np.cumsum(~shuffled)[shuffled]
+        too_high += true_discoveries(above, num_calibration).max() > 0
+    assert 0.05 < too_high / 20_000 <= 0.1  # the promise is kept, and used
+
+
+def test_each_bound_is_what_its_definition_says():
+    ranks, most = _rank_envelope(6, 4, 0.8)
+    above = np.array([0, 0, 0, 0, 1, 2])
+    expected = []
+    for prefix in range(1, 7):
+        standing = {int(j): int((above < j).sum()) for j in ranks}
+        clean = min(int(u) + max(0, prefix - standing[int(j)]) for j, u in zip(ranks, most, strict=True))
+        whole = [
+            standing[int(j)] - int(u) - max(0, standing[int(j)] - prefix) for j, u in zip(ranks, most, strict=True)
+        ]
+        assert clean >= 0
+        expected.append(max(0, *whole))
+    assert true_discoveries(above, 4, 0.8).tolist() == expected
+
+
+# --- the gate
+
+
+def chance_by_counting(num, num_calibration, tops, observed):
+    """P-value of the gate from its definition, by going through all orders of a small pool."""
+    orders = list(itertools.combinations(range(num + num_calibration), num))
+    at_least = [
+        sum(sum(p < k for p in order) >= x for order in orders) / len(orders)
+        for k, x in zip(tops, observed, strict=True)
+    ]
+    return min(1.0, len(tops) * min(at_least))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(2, 7), st.integers(1, 7), st.randoms())
+def test_the_gate_is_the_hypergeometric_chance_counted_out(num, num_calibration, random):
+    is_corpus = [True] * num + [False] * num_calibration
+    random.shuffle(is_corpus)
+    above = np.cumsum(~np.array(is_corpus))[is_corpus]
+    tops = _tops(num, num_calibration)
+    observed = [sum(is_corpus[:k]) for k in tops]
+    expected = chance_by_counting(num, num_calibration, tops, observed)
+    assert rank_gate(random.sample(above.tolist(), num), num_calibration) == pytest.approx(expected)
+
+
+def test_the_tops_that_the_gate_looks_at():
+    assert _tops(2500, 2500).tolist() == [8, 16, 32, 64, 128, 256]
+    assert _tops(100, 2500).tolist() == [2, 4, 8, 16, 32, 64]
+    first = _tops(1_000_000, 5000)[0]  # a calibration sample is missing there with probability e^-5
+    assert stats.hypergeom.pmf(first, 1_005_000, 1_000_000, first) == pytest.approx(math.exp(-5), rel=0.01)
+
+
+@pytest.mark.parametrize(("num", "num_calibration"), [(2500, 2500), (3000, 300), (300, 3000)])
+def test_the_gate_lets_a_clean_corpus_through_no_more_often_than_declared(num, num_calibration):
+    rng = np.random.default_rng(28)
+    is_corpus = np.arange(num + num_calibration) < num
+    passed = 0
+    for _ in range(2000):
+        shuffled = rng.permutation(is_corpus)
+        passed += rank_gate(np.cumsum(~shuffled)[shuffled], num_calibration) <= 0.05
+    assert passed / 2000 <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 2000)
+    assert passed  # it is no wall
+
+
+def test_the_gate_sees_eight_where_simes_needs_twenty():
+    rng = np.random.default_rng(29)
+    scores = np.r_[np.full(12, 9.0), rng.normal(size=2488)]
+    verdict = Conformal().decide(scores, rng.normal(size=2500), names(2500))
+    assert verdict.flagged[:12].all()
+    assert rank_gate([], 5) is None
+    assert rank_gate([0], 0) is None
 
 
 @pytest.mark.parametrize("num_poisoned", [0, 20, 200])
@@ -474,9 +538,10 @@ def test_equal_p_values_are_ranked_by_score_and_equal_scores_by_id():
 
 
 def test_no_p_values_have_no_bounds_and_hopeless_ones_prove_nothing():
-    assert true_discoveries([]).tolist() == []
-    assert true_discoveries(np.ones(5)).tolist() == [0] * 5
-    assert true_discoveries(np.full(5, 1e-9)).tolist() == [1, 2, 3, 4, 5]
+    assert true_discoveries([], 9).tolist() == []
+    assert true_discoveries([0, 0], 0).tolist() == [0, 0]
+    assert true_discoveries(np.full(5, 9), 9).tolist() == [0] * 5
+    assert true_discoveries(np.zeros(50), 10_000).tolist() == list(range(1, 51))
 
 
 def test_the_report_proves_as_much_poison_as_the_last_rank_of_the_list():

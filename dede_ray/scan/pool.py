@@ -1,0 +1,173 @@
+"""Scores that the pool of corpus and calibration samples teaches: company, and a classifier learnt from the pool.
+
+    Company().score(base_N, residual_NR, looks)         are the highest of the pool led astray in one direction?
+    Classifier().score(feature_NF, learner_MF, names)   what tells the pool from clean samples that calibrate nothing?
+
+Both see corpus and calibration samples in one heap and are not told which is which: whoever exchanges a clean corpus
+sample for a calibration sample changes nothing but whose score is whose. So p-values of such scores keep their promise
+however hard they were fitted (Marandon, Lei, Mary & Roquain, "Adaptive novelty detection with false discovery rate
+guarantee", Ann. Stat. 2024, arXiv:2208.06685).
+
+Shapes: N samples of the pool, R width of a residual, F features, M clean learners.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
+from scipy.stats import rankdata
+
+from dede_ray.data.near_duplicates import first_near
+from dede_ray.data.sampling import sample_keys
+from dede_ray.runtime.config import Config
+
+Scores = NDArray[np.float64]
+NEAR_DISTANCE = 4
+"""Bits in which the perceptual hashes of almost equal pictures differ, at most."""
+BLOCK = 1024
+"""Candidates compared with all others at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Looks:
+    """Which of N samples are one picture, or almost; None where a sample lacks a hash."""
+
+    sample_ids: Sequence[str]
+    content_hash: Sequence[str | None]
+    perceptual_hash: Sequence[int | None]
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def groups(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """For each of some rows the place, among them, of the one that stands in for its picture: drawn by id."""
+        order = sample_keys([self.sample_ids[i] for i in rows.tolist()], 0).argsort().numpy()
+        first: dict[str, int] = {}
+        group = np.arange(rows.size)
+        hashed = [place for place in order.tolist() if self.perceptual_hash[rows[place]] is not None]
+        if hashed:
+            near, _ = first_near(
+                np.array([self.perceptual_hash[rows[place]] for place in hashed], np.uint64), NEAR_DISTANCE
+            )
+            group[hashed] = np.array(hashed)[near]
+        for place in order.tolist():
+            if name := self.content_hash[rows[place]]:
+                group[place] = group[first.setdefault(name, place)]
+        return group
+
+
+class Company(Config):
+    """Whether a suspicious sample is led astray in the direction in which other suspicious ones are.
+
+    The samples of one attack share a target, so what the victim says beyond what was expected of them, the residual,
+    points one way; clean samples that are merely odd are odd each in its own way. Of the pool's highest by another
+    score, the candidates, each is scored by the mean cosine of its residual to the `k` nearest of the other candidates,
+    copies and almost equal pictures counted once. All others stand below, in the order that they had.
+    """
+
+    of: str = "dede_reverse"
+    """Score column whose highest are the candidates."""
+    residual: str = "dede_residual"
+    """Column of residuals: vectors, one a sample."""
+    share: float = Field(0.05, gt=0, le=1)
+    """Candidates / samples of the pool; poison that is not among them is not found."""
+    k: int = Field(10, ge=1)
+    """Nearest candidates that count; fewer poisoned samples than that are no company."""
+
+    def score(self, base_N: ArrayLike, residual_NR: ArrayLike, looks: Looks) -> Scores:
+        """Score a pool, float64 (N,): in [-1, 1] for candidates, below -2 for others, NaN without a base score."""
+        base_N, residual_NR = np.asarray(base_N, np.float64), np.asarray(residual_NR, np.float64)
+        scored = np.flatnonzero(~np.isnan(base_N))
+        score_N = np.full(base_N.size, np.nan)
+        if not scored.size:
+            return score_N
+        score_N[scored] = rankdata(base_N[scored]) / (scored.size + 1) - 3
+        least = np.sort(base_N[scored])[-max(1, round(self.share * scored.size))]
+        is_candidate = (base_N >= least) & np.isfinite(residual_NR).all(axis=1)
+        rows = np.flatnonzero(is_candidate)
+        group = looks.groups(rows)
+        unit_CR = residual_NR[rows] / np.maximum(np.linalg.norm(residual_NR[rows], axis=1, keepdims=True), 1e-30)
+        leaders = np.flatnonzero(group == np.arange(rows.size))
+        for start in range(0, rows.size, BLOCK):
+            block = slice(start, start + BLOCK)
+            cosine = unit_CR[block] @ unit_CR[leaders].T
+            cosine[group[block, None] == leaders[None]] = -np.inf  # no company to oneself
+            nearest = -np.sort(-cosine, axis=1)[:, : self.k]
+            score_N[rows[block]] = np.where(np.isfinite(nearest), nearest, 0).sum(axis=1) / self.k
+        return score_N
+
+
+class Classifier(Config):
+    """A linear classifier that tells the pool from clean learners; what it is surest of is unlike anything clean.
+
+    Logistic regression on standardised features, strongly regularised, learners against pool: poison is in the pool
+    only, so it is what the classifier can learn. Each sample is scored by classifiers that were not fitted on it (its
+    fold, by key), and `repeats` divisions into folds are averaged before anything is calibrated.
+    Trees and weak regularisation find less: what counts is a direction that many share, not a memory.
+    """
+
+    columns: tuple[str, ...] = ("dede_reverse",)
+    """Score columns that are features, as normal scores of their ranks in the pool."""
+    residual: str | None = "dede_residual"
+    """Column of residuals whose components are features, too."""
+    inverse_penalty: float = Field(0.01, gt=0)
+    """scikit-learn's C."""
+    folds: int = Field(5, ge=2)
+    repeats: int = Field(3, ge=1)
+    seed: int = 0
+    """Divides into folds."""
+
+    def score(self, feature_NF: ArrayLike, learner_MF: ArrayLike, looks: Looks) -> Scores:
+        """Score a pool, float64 (N,): log odds of being of the pool; NaN where a feature is missing."""
+        from sklearn.linear_model import LogisticRegression
+
+        pool_NF, clean_MF = np.asarray(feature_NF, np.float64), np.asarray(learner_MF, np.float64)
+        usable = np.flatnonzero(np.isfinite(pool_NF).all(axis=1))
+        clean_MF = clean_MF[np.isfinite(clean_MF).all(axis=1)]
+        score_N = np.full(len(pool_NF), np.nan)
+        if usable.size < self.folds or len(clean_MF) < 2:
+            return score_N
+        pool_UF = pool_NF[usable]
+        centre_F, scale_F = pool_UF.mean(axis=0), pool_UF.std(axis=0)
+        scale_F[scale_F == 0] = 1
+        pool_UF, clean_MF = (pool_UF - centre_F) / scale_F, (clean_MF - centre_F) / scale_F
+        names = [looks.content_hash[i] or looks.sample_ids[i] for i in usable.tolist()]  # copies share a fold
+        total_U = np.zeros(usable.size)
+        for repeat in range(self.repeats):
+            fold_U = sample_keys(names, self.seed, 3, repeat).numpy() % self.folds
+            for fold in range(self.folds):
+                out = fold_U == fold
+                if not out.any() or out.all():
+                    continue
+                fitted = LogisticRegression(C=self.inverse_penalty, class_weight="balanced", max_iter=1000, tol=1e-6)
+                fitted.fit(
+                    np.concatenate([clean_MF, pool_UF[~out]]),
+                    np.repeat([0, 1], [len(clean_MF), int((~out).sum())]),
+                )
+                total_U[out] += fitted.decision_function(pool_UF[out])
+        score_N[usable] = total_U / self.repeats
+        return score_N
+
+    def features(self, columns: Sequence[ArrayLike], residual_NR: ArrayLike | None) -> NDArray[np.float64]:
+        """(N, F): normal scores of each column's ranks among these N, and each residual with its length's logarithm.
+
+        Give pool and learners together, so that both are ranked among the same samples.
+        """
+        from scipy.special import ndtri
+
+        parts = []
+        for column in columns:
+            value_N = np.asarray(column, np.float64)
+            known = ~np.isnan(value_N)
+            normal_N = np.full(value_N.size, np.nan)
+            normal_N[known] = ndtri(rankdata(value_N[known]) / (known.sum() + 1))
+            parts.append(normal_N[:, None])
+        if residual_NR is not None:
+            residual_NR = np.asarray(residual_NR, np.float64)
+            square_N = np.square(residual_NR).mean(axis=1, keepdims=True)
+            parts += [residual_NR, square_N, np.log(np.maximum(square_N, 1e-30))]
+        return np.concatenate(parts, axis=1)
