@@ -227,12 +227,12 @@ class Asset(DetectorSettings):
     seed: int = 0
     """Draws weights and mini-batches."""
 
-    def fit(self, suspected: Batch, clean: Batch | None) -> State:
+    def fit(self, pool: Batch, clean: Batch | None) -> State:
         """Train the network; equal samples and seeds train the same one, on one kind of machine."""
-        _check_base(None if clean is None else len(clean), len(suspected))
+        _check_base(None if clean is None else len(clean), len(pool))
         assert clean is not None
         with torch.inference_mode(False), torch.enable_grad():
-            return self._train(suspected.embedding_BE.clone(), clean.embedding_BE.to(suspected.device, copy=True))
+            return self._train(pool.embedding_BE.clone(), clean.embedding_BE.to(pool.device, copy=True))
 
     def _train(self, suspected_ND: Tensor, base_BD: Tensor) -> State:
         generator = torch.Generator().manual_seed(self.seed)

@@ -51,22 +51,22 @@ class CaptionScore(DetectorSettings):
     def needs(self) -> frozenset[Need]:  # type: ignore[override]  # the base has a constant
         return frozenset({"caption", "reference"}) if self.reference else frozenset({"caption"})
 
-    def fit(self, suspected: Batch, clean: Batch | None) -> State:
+    def fit(self, pool: Batch, clean: Batch | None) -> State:
         """Fit the two Gaussians, and note the mean cosines, on the samples that have a caption."""
-        similarity_B, has_caption_B = _own_similarity(suspected), _has_caption(suspected)
+        similarity_B, has_caption_B = _own_similarity(pool), _has_caption(pool)
         if int(has_caption_B.sum()) < MIN_PAIRS:
             raise Mistake(
-                f"clip_score: {int(has_caption_B.sum())} of the {len(suspected):,} samples to fit on have a caption, "
+                f"clip_score: {int(has_caption_B.sum())} of the {len(pool):,} samples to fit on have a caption, "
                 f"it takes {MIN_PAIRS}; fit on more samples, or leave clip_score out"
             )
         state = lower_and_upper(similarity_B[has_caption_B], self.seed)
         if self.reference:
-            if suspected.reference_caption_BR is None:
+            if pool.reference_caption_BR is None:
                 raise Mistake(
                     "clip_score: reference is true, and the reference encoder has no text tower; name a CLIP as the "
                     "reference, or set reference to false"
                 )
-            state["reference_mean"] = _reference_similarity(suspected)[has_caption_B].mean().reshape(1).cpu()
+            state["reference_mean"] = _reference_similarity(pool)[has_caption_B].mean().reshape(1).cpu()
         return state
 
     def open(self, victim: Victim, state: State) -> Scorer:

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dede_ray.data.sampling import keyed_uniform, sample_keys
+from dede_ray.data.sampling import keyed_uniform
 from dede_ray.detectors.contract import DetectorSettings, Scorer, State, as_scores, state_fingerprint
 from dede_ray.models.embedding import Batch, Need
 from dede_ray.models.victims import Victim
@@ -93,7 +93,7 @@ class CognitiveDistillationScorer(Scorer):
         num, channels = image_BCHW.shape[:2]
         with torch.no_grad():  # not the batch's, whose rounding depends on the batch
             embedding_BE = self.victim.embed_with_gradient(image_BCHW)
-        keys_B = sample_keys(batch.sample_ids, config.seed)
+        keys_B = batch.keys(config.seed)
         noise_BTC = keyed_uniform(keys_B, config.steps * channels).reshape(num, config.steps, channels)
         noise_BTC = noise_BTC.to(image_BCHW)
         raw_B1HW = torch.full_like(image_BCHW[:, :1], RAW_START).requires_grad_()

@@ -25,7 +25,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dede_ray.data.sampling import sample_keys
 from dede_ray.detectors.contract import DetectorSettings, DrawnFrom, Scorer, State, as_scores, state_fingerprint
 from dede_ray.detectors.density import References
 from dede_ray.models.embedding import Batch, Need
@@ -94,7 +93,7 @@ class Consistency(DetectorSettings):
     fits: ClassVar[bool] = True
     forms: list[Form] = Field(["closed"], min_length=1)
     """Which columns there are."""
-    drawn_from: DrawnFrom = "suspected"
+    drawn_from: DrawnFrom = "pool"
     """What is fitted on: the corpus itself, or clean samples."""
     ridge: float = Field(1e-3, gt=0)
     """Ridge penalty of the map, in units of the mean variance of u's components."""
@@ -120,9 +119,9 @@ class Consistency(DetectorSettings):
     seed: int = 0
     """Draws the references and the held-out samples, and trains the heads."""
 
-    def fit(self, suspected: Batch, clean: Batch | None) -> State:
+    def fit(self, pool: Batch, clean: Batch | None) -> State:
         """Fit the map, measure the agreement, draw the references; train the heads where they are asked for."""
-        source = self.drawn(self.drawn_from, suspected, clean)
+        source = self.drawn(self.drawn_from, pool, clean)
         victim_NE, reference_NR = (_unit(part.cpu()) for part in (source.embedding_BE, source.references))
         needed = max(self.k + 1, 2 * reference_NR.shape[1])
         if self.num_references <= self.k:
@@ -132,7 +131,7 @@ class Consistency(DetectorSettings):
                 f"consistency: {len(source):,} samples to fit on; a reference encoder of width "
                 f"{reference_NR.shape[1]} and k = {self.k} take at least {needed:,}"
             )
-        order_N = sample_keys(source.sample_ids, self.seed).argsort()
+        order_N = source.keys(self.seed).argsort()
         agreement = self._agreement(victim_NE[order_N], reference_NR[order_N])
         if not agreement >= self.min_agreement:
             raise Mistake(
@@ -142,10 +141,11 @@ class Consistency(DetectorSettings):
             )
         logger.info("consistency: the reference encoder explains %.0f %% of what the victim says", 100 * agreement)
         drawn = source.part(order_N[: self.num_references].sort().values.tolist())
-        company = References(_unit(drawn.embedding_BE.cpu()), sample_keys(drawn.sample_ids, 0), self.k)
+        company = References(_unit(drawn.embedding_BE.cpu()), drawn.keys(0), self.k)
+        key_N = source.keys(0)
         isolation_N = torch.cat(
             [
-                company.nearest(victim_NE[rows], source.sample_ids[rows])[0].mean(dim=1)
+                company.nearest(victim_NE[rows], key_N[rows])[0].mean(dim=1)
                 for rows in (slice(start, start + 1024) for start in range(0, len(source), 1024))
             ]
         )
@@ -164,7 +164,7 @@ class Consistency(DetectorSettings):
             "reference_mean": found.reference_mean_R,
             "victim_references": drawn.embedding_BE.cpu(),
             "trusted_references": drawn.references.cpu(),
-            "key": sample_keys(drawn.sample_ids, 0),
+            "key": drawn.keys(0),
         }
         if "closed" in self.forms:
             residual_NE = found.residual(victim_NE, reference_NR)[found.kept_N]
@@ -219,26 +219,26 @@ class _ConsistencyScorer:
     @torch.inference_mode()
     def score(self, batch: Batch) -> dict[str, np.ndarray]:
         victim_BE, reference_BR, config = _unit(batch.embedding_BE), _unit(batch.references), self.config
-        ids = batch.sample_ids
+        key_B = batch.keys(0)
         scores: dict[str, Tensor] = {}
         if "closed" in self.forms:
             expected_BE = (reference_BR - self.state["reference_mean"]) @ self.state["map"] + self.state["victim_mean"]
             residual_BE = victim_BE - expected_BE
             scores["xc"] = residual_BE.square().sum(dim=1)
             scores["xc_whitened"] = (residual_BE @ self.state["precision"] * residual_BE).sum(dim=1)
-            distance_Bk, _ = self.company.nearest(victim_BE @ self.state["soft_root"], ids)
+            distance_Bk, _ = self.company.nearest(victim_BE @ self.state["soft_root"], key_B)
             length_B = (residual_BE @ self.state["soft_root"]).norm(dim=1)
             scores["xc_misplaced"] = length_B - config.company_weight * distance_Bk.mean(dim=1)
         if "overlap" in self.forms:
-            distance_BM = self.near_f.distances(victim_BE, ids)
+            distance_BM = self.near_f.distances(victim_BE, key_B)
             own_Bk = distance_BM.topk(config.k, dim=1, largest=False).values
-            there_Bk = distance_BM.gather(1, self.near_g.nearest(reference_BR, ids)[1])
+            there_Bk = distance_BM.gather(1, self.near_g.nearest(reference_BR, key_B)[1])
             # By distance and not by index: which of several equal references is the k-th would depend on rounding.
             is_shared_Bk = there_Bk <= own_Bk[:, -1:] + TIE
             scores["xc_overlap"] = 1 - is_shared_Bk.double().mean(dim=1)
             scores["xc_gap"] = there_Bk.mean(dim=1) - own_Bk.mean(dim=1)
         if "neighbours" in self.forms:
-            _, trusted_Bk = self.near_g.nearest(reference_BR, ids)
+            _, trusted_Bk = self.near_g.nearest(reference_BR, key_B)
             expected_BE = functional.embedding_bag(trusted_Bk, self.near_f.reference_ME, mode="mean")
             scores["xc_neighbours"] = (victim_BE - self.near_f.centre_E - expected_BE).square().sum(dim=1)
         if "contrastive" in self.forms:

@@ -1,7 +1,9 @@
 """What every detector sees, and what it promises.
 
-A detector is a frozen settings class. `fit` learns from a keyed sample of the suspected corpus (and, where there is
-one, from a clean set) and returns tensors, which become a state file; `open` makes a scorer from them. A scorer names
+A detector is a frozen settings class. `fit` learns from the pool, a keyed sample of corpus and calibration samples in
+one heap (and, where there is one, from a clean set), and returns tensors, which become a state file; `open` makes a
+scorer from them. A detector never learns which samples of the pool calibrate: on that the p-values of its scores rest.
+ A scorer names
 its columns and turns a batch into one float32 number per sample and column: **higher always means more likely
 poisoned**. A score depends on the sample, the models, the state, the settings and the seed; never on the other samples
 of the batch. Machines of one kind give equal scores; those of two kinds round otherwise, and training multiplies that.
@@ -25,8 +27,8 @@ from dede_ray.models.embedding import Batch, Need
 from dede_ray.models.victims import Victim
 from dede_ray.runtime.config import Config, Mistake
 
-DrawnFrom = Literal["suspected", "clean"]
-"""What a detector is fitted on: the corpus itself, or clean samples."""
+DrawnFrom = Literal["pool", "clean"]
+"""What a detector is fitted on: corpus and calibration samples in one heap, or other samples, which are clean."""
 
 State = dict[str, Tensor]
 """What fitting leaves behind; empty where there is nothing to fit."""
@@ -58,21 +60,21 @@ class DetectorSettings(Config):
         """Its name within a run: the kind, and `name` where there is one."""
         return f"{self.kind}_{self.name}" if self.name else self.kind  # type: ignore[attr-defined]
 
-    def fit(self, suspected: Batch, clean: Batch | None) -> State:
-        """Learn from a keyed sample of the suspected corpus, sorted by sample id, and from clean samples if given.
+    def fit(self, pool: Batch, clean: Batch | None) -> State:
+        """Learn from a keyed sample of corpus and calibration (`in_one_heap`), and from clean samples if given.
 
         Raises:
             Mistake: too few samples, or no clean ones where it takes them.
         """
         return {}
 
-    def drawn(self, drawn_from: DrawnFrom, suspected: Batch, clean: Batch | None) -> Batch:
+    def drawn(self, drawn_from: DrawnFrom, pool: Batch, clean: Batch | None) -> Batch:
         """The one of the two that the settings name for fitting.
 
         Raises:
             Mistake: clean samples are wanted, and there are none.
         """
-        source = suspected if drawn_from == "suspected" else clean
+        source = pool if drawn_from == "pool" else clean
         if source is None:
             raise Mistake(
                 f"{self.kind}: drawn_from is clean, and the run has no clean samples; name some, or leave it out"  # type: ignore[attr-defined]

@@ -14,7 +14,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dede_ray.data.sampling import sample_keys
 from dede_ray.detectors.contract import DetectorSettings, Scorer, State, as_scores, state_fingerprint
 from dede_ray.models.decoder import (
     MaskedDecoder,
@@ -63,14 +62,14 @@ class DeDe(DetectorSettings):
     def fits(self) -> bool:  # type: ignore[override]
         return self.num_swaps > 0
 
-    def fit(self, suspected: Batch, clean: Batch | None) -> State:
+    def fit(self, pool: Batch, clean: Batch | None) -> State:
         """Draw the other samples' embeddings, where a swap rank is wanted."""
         if not self.num_swaps:
             return {}
-        drawn = sample_keys(suspected.sample_ids, self.seed).argsort()[: self.num_swaps]
+        drawn = pool.keys(self.seed).argsort()[: self.num_swaps]
         if len(drawn) < self.num_swaps:
             raise Mistake(f"dede: {len(drawn)} samples to fit on, fewer than num_swaps {self.num_swaps}")
-        return {"swap": suspected.part(drawn.tolist()).embedding_BE}
+        return {"swap": pool.part(drawn.tolist()).embedding_BE}
 
     def open(self, victim: Victim, state: State) -> Scorer:
         return _DeDeScorer(self, victim, state)
@@ -160,5 +159,5 @@ class _DeDeScorer:
             yield self._mask(batch, self.config.reverse_mask_ratio, repeat, 1)
 
     def _mask(self, batch: Batch, ratio: float, *repeat: int) -> Tensor:
-        keys_B = sample_keys(batch.sample_ids, self.config.seed, *repeat).to(batch.device)
+        keys_B = batch.keys(self.config.seed, *repeat).to(batch.device)
         return random_mask(keys_B, self.decoder.num_patches, ratio)

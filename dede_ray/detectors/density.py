@@ -11,7 +11,6 @@ Shapes: B samples, M references, E embedding width, k neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -19,7 +18,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dede_ray.data.sampling import sample_keys
 from dede_ray.detectors.contract import DetectorSettings, DrawnFrom, Scorer, State, as_scores, state_fingerprint
 from dede_ray.models.embedding import Batch
 from dede_ray.models.victims import Victim
@@ -47,22 +45,22 @@ class Density(DetectorSettings):
     """Neighbours of k-distance, SLOF and DAO."""
     lid_k: int = Field(64, ge=1)
     """Neighbours of LID."""
-    drawn_from: DrawnFrom = "suspected"
-    """The corpus itself, or clean samples."""
+    drawn_from: DrawnFrom = "pool"
+    """Corpus and calibration samples in one heap, or other samples, which are clean."""
     seed: int = 0
     """Draws the reference set."""
 
-    def fit(self, suspected: Batch, clean: Batch | None) -> State:
+    def fit(self, pool: Batch, clean: Batch | None) -> State:
         """Draw the reference set; where fewer samples are given, it is all of them."""
-        source = self.drawn(self.drawn_from, suspected, clean)
-        order = sample_keys(source.sample_ids, self.seed).argsort()[: self.num_references].sort().values
+        source = self.drawn(self.drawn_from, pool, clean)
+        order = source.keys(self.seed).argsort()[: self.num_references].sort().values
         drawn = source.part(order.tolist())
         if len(drawn) <= max(self.k, self.lid_k):
             raise Mistake(
                 f"density: {len(drawn):,} reference embeddings for k = {max(self.k, self.lid_k)} neighbours; fit on "
                 "more samples, or lower k and lid_k"
             )
-        return {"reference": drawn.embedding_BE.cpu(), "key": sample_keys(drawn.sample_ids, 0)}
+        return {"reference": drawn.embedding_BE.cpu(), "key": drawn.keys(0)}
 
     def open(self, victim: Victim, state: State) -> Scorer:
         return _DensityScorer(self, victim, state)
@@ -79,7 +77,7 @@ class _DensityScorer:
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> dict[str, np.ndarray]:
-        distance_BM = self.near.distances(batch.embedding_BE, batch.sample_ids)
+        distance_BM = self.near.distances(batch.embedding_BE, batch.keys(0))
         scores = self.near.score_at(distance_BM)
         if self.lid_k != self.near.k:
             scores["lid"] = local_dimension(distance_BM.topk(self.lid_k, dim=1, largest=False).values)
@@ -91,7 +89,7 @@ class References:
 
     Args:
         reference_ME: float, finite.
-        key_M: int64, `sample_keys(ids, 0)` of the references.
+        key_M: int64, `Batch.keys(0)` of the references.
         k: neighbours that count.
     """
 
@@ -103,14 +101,13 @@ class References:
         self.norm_M = self.reference_ME.square().sum(dim=1)
         self.place = {key: place for place, key in enumerate(key_M.tolist())}
 
-    def nearest(self, embedding_BE: Tensor, sample_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def nearest(self, embedding_BE: Tensor, key_B: Tensor) -> tuple[Tensor, Tensor]:
         """Sorted distances (B, k) to the nearest references other than oneself, and which those are."""
-        return self._nearest(self.distances(embedding_BE, sample_ids))
+        return self._nearest(self.distances(embedding_BE, key_B))
 
-    def distances(self, embedding_BE: Tensor, sample_ids: Sequence[str]) -> Tensor:
+    def distances(self, embedding_BE: Tensor, key_B: Tensor) -> Tensor:
         """Distances (B, M) to all references, float64; infinite to oneself."""
-        keys = sample_keys(sample_ids, 0).tolist()
-        own_B = torch.tensor([self.place.get(key, -1) for key in keys], dtype=torch.long)
+        own_B = torch.tensor([self.place.get(key, -1) for key in key_B.tolist()], dtype=torch.long)
         return self._distances(embedding_BE.double() - self.centre_E, own_B)
 
     def _distances(self, query_BE: Tensor, own_B: Tensor) -> Tensor:
@@ -141,9 +138,9 @@ class Neighbourhood(References):
         self.k_distance_M = distance_Mk[:, -1]
         self.lid_M = local_dimension(distance_Mk)
 
-    def score(self, embedding_BE: Tensor, sample_ids: Sequence[str]) -> dict[str, Tensor]:
+    def score(self, embedding_BE: Tensor, key_B: Tensor) -> dict[str, Tensor]:
         """The four scores of each sample, float64 (B,); higher is lonelier."""
-        return self.score_at(self.distances(embedding_BE, sample_ids))
+        return self.score_at(self.distances(embedding_BE, key_B))
 
     def score_at(self, distance_BM: Tensor) -> dict[str, Tensor]:
         """`score`, from the distances to all references."""

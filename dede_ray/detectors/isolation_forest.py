@@ -38,14 +38,14 @@ class Forest(DetectorSettings):
     """psi, the samples that one tree is grown on; where the fitting set is smaller, it is all of them."""
     pca: int | None = Field(None, ge=1)
     """Cut along this many principal components of the fitting set, not along the embedding's own dimensions."""
-    drawn_from: DrawnFrom = "suspected"
+    drawn_from: DrawnFrom = "pool"
     """What the forest is grown on: the corpus itself, or clean samples."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Draws samples, features and thresholds."""
 
-    def fit(self, suspected: Batch, clean: Batch | None) -> State:
+    def fit(self, pool: Batch, clean: Batch | None) -> State:
         """Grow the trees; equal samples and seeds grow equal trees."""
-        source = self.drawn(self.drawn_from, suspected, clean)
+        source = self.drawn(self.drawn_from, pool, clean)
         if len(source) < 2:
             raise Mistake(f"isolation_forest: a forest grows on 2 samples or more, found {len(source)}")
         embedding_ME = source.embedding_BE.cpu()

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from dede_ray.data.sampling import keyed_uniform, sample_keys
+from dede_ray.data.sampling import keyed_uniform
 from dede_ray.detectors.contract import DetectorSettings, Scorer, State, as_scores, state_fingerprint
 from dede_ray.models.embedding import Batch, Need
 from dede_ray.models.victims import Victim
@@ -100,7 +100,7 @@ class _TrajectoryScorer:
         """Embeddings of length one, float64 (B, J, E): of the image, then of ever more covered versions of it."""
         config, image_BCHW = self.config, batch.images
         side = image_BCHW.shape[-1] // self.patch_px
-        masks = nested_masks(sample_keys(batch.sample_ids, config.seed), side**2, config)
+        masks = nested_masks(batch.keys(config.seed), side**2, config)
         path = [batch.embedding_BE]
         for mask_BL in masks[1:]:
             is_hidden_B1HW = interpolate(mask_BL.reshape(-1, 1, side, side).float(), scale_factor=self.patch_px) > 0

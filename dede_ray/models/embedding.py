@@ -21,6 +21,7 @@ from torch.nn import functional
 from dede_ray.data.images import to_unit_range
 from dede_ray.data.ledger import KeyedShare, Select, part_path, read_part, read_parts
 from dede_ray.data.passes import PassResources, run_pass
+from dede_ray.data.sampling import sample_keys
 from dede_ray.data.shards import Limits, Shard, count_samples
 from dede_ray.data.workers import Chunk, Laps
 from dede_ray.models.victims import ClipVictim, Victim, VictimConfig, best_device, load_victim
@@ -40,7 +41,7 @@ class Batch:
     has no caption.
     """
 
-    sample_ids: Sequence[str]
+    sample_ids: Sequence[str] | Hidden
     embedding_BE: Tensor
     """float32, as the victim gives it: not of length one."""
     image_BCHW: Tensor | None = None
@@ -71,6 +72,11 @@ class Batch:
         assert self.reference_BR is not None, "needs reference"
         return self.reference_BR
 
+    def keys(self, seed: int, *more: int) -> Tensor:
+        """One random number per sample, int64 (B,), by its id: `sampling.sample_keys`."""
+        names = self.sample_ids.names if isinstance(self.sample_ids, Hidden) else self.sample_ids
+        return sample_keys(names, seed, *more)
+
     def part(self, rows: Sequence[int]) -> Batch:
         """Some of the samples, in this order."""
         index = torch.as_tensor(list(rows), dtype=torch.long)
@@ -79,7 +85,39 @@ class Batch:
             for field in fields(self)
             if isinstance(getattr(self, field.name), Tensor)
         }
+        if isinstance(self.sample_ids, Hidden):
+            return replace(self, sample_ids=self.sample_ids.part(index.tolist()), **tensors)
         return replace(self, sample_ids=[self.sample_ids[row] for row in index.tolist()], **tensors)
+
+
+class Hidden:
+    """The ids of samples that are to be told apart and not to be known: good for `Batch.keys` alone."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def part(self, rows: Sequence[int]) -> Hidden:
+        return Hidden([self.names[row] for row in rows])
+
+
+def in_one_heap(*parts: Batch) -> Batch:
+    """Corpus and calibration samples as detectors are fitted to them: nothing says which of them are which.
+
+    They are sorted by random keys and have lost their names, so that whatever is learnt from them stays the same where
+    a clean corpus sample is exchanged for a calibration sample. That is what p-values of fitted scores rest on.
+    """
+    names = [name for part in parts for name in part.sample_ids]  # type: ignore[union-attr]
+    tensors = {}
+    for field in fields(Batch):
+        values = [getattr(part, field.name) for part in parts]
+        if isinstance(values[0], Tensor):
+            assert all(isinstance(value, Tensor) for value in values), field.name
+            tensors[field.name] = torch.cat(values)
+    heap = Batch(Hidden(names), **tensors)
+    return heap.part(heap.keys(0).argsort().tolist())
 
 
 Precision = Literal["float16", "float32"]
