@@ -3,8 +3,13 @@
 Rare poison sits where a victim's embedding space is sparse (Huang et al., "Detecting Backdoor Samples in Contrastive
 Language Image Pretraining", ICLR 2025, arXiv:2502.01385). They compare each sample with its batch; here everything is
 compared with one set of M embeddings, drawn once by the samples' keys, so that no score depends on who else is scored.
-A sample that is in the set does not count as its own neighbour. The poison in the set must be too rare to make
-neighbours of its own: keep `rate * M` below a quarter of k, or draw from clean samples.
+A sample that is in the set does not count as its own neighbour.
+
+Poison in the set makes neighbours of its own for the poison that is scored, which turns all four scores around: on a
+backdoored WRN-16-1, 1 % of triggered images among 2,048 references gives AUROCs of .25 (DAO), .33 (SLOF) and .03 (LID)
+where clean references give 1.00, .99 at least. So the set is trimmed, by a rule that knows no labels: seen from a
+sixteenth of the set away, a cluster of poison is lonely, and the loneliest tenth is left out. With it all are .99 or
+more at 0.3, 1 and 3 %.
 
 Shapes: B samples, M references, E embedding width, k neighbours.
 """
@@ -40,7 +45,10 @@ class Density(DetectorSettings):
     kind: Literal["density"] = "density"
     fits: ClassVar[bool] = True
     num_references: int = Field(2048, ge=2)
-    """M, the size of the reference set. Poison is invisible once k of it lie in the set."""
+    """References that are drawn; M are left of them."""
+    trim: float = Field(0.1, ge=0, le=0.5)
+    """Share of the references that is left out, those with the largest distance to neighbour number `num_references` /
+    16: at most so much of the corpus may be poisoned, and less than a sixteenth by one attack."""
     k: int = Field(16, ge=1)
     """Neighbours of k-distance, SLOF and DAO."""
     lid_k: int = Field(64, ge=1)
@@ -55,6 +63,7 @@ class Density(DetectorSettings):
         source = self.drawn(self.drawn_from, pool, clean)
         order = source.keys(self.seed).argsort()[: self.num_references].sort().values
         drawn = source.part(order.tolist())
+        drawn = drawn.part(_least_lonely(drawn.embedding_BE, drawn.keys(0), self.trim))
         if len(drawn) <= max(self.k, self.lid_k):
             raise Mistake(
                 f"density: {len(drawn):,} reference embeddings for k = {max(self.k, self.lid_k)} neighbours; fit on "
@@ -82,6 +91,15 @@ class _DensityScorer:
         if self.lid_k != self.near.k:
             scores["lid"] = local_dimension(distance_BM.topk(self.lid_k, dim=1, largest=False).values)
         return as_scores(scores)
+
+
+def _least_lonely(embedding_ME: Tensor, key_M: Tensor, trim: float) -> list[int]:
+    """Places of all but the share `trim` of references that are loneliest at a sixteenth of their number."""
+    keep, far = len(embedding_ME) - round(trim * len(embedding_ME)), max(1, len(embedding_ME) // 16)
+    if keep == len(embedding_ME) or len(embedding_ME) <= far:
+        return [*range(len(embedding_ME))]
+    lonely_M = Neighbourhood(embedding_ME.cpu(), key_M, far).k_distance_M
+    return lonely_M.argsort(stable=True)[:keep].sort().values.tolist()
 
 
 class References:

@@ -15,7 +15,7 @@ from dede_ray.data.ledger import KeyedShare
 from dede_ray.data.passes import PassResources
 from dede_ray.data.shards import Limits, count_samples, iter_samples, list_shards, open_shard
 from dede_ray.data.workers import Chunk
-from dede_ray.models.embedding import Batch, Encoders, Encoding, fitting_set, restored, stored
+from dede_ray.models.embedding import Batch, Encoders, Encoding, fitting_set, in_one_heap, restored, stored
 from dede_ray.models.victims import OpenClipVictim, load_victim
 from dede_ray.runtime.config import Mistake
 
@@ -206,3 +206,22 @@ def test_a_corpus_of_which_nothing_can_be_embedded_is_a_mistake(local_ray, write
     write_tar("shards/a.tar", [(f"{i}.png", b"rubbish") for i in range(9)])
     with pytest.raises(Mistake, match=r"9 of 9 samples cannot be used \(image_unreadable 9\)"):
         draw(tmp_path / "shards", tmp_path / "f", configs, num_samples=9)
+
+
+def test_what_is_fitted_on_is_one_heap_without_names():
+    draw = torch.Generator().manual_seed(0)
+    corpus, calibration = (
+        Batch(
+            [f"{name}.tar/{i}" for i in range(num)], torch.rand(num, 3, generator=draw), reference_BR=torch.rand(num, 2)
+        )
+        for name, num in (("corpus", 30), ("calibration", 20))
+    )
+    heap, other = in_one_heap(corpus, calibration), in_one_heap(calibration, corpus)
+    torch.testing.assert_close(heap.embedding_BE, other.embedding_BE)  # nothing says who came first
+    torch.testing.assert_close(heap.references, other.references)
+    assert sorted(heap.keys(3).tolist()) == sorted([*corpus.keys(3).tolist(), *calibration.keys(3).tolist()])
+    some = heap.part([4, 2])
+    assert some.keys(0).tolist() == heap.keys(0)[[4, 2]].tolist()
+    for look in (lambda: heap.sample_ids[0], lambda: list(heap.sample_ids)):
+        with pytest.raises(TypeError):
+            look()

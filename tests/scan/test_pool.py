@@ -17,12 +17,12 @@ def looks(num, content=None, perceptual=None):
     return Looks(ids, content or [f"hash {i}" for i in range(num)], perceptual or [None] * num)
 
 
-def pool(rng, num_poisoned, lift=1.0, strength=2.0):
+def pool(rng, num_poisoned, lift=1.0, strength=1.2):
     """Corpus, then calibration: a base score that poison raises a little, residuals that it turns one way."""
     is_poisoned = np.arange(NUM + CLEAN) < num_poisoned
     residual_NR = rng.normal(size=(NUM + CLEAN, WIDTH))
     residual_NR[is_poisoned] += strength * rng.normal(size=WIDTH)
-    base_N = np.linalg.norm(residual_NR, axis=1) + lift * is_poisoned + rng.normal(size=NUM + CLEAN)
+    base_N = np.linalg.norm(residual_NR, axis=1) + lift * is_poisoned + 1.5 * rng.normal(size=NUM + CLEAN)
     return base_N, residual_NR, is_poisoned[:NUM]
 
 
@@ -71,9 +71,10 @@ def test_what_stands_together_is_found_where_each_alone_is_not(which):
     rng = np.random.default_rng(2)
     alone, together, proportions = [], [], []
     for trial in range(8):
-        base_N, residual_NR, is_poisoned = pool(rng, 30)
+        base_N, residual_NR, is_poisoned = pool(rng, 30, strength=1.2 if which == "company" else 2.0)
+        base_N += 3 * rng.normal(size=NUM + CLEAN) * (which == "classifier")
         if which == "company":
-            score_N = Company(share=0.1).score(base_N, residual_NR, looks(NUM + CLEAN))
+            score_N = Company(share=0.15).score(base_N, residual_NR, looks(NUM + CLEAN))
         else:
             score_N = Classifier(repeats=1).score(residual_NR, rng.normal(size=(400, WIDTH)), looks(NUM + CLEAN))
         alone.append(flagged(base_N, trial)[is_poisoned].mean())
