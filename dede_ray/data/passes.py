@@ -215,7 +215,7 @@ def run_over_parts(
         Mistake: the source is not finished, the folder holds parts of another pass, or too many samples are unusable.
     """
     folder = place(folder)
-    claim_parts(folder, made_with, shards)
+    claim_parts(folder, made_with, shards, look=False)  # the images may be gone
     for shard in unfinished(source, shards):
         raise Mistake(f"{source} is not finished: {shard.name} lacks parts; run the job that wrote it again")
     todo = [

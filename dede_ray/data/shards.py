@@ -83,6 +83,8 @@ class Shard:
     name: str
     url: str
     num_bytes: int
+    digest: str = field(default="", compare=False)
+    """What it holds, as far as that was looked at (identity.py)."""
 
 
 @dataclass

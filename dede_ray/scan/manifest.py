@@ -20,7 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, Field, ValidationError
 
-from dede_ray.data.ledger import at_once, read_parquet, write_parquet
+from dede_ray.data.identity import recorded_shards, require_same
+from dede_ray.data.ledger import at_once, read_parquet, shards_of_pass, write_parquet
+from dede_ray.data.shards import Shard
 from dede_ray.runtime.config import Mistake, explain, read_json, write_atomically, write_json
 from dede_ray.runtime.store import Named, Place, place
 
@@ -100,6 +102,17 @@ class Manifest:
             raise Mistake(f"the manifest at {self.folder} is damaged: {error}; run the scoring job again") from None
         return digest.hexdigest()
 
+    def require_same_shards(self, shards: list[Shard]) -> None:
+        """Stop where shards are not those that were scored, as far as their digests show.
+
+        Raises:
+            Mistake: size or content of some is another.
+        """
+        folder = self.folder / "scores"
+        if (folder / "pass.json").is_file():  # else the samples alone are compared, one by one
+            remedy = "score these (rescore_changed: true does just them), and take the new manifest"
+            require_same({shard.name: shard for shard in shards_of_pass(folder)}, shards, str(folder), remedy)
+
     def __str__(self) -> str:
         return self.summary()
 
@@ -159,3 +172,28 @@ class _Info(BaseModel):
     victim: dict[str, str]
     decision: dict[str, Any]
     score_columns: list[str]
+
+
+def require_made_of(
+    recorded: dict[str, Any], now: dict[str, Any], shards: dict[str, list[Shard]], output: Place
+) -> None:
+    """Compare what a folder was made of with what it is to be made of now, wherever that is.
+
+    Args:
+        shards: those of now, by the names under which they are recorded.
+
+    Raises:
+        Mistake: another manifest, or other shards.
+    """
+    remedy = f"delete {output}, or choose another output folder"
+    there = recorded.get("manifest")
+    if not isinstance(there, dict) or there.get("fingerprint") != now["manifest"]["fingerprint"]:
+        raise Mistake(f"{output} was made with another manifest; {remedy}")
+    for role, given in shards.items():
+        try:
+            found = recorded_shards(recorded[role])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise Mistake(f"{output} was made with {role} that its record does not name; {remedy}") from None
+        if found.keys() != {shard.name for shard in given}:
+            raise Mistake(f"{output} was made with other {role}; {remedy}")
+        require_same(found, given, str(output), remedy)

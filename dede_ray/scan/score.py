@@ -131,6 +131,10 @@ class ScoreConfig(Config):
     (<output>/decoder): what the victim embedded then is read there. Nothing but the time changes."""
     store_embeddings: bool = False
     """Keep each sample's embeddings as float16 beside its scores, to score it again without its image."""
+    rescore_changed: bool = False
+    """Score those shards again whose content has changed since an earlier run here; False stops and names them."""
+    full_digest: bool = False
+    """Know shards again by all of their bytes, which are read for it, and not by some. Stores are asked anyhow."""
     chunk_size: int = Field(256, ge=1)
     """Samples that are scored, written and recovered together."""
     limits: Limits = Limits()
