@@ -129,7 +129,8 @@ def forget_pass(folder: Place) -> None:
 
 def _remove_parts(folder: Place, shard_name: str) -> None:
     end_path(folder, shard_name).unlink(missing_ok=True)
-    for path in list((folder / "parts" / shard_name).glob("[0-9]*.parquet")):
+    parts: list[Place] = [*(folder / "parts" / shard_name).glob("[0-9]*.parquet")]
+    for path in parts:
         path.unlink(missing_ok=True)
 
 
@@ -258,9 +259,14 @@ def read_parquet(path: Place, columns: list[str] | None = None) -> pa.Table:
 
 def write_parquet(table: pa.Table, path: Named) -> None:
     """Write atomically; equal tables give equal bytes."""
+    write_atomically(path, parquet_bytes(table))
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as a file holds it."""
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
-    write_atomically(path, buffer.getvalue().to_pybytes())
+    return buffer.getvalue().to_pybytes()
 
 
 # ---------------------------------------------------------------------------------------- the counts of a finished pass

@@ -140,8 +140,10 @@ class ObjectPath:
     def etag(self) -> str | None:
         """By what the store names the content, where it says so."""
         described = self._ask(lambda store, name: store.open_input_file(name).metadata())
-        named = {str(name).lower(): value for name, value in (described or {}).items()}
-        return str(named["etag"]).strip('"') if named.get("etag") else None
+        for name, value in (described or {}).items():
+            if name.lower() == "etag" and value:
+                return (value.decode() if isinstance(value, bytes) else str(value)).strip('"')
+        return None
 
     def iterdir(self) -> Iterator[ObjectPath]:
         """What is directly in a folder; nothing where there is no folder."""

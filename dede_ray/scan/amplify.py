@@ -185,9 +185,7 @@ class _Run:
         roles = {"shards": self.shards, "clean": self.clean, "calibration": self.calibration}
         made_of: dict[str, Any] = {
             "manifest": {"path": self.config.manifest, "fingerprint": self.manifest.fingerprint()},
-            **{
-                role: {shard.name: shard_entry(shard) for shard in shards} for role, shards in roles.items()
-            },
+            **{role: {shard.name: shard_entry(shard) for shard in shards} for role, shards in roles.items()},
         }
         path = self.output / "amplify.json"
         if path.is_file():
