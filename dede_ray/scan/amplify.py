@@ -37,6 +37,7 @@ from dede_ray.data.shards import Shard, count_samples, list_shards
 from dede_ray.data.workers import Chunk, Work
 from dede_ray.models.victims import VictimConfig, best_device, load_victim
 from dede_ray.runtime.config import Mistake, claim, finish, read_json, write_json
+from dede_ray.runtime.lease import leased
 from dede_ray.runtime.session import start_ray
 from dede_ray.scan.decisions import Verdict
 from dede_ray.scan.groups import copies
@@ -109,6 +110,11 @@ def amplify_manifest(config: AmplifyConfig) -> str:
     """
     start_ray(config)
     run = _Run(config)
+    with leased(run.output):
+        return _amplify(config, run)
+
+
+def _amplify(config: AmplifyConfig, run: _Run) -> str:
     settings = config.model_copy(update={"resources": PassResources()})  # which may change where a run is continued
     done = claim(run.output, settings, places=("manifest", "shards", "clean", "calibration"))
     made_of = run.claim_inputs()

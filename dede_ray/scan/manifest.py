@@ -74,7 +74,7 @@ class Manifest:
         kinds = {name: pa.float32() for name in self.score_columns}
         kinds |= {"sample_id": pa.string(), "flagged": pa.bool_(), "error": pa.string()}
         try:
-            table = pa.concat_tables(at_once(self.folder, self.rows, self.info["shards"]))
+            table = pa.concat_tables(at_once(self.folder, self._rows, self.info["shards"]))
             for name, kind in kinds.items():
                 if table.column(name).type != kind:
                     raise ValueError(f"column {name} is of type {table.column(name).type}, not {kind}")
@@ -82,16 +82,15 @@ class Manifest:
             raise Mistake(f"the manifest at {self.folder} is damaged: {error}; run the scoring job again") from None
         return table
 
-    def rows(self, shard_name: str, columns: list[str] | None = None) -> pa.Table:
-        """The rows of one shard.
+    def rows_path(self, shard_name: str) -> Place:
+        """Where the rows of one shard are."""
+        return self.folder / "manifest" / f"{shard_name}.parquet"
 
-        Raises:
-            ValueError: they are not those that this manifest is about.
-        """
-        return pq.read_table(pa.BufferReader(self._content(shard_name)), columns=columns)
+    def _rows(self, shard_name: str) -> pa.Table:
+        return pq.read_table(pa.BufferReader(self._content(shard_name)))
 
     def _content(self, shard_name: str) -> bytes:
-        content = (self.folder / "manifest" / f"{shard_name}.parquet").read_bytes()
+        content = self.rows_path(shard_name).read_bytes()
         expected = self.info.get("rows", {}).get(shard_name)  # which manifests of earlier versions lack
         if expected is not None and hashlib.sha256(content).hexdigest() != expected:
             raise ValueError(f"the rows of {shard_name} are of another decision than manifest.json")

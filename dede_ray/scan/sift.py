@@ -46,7 +46,7 @@ from pydantic import Field
 
 from dede_ray.data.captions import read_classes
 from dede_ray.data.identity import identified, shard_entry
-from dede_ray.data.ledger import write_parquet
+from dede_ray.data.ledger import read_parquet, write_parquet
 from dede_ray.data.shards import IMAGE_SUFFIXES, Limits, Shard, list_shards, open_shard, sample_id, split_name
 from dede_ray.data.tar import Tar, open_tar, write_whole
 from dede_ray.runtime.config import (
@@ -60,7 +60,9 @@ from dede_ray.runtime.config import (
     write_atomically,
     write_json,
 )
+from dede_ray.runtime.lease import leased
 from dede_ray.runtime.session import start_ray
+from dede_ray.runtime.store import Place
 from dede_ray.scan.decisions import AssumedPoisonRate, FixedThreshold
 from dede_ray.scan.manifest import Manifest, read_manifest, require_made_of
 
@@ -144,6 +146,11 @@ def sift(config: SiftConfig | dict[str, Any] | str | Path) -> str:
         raise Mistake(f"output {config.output} is the folder of the shards themselves; choose another one")
     _check_names(shards, manifest)
     manifest.require_same_shards(shards)
+    with leased(output):
+        return _sift(config, output, shards, manifest)
+
+
+def _sift(config: SiftConfig, output: Path, shards: list[Shard], manifest: Manifest) -> str:
     done = claim(output, config, places=("shards", "manifest"))
     made_of = _made_of(shards, manifest, output)
     if done:
@@ -158,7 +165,7 @@ def sift(config: SiftConfig | dict[str, Any] | str | Path) -> str:
     for name, index in zip(dropped["shard"].to_pylist(), dropped["index"].to_pylist(), strict=True):
         places[name].append(index)
     task, limits = ray.remote(sift_shard), Limits.model_validate(manifest.settings["limits"])
-    ray.get([task.remote(s, manifest, places[s.name], limits, config) for s in todo])
+    ray.get([task.remote(s, manifest.rows_path(s.name), places[s.name], limits, config) for s in todo])
 
     receipts = {shard.name: _receipt(output, shard) for shard in shards}
     _write_lists(output / "exclude", dropped, receipts)
@@ -299,18 +306,18 @@ def _write_lists(folder: Path, dropped: pa.Table, receipts: dict[str, dict[str, 
 # ------------------------------------------------------------------------------------------------ one shard
 
 
-def sift_shard(shard: Shard, manifest: Manifest, places: list[int], limits: Limits, config: SiftConfig) -> None:
+def sift_shard(shard: Shard, rows_path: Place, places: list[int], limits: Limits, config: SiftConfig) -> None:
     """Copy one shard without the samples at the given places, then write its receipt.
 
     Args:
         shard: what to copy.
-        manifest: which has its rows.
+        rows_path: its rows of the manifest.
         places: of the samples to drop, counted from 0 as the manifest's `index`.
         limits: those of the scoring.
         config: of the job.
     """
     output = Path(config.output).absolute()
-    rows = manifest.rows(shard.name, ["sample_id", "index", "content_hash"])
+    rows = read_parquet(rows_path, ["sample_id", "index", "content_hash"])
     judge = _Judge(shard, rows.sort_by("index"), frozenset(places), limits, config.verify)
     is_empty = len(judge.dropped) == rows.num_rows
     path = None if config.lists_only or is_empty else output / shard.name
