@@ -43,6 +43,7 @@ from dede_ray.scan.decisions import Verdict
 from dede_ray.scan.groups import copies
 from dede_ray.scan.judge import Judging, Scored, judge
 from dede_ray.scan.manifest import DECISION_COLUMNS, Manifest, read_manifest, require_made_of, write_manifest
+from dede_ray.scan.overlap import refuse_common
 from dede_ray.scan.score import hash_of_ids, settings_of, versions, victim_of
 from dede_ray.scan.seed_classifier import (
     COLUMN,
@@ -179,9 +180,10 @@ class _Run:
             )
         self.manifest.require_same_shards(shards)
         for role, others in (("shards", shards), ("calibration", calibration)):
-            if both := sorted({shard.url for shard in others} & {shard.url for shard in clean}):
+            contents = {(shard.num_bytes, shard.digest) for shard in others}
+            if both := [shard for shard in clean if (shard.num_bytes, shard.digest) in contents]:
                 raise Mistake(
-                    f"{both[0]} is named as `clean` and as `{role}`; clean pictures that networks are fitted on can be "
+                    f"{both[0].url} is named as `clean` and as `{role}`; clean pictures that networks are fitted on can be "
                     "neither, so split the clean shards"
                 )
         return shards, clean, calibration
@@ -256,9 +258,10 @@ class _Run:
         if seen != chosen:
             self._complain(seen, chosen)
         share = KeyedShare(min(1.0, self.config.max_clean / max(1, count_samples(self.clean))), 0)
-        _, clean, _ = self._pictures(
+        seen, clean, _ = self._pictures(
             self.output / "clean", self.clean, share, {"share": share.share}, False, "clean pictures"
         )
+        refuse_common({"shards": named_pictures(self.hashes), "clean": named_pictures(seen.values())}, "refuse")
         amplified = self.config.amplify.fit(pictures, maps, clean)
         amplified.save(folder)
         return amplified
