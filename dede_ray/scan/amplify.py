@@ -43,6 +43,7 @@ from dede_ray.scan.decisions import Verdict
 from dede_ray.scan.groups import copies
 from dede_ray.scan.judge import Judging, Scored, judge
 from dede_ray.scan.manifest import DECISION_COLUMNS, Manifest, read_manifest, require_made_of, write_manifest
+from dede_ray.scan.overlap import pictures as named_pictures
 from dede_ray.scan.overlap import refuse_common
 from dede_ray.scan.score import hash_of_ids, settings_of, versions, victim_of
 from dede_ray.scan.seed_classifier import (
@@ -183,8 +184,8 @@ class _Run:
             contents = {(shard.num_bytes, shard.digest) for shard in others}
             if both := [shard for shard in clean if (shard.num_bytes, shard.digest) in contents]:
                 raise Mistake(
-                    f"{both[0].url} is named as `clean` and as `{role}`; clean pictures that networks are fitted on can be "
-                    "neither, so split the clean shards"
+                    f"{both[0].url} is named as `clean` and as `{role}`; clean pictures that networks are fitted on "
+                    "can be neither, so split the clean shards"
                 )
         return shards, clean, calibration
 
