@@ -93,7 +93,9 @@ class Manifest:
         content = self.rows_path(shard_name).read_bytes()
         expected = self.info.get("rows", {}).get(shard_name)  # which manifests of earlier versions lack
         if expected is not None and hashlib.sha256(content).hexdigest() != expected:
-            raise ValueError(f"the rows of {shard_name} are of another decision than manifest.json")
+            raise ValueError(
+                f"the rows of {shard_name} are not those of manifest.json (damaged, or of another decision)"
+            )
         return content
 
     @property

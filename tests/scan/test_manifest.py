@@ -68,7 +68,7 @@ def test_rows_of_two_decisions_are_not_read(tmp_path):
     (tmp_path / "two" / "manifest" / "x.tar.parquet").replace(tmp_path / "one" / "manifest" / "x.tar.parquet")
     mixed = read_manifest(tmp_path / "one")
     for look in (lambda: mixed.table, mixed.fingerprint, lambda: mixed.flagged):
-        with pytest.raises(Mistake, match=r"damaged: the rows of x\.tar are of another decision"):
+        with pytest.raises(Mistake, match=r"damaged: the rows of x\.tar are not those of manifest"):
             look()
 
 

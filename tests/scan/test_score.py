@@ -349,7 +349,7 @@ def test_a_corpus_that_was_replaced_is_not_given_the_old_scores_and_what_changed
     local_ray, small, write_pictures, tmp_path
 ):
     first = score(small())
-    before, shard = parts(first.folder), tmp_path / "here" / "train-00001.tar"
+    one, before, shard = rows(first), parts(first.folder), tmp_path / "here" / "train-00001.tar"
     size = shard.stat().st_size
     write_pictures(tmp_path / "others", range(30, 50), per_shard=10)
     other = (tmp_path / "others" / "train-00001.tar").read_bytes()
@@ -359,10 +359,15 @@ def test_a_corpus_that_was_replaced_is_not_given_the_old_scores_and_what_changed
     again = score(small(rescore_changed=True))
     now = parts(first.folder)
     assert {name.split("/")[2] for name in now if now[name] != before[name]} == {"train-00001.tar"}
-    one, two = (run.table["content_hash"].to_pylist() for run in (first, again))
-    assert one[:10] == two[:10]
-    assert set(one[10:]).isdisjoint(two[10:])
-    assert score(small()).table.equals(again.table)  # and is not a change any more
+    two = rows(again)
+    assert one[:10] == [
+        row | {name: was[name] for name in DECIDED} for row, was in zip(two[:10], one[:10], strict=True)
+    ]
+    assert {row["content_hash"] for row in one[10:]}.isdisjoint(row["content_hash"] for row in two[10:])
+    assert rows(score(small())) == two  # and is not a change any more
+
+
+DECIDED = ("p_value", "rank", "poisoned_at_least", "flagged", "group_id")
 
 
 def test_a_pass_goes_on_with_its_shards_under_another_path(local_ray, small, tmp_path):
@@ -600,7 +605,7 @@ def test_a_mistake_ends_the_job_with_one_message_and_exit_code_2(
     mistakes = {
         r"error: no shards at nowhere/\*\.tar": {"shards": "nowhere/*.tar"},
         r"error: 1 of 1 shards cannot be read as tar:\n  .*garbage\.tar: ReadError": {"shards": "garbage.tar"},
-        r"error: bomb\.pt holds more than tensors": {"victim": {"path": "bomb.pt", "architecture": str(clip_config)}},
+        r"error: .*bomb\.pt holds more than tensors": {"victim": {"path": "bomb.pt", "architecture": str(clip_config)}},
     }
     jobs = []
     for changed in mistakes.values():
