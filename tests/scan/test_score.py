@@ -360,14 +360,10 @@ def test_a_corpus_that_was_replaced_is_not_given_the_old_scores_and_what_changed
     now = parts(first.folder)
     assert {name.split("/")[2] for name in now if now[name] != before[name]} == {"train-00001.tar"}
     two = rows(again)
-    assert one[:10] == [
-        row | {name: was[name] for name in DECIDED} for row, was in zip(two[:10], one[:10], strict=True)
-    ]
+    same = ("sample_id", "content_hash", "index", "dede_reverse", "error")
+    assert [[row[name] for name in same] for row in one[:10]] == [[row[name] for name in same] for row in two[:10]]
     assert {row["content_hash"] for row in one[10:]}.isdisjoint(row["content_hash"] for row in two[10:])
     assert rows(score(small())) == two  # and is not a change any more
-
-
-DECIDED = ("p_value", "rank", "poisoned_at_least", "flagged", "group_id")
 
 
 def test_a_pass_goes_on_with_its_shards_under_another_path(local_ray, small, tmp_path):
