@@ -78,7 +78,8 @@ def s3() -> Iterator[str]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What uses Ray, or starts jobs that do, is left out by `make test-fast`."""
     for item in items:
-        if {"local_ray", "s3", "smoke", "ward"} & set(getattr(item, "fixturenames", ())):
+        starts_jobs = {"cluster", "end_to_end", "jobs"} & set(item.path.relative_to(Path(__file__).parent).parts)
+        if starts_jobs or {"local_ray", "s3", "ward"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("ray")
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dede_ray.data.identity import compare, identified, recorded_shards, require_same, shard_entry
 from dede_ray.data.sampling import keyed_generator
 from dede_ray.data.shards import Shard
 from dede_ray.runtime.config import Mistake, read_json, write_json
@@ -74,24 +75,68 @@ class Chosen:
 # ------------------------------------------------------------------------------------------------------ taking a folder
 
 
-def claim_parts(folder: Place, made_with: dict[str, Any], shards: list[Shard]) -> None:
-    """Take a folder for a pass, or resume the same pass there; shards may be added, but not exchanged."""
+def claim_parts(folder: Place, made_with: dict[str, Any], shards: list[Shard], *, look: bool = True) -> None:
+    """Take a folder for a pass, or resume the same pass there; shards may be added or moved, but not exchanged.
+
+    Args:
+        look: find the digests of shards that have none; False where their files need not be there.
+
+    Raises:
+        Mistake: the folder holds parts of a pass with other settings, or of shards that have changed since.
+    """
     path = folder / "pass.json"
     record = read_json(path, "record of a pass") if path.is_file() else {**made_with, "shards": {}}
     recorded = _recorded_shards(record, path)
     settings = {name: value for name, value in record.items() if name != "shards"}
     there_and_now = [(k, settings.get(k), made_with.get(k)) for k in sorted(settings.keys() | made_with.keys())]
-    for shard in shards:
-        now = {"url": shard.url, "num_bytes": shard.num_bytes}
-        there_and_now.append((shard.name, recorded.setdefault(shard.name, now), now))
     lines = [f"{name}: {there!r} there, {now!r} now" for name, there, now in there_and_now if there != now]
     if lines:
-        more = [f"and {len(lines) - 10:,} more"] if len(lines) > 10 else []
         raise Mistake(
-            "\n  ".join([f"{folder} holds parts of another pass:", *lines[:10], *more])
+            "\n  ".join([f"{folder} holds parts of another pass:", *lines])
             + "\nchoose another output folder, or delete this one"
         )
-    write_json(path, {**made_with, "shards": recorded})
+    compared = require_same(
+        recorded, identified(shards) if look else shards, str(folder),
+        "do just these again, where the job is score (rescore_changed: true); or choose another output folder",
+    )  # fmt: skip
+    write_json(path, {**made_with, "shards": {name: shard_entry(shard) for name, shard in compared.record.items()}})
+
+
+def forget_changed(folder: Place, shards: list[Shard]) -> list[str]:
+    """Let go of the parts of shards that have changed since, so that the pass does those again; their names."""
+    path = folder / "pass.json"
+    if not path.is_file():
+        return []
+    record = read_json(path, "record of a pass")
+    recorded = _recorded_shards(record, path)
+    changed = [*compare(recorded, identified(shards)).changed]
+    for name in changed:
+        _remove_parts(folder, name)
+    if changed:  # and not before: killed above, the next run finds them changed again
+        kept = {name: shard_entry(shard) for name, shard in recorded.items() if name not in changed}
+        write_json(path, {**record, "shards": kept})
+        logger.info("%s: %s shards have changed and are done again: %s", folder, f"{len(changed):,}", named(changed))
+    return changed
+
+
+def forget_pass(folder: Place) -> None:
+    """Let go of all that a pass has done."""
+    path = folder / "pass.json"
+    for name in _recorded_shards(read_json(path, "record of a pass"), path) if path.is_file() else ():
+        _remove_parts(folder, name)
+    path.unlink(missing_ok=True)
+
+
+def _remove_parts(folder: Place, shard_name: str) -> None:
+    end_path(folder, shard_name).unlink(missing_ok=True)
+    parts: list[Place] = [*(folder / "parts" / shard_name).glob("[0-9]*.parquet")]
+    for path in parts:
+        path.unlink(missing_ok=True)
+
+
+def named(names: Sequence[str]) -> str:
+    """Some names for a message, the first three of them."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def shards_of_pass(folder: Place) -> list[Shard]:
@@ -102,24 +147,17 @@ def shards_of_pass(folder: Place) -> list[Shard]:
     """
     path = folder / "pass.json"
     recorded = _recorded_shards(read_json(path, "record of a pass"), path)
-    return [Shard(name, **entry) for name, entry in sorted(recorded.items())]
+    return [shard for _, shard in sorted(recorded.items())]
 
 
-def _recorded_shards(record: dict[str, Any], path: Place) -> dict[str, dict[str, Any]]:
-    """Shard name -> `{"url": ..., "num_bytes": ...}`; earlier versions recorded `"<url>, 1,234 bytes"`."""
-    shards = {}
+def _recorded_shards(record: dict[str, Any], path: Place) -> dict[str, Shard]:
     try:
-        for name, entry in record["shards"].items():
-            if isinstance(entry, str):
-                url, _, size = entry.rpartition(", ")
-                entry = {"url": url, "num_bytes": size.removesuffix(" bytes").replace(",", "")}
-            shards[name] = {"url": str(entry["url"]), "num_bytes": int(entry["num_bytes"])}
+        return recorded_shards(record["shards"])
     except (AttributeError, KeyError, TypeError, ValueError):
         raise Mistake(
             f"{path} is damaged: expected a url and a number of bytes for each of its shards; "
             f"delete {path.parent} and run the job that wrote it again"
         ) from None
-    return shards
 
 
 # --------------------------------------------------------------------------------------------------------- what is done
@@ -221,9 +259,14 @@ def read_parquet(path: Place, columns: list[str] | None = None) -> pa.Table:
 
 def write_parquet(table: pa.Table, path: Named) -> None:
     """Write atomically; equal tables give equal bytes."""
+    write_atomically(path, parquet_bytes(table))
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as a file holds it."""
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
-    write_atomically(path, buffer.getvalue().to_pybytes())
+    return buffer.getvalue().to_pybytes()
 
 
 # ---------------------------------------------------------------------------------------- the counts of a finished pass

@@ -9,7 +9,8 @@ them. Whatever dies (a reader, an actor, a node, the driver), finished chunks ar
 remaining processes or by the next run of the same command.
 
 A sample that ends every process that touches it is found by `one_by_one`: it tries the samples of the chunk one after
-the other in a process of its own, and the sample becomes a row with the reason `process_died`.
+the other in a process of its own, and the sample becomes a row with the reason `process_died`. So does one that never
+comes to an end: after `sample_timeout_s` its process is ended.
 
 What the work is (scoring with detectors, embedding for the decoder's training) is a class given by the caller.
 """
@@ -87,6 +88,10 @@ class PassResources(Config):
     """Threads of an actor's arithmetic; None takes its CPUs. Part of what makes two runs' bytes equal."""
     decode_cpus: float | None = Field(None, gt=0)
     """CPUs each read-and-decode task reserves; None takes 1 where actors have GPUs, and else 0.25."""
+    sample_timeout_s: float = Field(300, ge=0)
+    """Seconds that decoding or scoring one sample may take, alone, before it is taken for one that never ends, and left
+    out as `process_died`; 0 waits for ever. A chunk of 256 samples has four times as long before its samples are tried
+    one by one, so that a slow machine loses time and no sample."""
     memory_per_actor: int = Field(0, ge=0)
     """Bytes of memory that each actor reserves, so that Ray places no more of them on a node than it holds."""
 
@@ -169,7 +174,7 @@ def run_pass(
     folder = place(folder)
     made_with = {**made_with, "chunk_size": chunk_size, "limits": limits.model_dump(), "image_size": image_size}
     claim_parts(folder, made_with, shards)
-    reading = Reading(folder, image_size, chunk_size, limits, select)
+    reading = Reading(folder, image_size, chunk_size, limits, select, resources.sample_timeout_s)
     todo = unfinished(folder, shards)
     if todo:
         skipped = len(shards) - len(todo)
@@ -177,7 +182,8 @@ def run_pass(
             logger.info("%s: resuming; %d of %d shards are done", name, skipped, len(shards))
         pool = resources.on(ray.cluster_resources())
         progress = _Progress(name, len(todo), max_error_fraction, folder / "timing.json")
-        actor = partial(Worker, folder, work, work_arguments, pool.threads_per_actor or 1, name)
+        threads = pool.threads_per_actor or 1
+        actor = partial(Worker, folder, work, work_arguments, threads, name, resources.sample_timeout_s)
         try:
             progress.follow(_stream(todo, reading, actor, pool))
             left = unfinished(folder, todo)
@@ -215,7 +221,7 @@ def run_over_parts(
         Mistake: the source is not finished, the folder holds parts of another pass, or too many samples are unusable.
     """
     folder = place(folder)
-    claim_parts(folder, made_with, shards)
+    claim_parts(folder, made_with, shards, look=False)  # the images may be gone
     for shard in unfinished(source, shards):
         raise Mistake(f"{source} is not finished: {shard.name} lacks parts; run the job that wrote it again")
     todo = [
@@ -399,8 +405,8 @@ class _Careful:
         receipt = self._do_chunk(number, (), tries=1)
         if receipt is None:
             lethal = self._lethal(number)
-            logger.warning("chunk %d of %s: %d samples end the process that touches them", number, self.shard.name,
-                           len(lethal))  # fmt: skip
+            logger.warning("chunk %d of %s: %d samples end the process that touches them, or hold it up", number,
+                           self.shard.name, len(lethal))  # fmt: skip
             receipt = self._do_chunk(number, lethal) or self._do_chunk(number, None)
         if receipt is None:
             raise RuntimeError(f"chunk {number} of {self.shard.url} cannot be read; leave that shard out")
@@ -460,7 +466,11 @@ class _Alone:
         return find_end(shard, self.reading)
 
     def do_chunk(self, shard: Shard, number: int, skip: Collection[int] | None) -> Receipt:
-        """Do a chunk but for the samples at the places `skip`, None for all; its receipt."""
+        """Do a chunk but for the samples at the places `skip`, None for all; its receipt.
+
+        What is left once the samples were tried one by one has all the time that they may take alone.
+        """
+        self.worker.is_patient = skip != ()
         [receipt] = read_receipts(self.worker(decode(shard, number, self._samples(shard, number), self.reading, skip)))
         return receipt
 

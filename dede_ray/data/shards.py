@@ -51,7 +51,7 @@ Reason = L[
     "label_unreadable",  # not an integer of at most 31 bits in plain digits
     "duplicate_key",  # the key occurs earlier in this shard, or one of its members comes twice
     "shard_truncated",  # the shard ends inside this sample
-    "process_died",  # decoding it, or computing something of it, ended the process that did
+    "process_died",  # decoding it, or computing something of it, ended the process that did, or never came to an end
     "not_finite",  # what was computed of it, a score or an embedding, is not a number
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
@@ -83,6 +83,8 @@ class Shard:
     name: str
     url: str
     num_bytes: int
+    digest: str = field(default="", compare=False)
+    """What it holds, as far as that was looked at (identity.py)."""
 
 
 @dataclass

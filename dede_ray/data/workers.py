@@ -17,9 +17,12 @@ Readers run in processes of their own, which must start quickly: importing this 
 from __future__ import annotations
 
 import base64
+import contextlib
+import faulthandler
 import itertools
 import json
 import logging
+import math
 import os
 import time
 from collections import Counter, defaultdict
@@ -47,6 +50,8 @@ from dede_ray.runtime.store import Place
 logger = logging.getLogger(__name__)
 TRIES = 3
 """Attempts at a task whose process dies, before its chunks are taken for the cause; and at a read that fails."""
+SAMPLES_PER_TIMEOUT = 64
+"""Samples of a chunk that have together the time that one may take alone: a machine has to be very slow to need it."""
 JOURNAL = "DEDE_RAY_JOURNAL"
 """Environment variable: a file on each machine to which actors add a line for each chunk that they begin."""
 
@@ -63,6 +68,8 @@ class Reading:
     chunk_size: int
     limits: Limits
     select: Select | None
+    timeout_s: float = 0
+    """Seconds that decoding one sample may take before its process is ended; 0 is for ever."""
 
 
 @dataclass
@@ -152,6 +159,22 @@ class Laps:
         """The seconds booked so far, once."""
         seconds, self.seconds = dict(self.seconds), defaultdict(float)
         return seconds
+
+
+@contextlib.contextmanager
+def ended_after(seconds: float) -> Iterator[None]:
+    """End this process, and write where it hangs to its stderr, if what is done here takes longer; 0 is for ever.
+
+    By a thread that needs no interpreter, so that no extension's endless loop can stop it.
+    """
+    if not seconds:
+        yield
+        return
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 # -------------------------------------------------------------------------------------------------------------- readers
@@ -289,7 +312,8 @@ def decode(
             sample.error = sample.error or "process_died"
         if sample.error is None:
             try:
-                images.append(decode_image(sample.image or b"", reading.limits, reading.image_size).tobytes())
+                with ended_after(reading.timeout_s):
+                    images.append(decode_image(sample.image or b"", reading.limits, reading.image_size).tobytes())
             except BadSample as bad:
                 sample.error = bad.reason
         row = {name: getattr(sample, name) for name in ("index", "key", "caption", "error")}
@@ -358,9 +382,19 @@ class _Actor:
 class Worker(_Actor):
     """An actor over shards: does the caller's work on each chunk and commits the part; only a receipt travels on."""
 
-    def __init__(self, folder: Place, work: type[Work], work_arguments: dict[str, Any], threads: int, name: str):
+    def __init__(
+        self,
+        folder: Place,
+        work: type[Work],
+        work_arguments: dict[str, Any],
+        threads: int,
+        name: str,
+        timeout_s: float = 0,
+    ):
+        """`timeout_s` is for one sample; `_may_take` says what a chunk gets."""
         super().__init__(threads, name, lambda: work(**work_arguments))
-        self.folder = folder
+        self.folder, self.timeout_s, self.is_patient = folder, timeout_s, False
+        self.longest_s = 0.0
         self.journal = os.environ.get(JOURNAL)
         # Where an actor died Ray repeats its whole block, finished chunks included. Asking a store takes time, so
         # only then are they looked for there.
@@ -395,6 +429,14 @@ class Worker(_Actor):
             with open(self.journal, "a") as journal:
                 journal.write(f"{time.time()}\t{os.getpid()}\t{self.name}\t{row['shard']}\t{row['number']}\n")
 
+    def _may_take(self, num_samples: int) -> float:
+        """Seconds for a chunk; `is_patient` gives each sample what it may take alone."""
+        if not self.timeout_s:
+            return 0
+        if self.is_patient:
+            return self.timeout_s * num_samples
+        return max(self.timeout_s * math.ceil(num_samples / SAMPLES_PER_TIMEOUT), 20 * self.longest_s)
+
     def compute(self, row: dict[str, Any]) -> pa.Table:
         """The part of a chunk: all its samples, with what the work says of the readable ones."""
         errors = row["error"]
@@ -412,7 +454,10 @@ class Worker(_Actor):
                 [row["content_hash"][i] for i in good],
             )
             self.laps.mark("transfer")
-            columns = self.work(chunk)
+            began = time.monotonic()
+            with ended_after(self._may_take(len(good))):
+                columns = self.work(chunk)
+            self.longest_s = max(self.longest_s, time.monotonic() - began)
             self.laps.mark("work")
         base = pa.table(
             {

@@ -227,6 +227,14 @@ class Asset(DetectorSettings):
     seed: int = 0
     """Draws weights and mini-batches."""
 
+    @property
+    def gives(self) -> tuple[str, ...]:
+        return _AssetScorer.columns
+
+    @property
+    def takes_clean(self) -> bool:
+        return True
+
     def fit(self, pool: Batch, clean: Batch | None) -> State:
         """Train the network; equal samples and seeds train the same one, on one kind of machine."""
         _check_base(None if clean is None else len(clean), len(pool))

@@ -48,6 +48,11 @@ class CaptionScore(DetectorSettings):
     """Starts the mixture's fit."""
 
     @property
+    def gives(self) -> tuple[str, ...]:
+        more = ("clip_score_reference", "clip_score_difference") if self.reference else ()
+        return ("clip_score", "clip_score_gmm", *more)
+
+    @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]  # the base has a constant
         return frozenset({"caption", "reference"}) if self.reference else frozenset({"caption"})
 
@@ -82,8 +87,7 @@ class _CaptionScorer:
     controls: tuple[str, ...] = ()
 
     def __init__(self, config: CaptionScore, victim: Victim, state: State):
-        more = ("clip_score_reference", "clip_score_difference") if config.reference else ()
-        self.columns: tuple[str, ...] = ("clip_score", "clip_score_gmm", *more)
+        self.columns = config.gives
         self.fingerprint = state_fingerprint(config, state)
         self.has_reference = config.reference
         self.state = {name: tensor.to(victim.device) for name, tensor in state.items()}

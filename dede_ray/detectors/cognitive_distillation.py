@@ -59,6 +59,10 @@ class CognitiveDistillation(DetectorSettings):
     seed: int = 0
     """Draws the noise, per sample and step."""
 
+    @property
+    def gives(self) -> tuple[str, ...]:
+        return CognitiveDistillationScorer.columns
+
     def open(self, victim: Victim, state: State) -> CognitiveDistillationScorer:
         return CognitiveDistillationScorer(self, victim)
 

@@ -119,6 +119,10 @@ class Consistency(DetectorSettings):
     seed: int = 0
     """Draws the references and the held-out samples, and trains the heads."""
 
+    @property
+    def gives(self) -> tuple[str, ...]:
+        return tuple(name for form, names in COLUMNS.items() if form in self.forms for name in names)
+
     def fit(self, pool: Batch, clean: Batch | None) -> State:
         """Fit the map, measure the agreement, draw the references; train the heads where they are asked for."""
         source = self.drawn(self.drawn_from, pool, clean)
@@ -204,7 +208,7 @@ class _ConsistencyScorer:
     controls: tuple[str, ...] = ()
 
     def __init__(self, config: Consistency, device: torch.device, state: State):
-        self.columns = tuple(name for form, names in COLUMNS.items() if form in config.forms for name in names)
+        self.columns = config.gives
         self.fingerprint = state_fingerprint(config, state)
         self.config, self.forms = config, config.forms
         self.state = {name: tensor.to(device) for name, tensor in state.items() if name != "key"}

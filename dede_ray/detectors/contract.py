@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -56,6 +57,26 @@ class DetectorSettings(Config):
     """Whether `fit` has something to learn."""
 
     @property
+    def gives(self) -> tuple[str, ...]:
+        """Columns that its scorer may have, known without any model; those that the victim or a file rules out are
+        missing later. Without `name`."""
+        raise NotImplementedError
+
+    @property
+    def gives_controls(self) -> tuple[str, ...]:
+        """Those of them that are controls."""
+        return ()
+
+    @property
+    def takes_clean(self) -> bool:
+        """Whether `fit` needs clean samples."""
+        return getattr(self, "drawn_from", None) == "clean"
+
+    def named(self, columns: Iterable[str]) -> list[str]:
+        """Columns as the run calls them, ending in `name` where there is one."""
+        return [f"{column}_{self.name}" if self.name else column for column in columns]
+
+    @property
     def label(self) -> str:
         """Its name within a run: the kind, and `name` where there is one."""
         return f"{self.kind}_{self.name}" if self.name else self.kind  # type: ignore[attr-defined]
@@ -64,7 +85,8 @@ class DetectorSettings(Config):
         """Learn from a keyed sample of corpus and calibration (`in_one_heap`), and from clean samples if given.
 
         Raises:
-            Mistake: too few samples, or no clean ones where it takes them.
+            Mistake: it cannot be fitted to these: too few samples, too little that they explain. A run leaves the
+                detector out then, and says so.
         """
         return {}
 

@@ -384,6 +384,11 @@ class Decree(DetectorSettings):
     displacement: bool = False
     """Give `decree_displacement`, too, for one more forward pass."""
 
+    @property
+    def gives(self) -> tuple[str, ...]:
+        more = ("decree_displacement",) if self.displacement else ()
+        return ("decree_stamp", "decree_direction", *more)
+
     def open(self, victim: Victim, state: State) -> Scorer:
         return _DecreeScorer(self, victim)
 
@@ -415,8 +420,7 @@ class _DecreeScorer:
         self.patch_CHW = stamp.patch_CHW.to(victim.device).double()
         self.direction_E = normalize(stamp.direction_E.to(victim.device).double(), dim=0)
         self.shows_displacement = config.displacement
-        more = ("decree_displacement",) if config.displacement else ()
-        self.columns: tuple[str, ...] = ("decree_stamp", "decree_direction", *more)
+        self.columns = config.gives
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> dict[str, np.ndarray]:

@@ -27,6 +27,8 @@ from dede_ray.models.embedding import Batch, Need
 from dede_ray.models.victims import Victim, fingerprint
 from dede_ray.runtime.config import Mistake
 
+NULL = ("dede_null_ratio", "dede_null")
+
 
 class DeDe(DetectorSettings):
     """Reconstruction error of the DeDe decoder, and what else the same network says.
@@ -57,6 +59,15 @@ class DeDe(DetectorSettings):
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the decoder; images, masks and errors are float32 either way."""
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        swap = ("dede_swap_rank",) if self.num_swaps else ()
+        return ("dede_sum", "dede_mean", "dede_reverse", *swap, *NULL)
+
+    @property
+    def gives_controls(self) -> tuple[str, ...]:
+        return NULL[1:]
 
     @property
     def fits(self) -> bool:  # type: ignore[override]
@@ -106,11 +117,9 @@ class _DeDeScorer:
         self.fingerprint = fingerprint(
             decoder, {**config.model_dump(exclude={"decoder"}), "state": state_fingerprint(None, state)}
         )
-        reverse = ("dede_reverse",) if decoder.has_reverse else ()
-        swap = ("dede_swap_rank",) if config.num_swaps else ()
-        null = ("dede_null_ratio", "dede_null") if decoder.has_null else ()
-        self.columns: tuple[str, ...] = ("dede_sum", "dede_mean", *reverse, *swap, *null)
-        self.controls: tuple[str, ...] = null[1:]
+        lacking = {*(() if decoder.has_reverse else ("dede_reverse",)), *(() if decoder.has_null else NULL)}
+        self.columns = tuple(column for column in config.gives if column not in lacking)
+        self.controls = tuple(column for column in config.gives_controls if column not in lacking)
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> dict[str, np.ndarray]:

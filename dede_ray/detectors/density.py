@@ -58,6 +58,10 @@ class Density(DetectorSettings):
     seed: int = 0
     """Draws the reference set."""
 
+    @property
+    def gives(self) -> tuple[str, ...]:
+        return _DensityScorer.columns
+
     def fit(self, pool: Batch, clean: Batch | None) -> State:
         """Draw the reference set; where fewer samples are given, it is all of them."""
         source = self.drawn(self.drawn_from, pool, clean)

@@ -35,16 +35,23 @@ class ImageStatistics(DetectorSettings):
     reencode: bool = False
     """Also compress every image, which takes longer than all the others."""
 
+    @property
+    def gives(self) -> tuple[str, ...]:
+        names = ("contrast", "edges", "texture", "texture_spread", "range", "bright", "dark", "entropy", "colour")
+        return tuple(f"stat_{name}" for name in (*names, *(["bytes"] * self.reencode)))
+
+    @property
+    def gives_controls(self) -> tuple[str, ...]:
+        return self.gives
+
     def open(self, victim: Victim, state: State) -> Scorer:
         return _ImageStatisticsScorer(self)
 
 
 class _ImageStatisticsScorer:
     def __init__(self, config: ImageStatistics):
-        names = ("contrast", "edges", "texture", "texture_spread", "range", "bright", "dark", "entropy", "colour")
         self.reencode = config.reencode
-        self.columns: tuple[str, ...] = tuple(f"stat_{name}" for name in (*names, *(["bytes"] * config.reencode)))
-        self.controls = self.columns
+        self.columns = self.controls = config.gives
         self.fingerprint = f"image_statistics 2 {config.reencode}"
 
     @torch.inference_mode()

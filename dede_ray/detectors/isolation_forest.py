@@ -43,6 +43,10 @@ class Forest(DetectorSettings):
     seed: int = Field(0, ge=0, lt=2**32)
     """Draws samples, features and thresholds."""
 
+    @property
+    def gives(self) -> tuple[str, ...]:
+        return _ForestScorer.columns
+
     def fit(self, pool: Batch, clean: Batch | None) -> State:
         """Grow the trees; equal samples and seeds grow equal trees."""
         source = self.drawn(self.drawn_from, pool, clean)

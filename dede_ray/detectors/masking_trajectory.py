@@ -60,6 +60,10 @@ class MaskingTrajectory(DetectorSettings):
     seed: int = 0
     """Draws the order in which patches are covered."""
 
+    @property
+    def gives(self) -> tuple[str, ...]:
+        return _TrajectoryScorer.columns
+
     def open(self, victim: Victim, state: State) -> Scorer:
         patch_px = self.patch_px or max(1, victim.image_size // 8)
         if victim.image_size % patch_px:

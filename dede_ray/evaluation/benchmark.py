@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import torch
 from numpy.typing import NDArray
@@ -52,6 +53,7 @@ from dede_ray.models.victims import OptionalVictimConfig, VictimConfig, best_dev
 from dede_ray.poisoning.triggers import AnyTrigger, Patch, Trigger
 from dede_ray.runtime.config import Config, Mistake, Seeds, claim, finish, write_json
 from dede_ray.runtime.session import start_ray
+from dede_ray.runtime.store import write_atomically
 from dede_ray.training.downstream import Labelled, LinearProbe, TwoLayerClassifier, draw_labelled
 from dede_ray.training.reconstruction import DecoderPreset, changed_preset, fit_decoder
 
@@ -173,9 +175,24 @@ def benchmark(config: BenchmarkConfig) -> str:
             logger.info("[%d/%d] %s", total - len(todo), total, said)
     about = {name: About(list(case.roles()), case.target_label) for name, case in config.cases.items()}
     said = write_leaderboard(config.standing or LeaderboardSettings(), output, about, config.seeds)
+    if left_out := _left_out(cells, output):
+        said += left_out
+        write_atomically(output / "table.md", said + "\n")
     if done is None:
         finish(output, config.model_copy(update={"standing": None}), {"cells": len(cells)})
     return said
+
+
+def _left_out(cells: Sequence[Cell], output: Path) -> str:
+    """Which detectors could not be fitted in which cells, and why; nothing where all could."""
+    lines: dict[str, str] = {}
+    for cell in cells:
+        about = json.loads((pq.read_schema(cell.path(output)).metadata or {}).get(b"about", b"{}"))
+        for label, why in about.get("left_out", {}).items():
+            lines.setdefault(label, f"- {label}, in {cell.case}, {cell.role}, seed {cell.seed}: {why}")
+    if not lines:
+        return ""
+    return "\n\nLeft out of cells in which it could not be fitted, such as\n" + "\n".join(lines.values())
 
 
 def _check(config: BenchmarkConfig) -> None:
@@ -290,6 +307,7 @@ class _Filling:
     def __init__(self, config: BenchmarkConfig, images: _Images, cell: Cell, output: Path):
         self.config, self.cell, self.case, self.output = config, cell, config.cases[cell.case], output
         self.is_first = cell.seed == config.seeds[0]
+        self.left_out: dict[str, str] = {}
         everyone: list[DetectorSettings] = [*config.detectors, *config.second_stage]
         needs = frozenset().union(*(one.needs for one in everyone))
         self.encoders = Encoders(Encoding(self.case.roles()[cell.role], config.reference, needs))
@@ -322,7 +340,7 @@ class _Filling:
         folder = self.output / "decoders" / f"{cell.case}-{cell.role}-{cell.seed}"
         save_decoder(folder, decoder, {})
         self.decoder_folder, self.known_batch = folder, known
-        self.scorers = [self._opened(one, suspected) for one in config.detectors]
+        self.fitted, self.scorers = self._opened(config.detectors, suspected)
         is_clean = ~self.is_poisoned
         labelled = suspected.embedding_BE.numpy()[is_clean], self.suspected.label_N[is_clean]
         heads = {"probe": LinearProbe().fit(*labelled)}
@@ -361,20 +379,32 @@ class _Filling:
         if self.is_first:
             tables += self._slow(sets, suspected)
         about = {"victim": self.victim.fingerprint, "case": cell.case, "role": cell.role, "seed": cell.seed}
+        about |= {"left_out": self.left_out} if self.left_out else {}
         table = pa.concat_tables(tables, promote_options="default").replace_schema_metadata(
             {"about": json.dumps(about)}
         )
         write_parquet(table, cell.path(self.output))
-        return f"{cell.case}, {cell.role}, seed {cell.seed}"
+        return f"{cell.case}, {cell.role}, seed {cell.seed}" + "".join(f"; without {one}" for one in self.left_out)
 
-    def _opened(self, detector: DetectorSettings, suspected: Batch) -> Scorer:
-        if isinstance(detector, DeDe):
-            detector = detector.model_copy(update={"decoder": str(self.decoder_folder)})
-        return open_scorer(detector, self.victim, detector.fit(suspected, self.known_batch) if detector.fits else {})
+    def _opened(
+        self, detectors: Sequence[DetectorSettings], suspected: Batch
+    ) -> tuple[list[DetectorSettings], list[Scorer]]:
+        """Fit and open detectors; those that cannot be fitted here are left out of this cell, and named."""
+        kept: list[tuple[DetectorSettings, Scorer]] = []
+        for detector in detectors:
+            if isinstance(detector, DeDe):
+                detector = detector.model_copy(update={"decoder": str(self.decoder_folder)})
+            try:
+                state = detector.fit(suspected, self.known_batch) if detector.fits else {}
+            except (Mistake, np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
+                self.left_out[detector.label] = str(error)
+            else:
+                kept.append((detector, open_scorer(detector, self.victim, state)))
+        return [detector for detector, _ in kept], [scorer for _, scorer in kept]
 
     def _plain_scorers(self) -> list[Scorer]:
         """Scorers of the detectors that look at the picture and fit nothing."""
-        plain = [not one.fits and one.needs == {"image"} for one in self.config.detectors]
+        plain = [not one.fits and one.needs == {"image"} for one in self.fitted]
         return [scorer for scorer, is_plain in zip(self.scorers, plain, strict=True) if is_plain]
 
     def _embedded(self, pictures: _Pictures) -> Batch:
@@ -451,12 +481,12 @@ class _Filling:
     def _slow(self, sets: dict[str, _Pictures], suspected: Batch) -> list[pa.Table]:
         """Score the few images of second-stage detectors and published protocols, under the first seed only."""
         config, tables = self.config, []
-        scorers = [self._opened(one, suspected) for one in config.second_stage]
+        _, scorers = self._opened(config.second_stage, suspected)
         if config.inversion is not None:
             stamp = invert(self.victim, self.known.image_NHWC, config.inversion, self.cell.seed)
             folder = self.output / "stamps" / f"{self.cell.case}-{self.cell.role}"
             save_stamp(folder, stamp)
-            scorers.append(self._opened(Decree(stamp=str(folder), displacement=True), suspected))
+            scorers += self._opened([Decree(stamp=str(folder), displacement=True)], suspected)[1]
             verdict = {"pl1": stamp.pl1, "is_collapsing": stamp.is_collapsing, "cosine": stamp.cosine}
             write_json(self.output / "stamps" / f"{self.cell.case}-{self.cell.role}.json", verdict)
         if scorers:

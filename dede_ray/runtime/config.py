@@ -14,6 +14,7 @@ import logging
 import re
 import reprlib
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any, ClassVar, TypeVar
 
@@ -273,11 +274,14 @@ def read_json(path: Named, what: str) -> dict[str, Any]:
     return content
 
 
-def claim(folder: Named, config: Config) -> dict[str, Any] | None:
+def claim(folder: Named, config: Config, places: Sequence[str] = ()) -> dict[str, Any] | None:
     """Take an output folder for a run, or find that this very run has already been there.
 
     The folder's `run.json` holds the settings that made it and, once the job is finished, its result. A job
     calls this first and `finish` last, so that the same command, run again, resumes or has nothing to do.
+
+    Args:
+        places: settings that say where something is, and may differ; the caller looks at what is there.
 
     Returns:
         The result of the finished run; None where work remains.
@@ -291,11 +295,14 @@ def claim(folder: Named, config: Config) -> dict[str, Any] | None:
         write_json(path, {"settings": settings})
         return None
     run = read_json(path, "record of a run")
-    if run.get("settings") != settings:
+    there = run.get("settings")
+    if isinstance(there, dict) and places:
+        there = {**there, **{name: settings[name] for name in places}}
+    if there != settings:
         if "result" not in run and not _has_output(folder):  # it stopped at a mistake, now corrected
             write_json(path, {"settings": settings})
             return None
-        lines = _differences(run.get("settings"), settings)
+        lines = _differences(there, settings)
         more = [f"and {len(lines) - 20:,} more"] if len(lines) > 20 else []
         listing = "\n  ".join([*lines[:20], *more])
         raise Mistake(

@@ -137,6 +137,14 @@ class ObjectPath:
         """What changes when another object is put there."""
         return f"{self._info().size} bytes, {self._info().mtime_ns}"
 
+    def etag(self) -> str | None:
+        """By what the store names the content, where it says so."""
+        described = self._ask(lambda store, name: store.open_input_file(name).metadata())
+        for name, value in (described or {}).items():
+            if name.lower() == "etag" and value:
+                return (value.decode() if isinstance(value, bytes) else str(value)).strip('"')
+        return None
+
     def iterdir(self) -> Iterator[ObjectPath]:
         """What is directly in a folder; nothing where there is no folder."""
         found = self._ask(lambda store, name: store.get_file_info(fs.FileSelector(name, allow_not_found=True)))

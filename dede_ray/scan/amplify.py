@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from dede_ray.data.identity import identified, shard_entry
 from dede_ray.data.images import to_unit_range
 from dede_ray.data.ledger import Chosen, KeyedShare, PassSummary, Select, read_parts
 from dede_ray.data.passes import PassResources, run_pass
@@ -36,11 +37,14 @@ from dede_ray.data.shards import Shard, count_samples, list_shards
 from dede_ray.data.workers import Chunk, Work
 from dede_ray.models.victims import VictimConfig, best_device, load_victim
 from dede_ray.runtime.config import Mistake, claim, finish, read_json, write_json
+from dede_ray.runtime.lease import leased
 from dede_ray.runtime.session import start_ray
 from dede_ray.scan.decisions import Verdict
 from dede_ray.scan.groups import copies
 from dede_ray.scan.judge import Judging, Scored, judge
-from dede_ray.scan.manifest import DECISION_COLUMNS, Manifest, read_manifest, write_manifest
+from dede_ray.scan.manifest import DECISION_COLUMNS, Manifest, read_manifest, require_made_of, write_manifest
+from dede_ray.scan.overlap import pictures as named_pictures
+from dede_ray.scan.overlap import refuse_common
 from dede_ray.scan.score import hash_of_ids, settings_of, versions, victim_of
 from dede_ray.scan.seed_classifier import (
     COLUMN,
@@ -86,6 +90,8 @@ class AmplifyConfig(Rounds):
     """About so many clean pictures are drawn, and held in memory."""
     chunk_size: int = Field(256, ge=1)
     """Samples that are scored, written and recovered together."""
+    full_digest: bool = False
+    """Know shards again by all of their bytes, which are read for it, and not by some."""
     max_error_fraction: float = Field(0.1, ge=0, le=1)
     """Stop when more than this share of the samples cannot be used."""
     resources: PassResources = PassResources()
@@ -106,8 +112,13 @@ def amplify_manifest(config: AmplifyConfig) -> str:
     """
     start_ray(config)
     run = _Run(config)
+    with leased(run.output):
+        return _amplify(config, run)
+
+
+def _amplify(config: AmplifyConfig, run: _Run) -> str:
     settings = config.model_copy(update={"resources": PassResources()})  # which may change where a run is continued
-    done = claim(run.output, settings)
+    done = claim(run.output, settings, places=("manifest", "shards", "clean", "calibration"))
     made_of = run.claim_inputs()
     if done:
         return done["summary"]
@@ -159,35 +170,35 @@ class _Run:
                 "amplify calibrates its scores on clean samples, and the manifest was made without any; set "
                 "`calibration` to clean shards, others than `clean`"
             )
-        shards, clean, calibration = (list_shards(one) for one in (names, config.clean, calibration_names))
+        shards, clean, calibration = (
+            identified(list_shards(one), config.full_digest) for one in (names, config.clean, calibration_names)
+        )
         given, scored = {shard.name for shard in shards}, set(self.manifest.info["shards"])
         if given != scored:
             raise Mistake(
                 f"the manifest at {self.manifest.folder} is one of other shards, such as "
                 f"{min(given ^ scored)}; name exactly the shards that were scored"
             )
+        self.manifest.require_same_shards(shards)
         for role, others in (("shards", shards), ("calibration", calibration)):
-            if both := sorted({shard.url for shard in others} & {shard.url for shard in clean}):
+            contents = {(shard.num_bytes, shard.digest) for shard in others}
+            if both := [shard for shard in clean if (shard.num_bytes, shard.digest) in contents]:
                 raise Mistake(
-                    f"{both[0]} is named as `clean` and as `{role}`; clean pictures that networks are fitted on can be "
-                    "neither, so split the clean shards"
+                    f"{both[0].url} is named as `clean` and as `{role}`; clean pictures that networks are fitted on "
+                    "can be neither, so split the clean shards"
                 )
         return shards, clean, calibration
 
     def claim_inputs(self) -> dict[str, Any]:
         """Record what the output is made of, and stop if the folder was made of something else."""
+        roles = {"shards": self.shards, "clean": self.clean, "calibration": self.calibration}
         made_of: dict[str, Any] = {
             "manifest": {"path": self.config.manifest, "fingerprint": self.manifest.fingerprint()},
-            **{
-                role: {shard.name: f"{shard.url}, {shard.num_bytes:,} bytes" for shard in shards}
-                for role, shards in (("shards", self.shards), ("clean", self.clean), ("calibration", self.calibration))
-            },
+            **{role: {shard.name: shard_entry(shard) for shard in shards} for role, shards in roles.items()},
         }
         path = self.output / "amplify.json"
-        recorded = read_json(path, "record of an amplification") if path.is_file() else made_of
-        for name, now in made_of.items():
-            if recorded.get(name) != now:
-                raise Mistake(f"{self.output} was made with another {name}; delete it, or choose another output folder")
+        if path.is_file():
+            require_made_of(read_json(path, "record of an amplification"), made_of, roles, self.output)
         if not path.is_file():
             write_json(path, made_of)
         return made_of
@@ -248,9 +259,10 @@ class _Run:
         if seen != chosen:
             self._complain(seen, chosen)
         share = KeyedShare(min(1.0, self.config.max_clean / max(1, count_samples(self.clean))), 0)
-        _, clean, _ = self._pictures(
+        seen, clean, _ = self._pictures(
             self.output / "clean", self.clean, share, {"share": share.share}, False, "clean pictures"
         )
+        refuse_common({"shards": named_pictures(self.hashes), "clean": named_pictures(seen.values())}, "refuse")
         amplified = self.config.amplify.fit(pictures, maps, clean)
         amplified.save(folder)
         return amplified

@@ -70,7 +70,8 @@ class Verdict:
     where no threshold exists, for example when nothing was flagged, or where bins have their own. Samples exactly at it
     may fall on either side under the two rules that break ties, `Conformal` and `AssumedPoisonRate`."""
     rank: NDArray[np.int64]
-    """(N,): place in the ranking by p-value, then score, then id, from 1; copies share theirs; 0 without p-value."""
+    """(N,): place in the ranking by p-value, then score, then id, from 1; copies share theirs; 0 without a score. The
+    scores alone rank where there is no calibration."""
     poisoned_at_least: NDArray[np.int64]
     """(N,): of the distinct samples up to this rank, at least so many are poisoned (`true_discoveries`); 0 without
     p-value. With probability `CONFIDENCE` this is true of all ranks at once, so of any that is chosen afterwards."""
@@ -84,16 +85,27 @@ class Verdict:
     bins; `alarm` is the p-value of there being no poison at all, `null_share` Storey's estimate of the share of clean
     samples, `bins` the strata and calibration samples of each bin, `poisoned_at_least` the bound for the flagged."""
 
-    def refused(self, message: str) -> Verdict:
-        """The same without a list, because what it rests on does not hold; `message` says why."""
-        report = {**self.report, "num_flagged": 0, "threshold": None, "certified": False, "how": "none: refused"}
-        flagged = np.zeros_like(self.flagged)
-        return replace(self, flagged=flagged, threshold=None, report={**report, "message": message})
+    def refused(self, message: str, how: str = "none: refused") -> Verdict:
+        """The same without a list and without any bound, because what they rest on does not hold; `message` says why.
+
+        P-values and ranks stay: they are the order of the scores, and no claim.
+        """
+        nothing = dict.fromkeys(("threshold", "poisoned_at_least", "alarm", "null_share"))
+        report = {**self.report, **nothing, "num_flagged": 0, "certified": False, "how": how, "message": message}
+        return replace(
+            self,
+            flagged=np.zeros_like(self.flagged),
+            threshold=None,
+            poisoned_at_least=np.zeros_like(self.poisoned_at_least),
+            report=report,
+        )
 
 
 class Rule(Config):
     """What the rules share: the score they judge."""
 
+    needs_calibration: ClassVar[bool] = True
+    """Whether it compares with clean samples."""
     is_oracle: ClassVar[bool] = False
     """Whether it knows what only labels could show; its lists are no evidence that a detector works."""
     score: str = "dede_reverse"
@@ -167,13 +179,10 @@ class Conformal(Rule):
         if num_calibration < needed:
             rate = f" and a poison rate of {self.expected_poison_rate:g}" if self.expected_poison_rate else ""
             larger_q = f", or declare a q of about {least_q:.2g} or more" if least_q and least_q < 1 else ""
-            return evidence.verdict(
-                nothing,
-                threshold=None,
-                how="none: refused, because no score could reach the declared q with so few calibration samples",
-                message=f"cannot certify: need at least {needed:,} calibration samples, have {num_calibration:,} (for "
+            return evidence.verdict(nothing, threshold=None, how="", message="", facts=facts).refused(
+                f"cannot certify: need at least {needed:,} calibration samples, have {num_calibration:,} (for "
                 f"{declared}{rate}); score more clean samples that nothing was fitted on{larger_q}",
-                facts=facts,
+                how="none: refused, because no score could reach the declared q with so few calibration samples",
             )
         sizes = [num for _, num in evidence.bins]
         within = f", within {len(sizes)} bins of {min(sizes):,} to {max(sizes):,} calibration samples"
@@ -280,6 +289,7 @@ class FixedThreshold(Rule):
     """A threshold that was chosen beforehand."""
 
     kind: Literal["fixed"] = "fixed"
+    needs_calibration: ClassVar[bool] = False
     threshold: float = Field(allow_inf_nan=False)
     """Samples with this score or more are flagged."""
 
@@ -302,6 +312,7 @@ class AssumedPoisonRate(Rule):
     """
 
     kind: Literal["assumed_rate"] = "assumed_rate"
+    needs_calibration: ClassVar[bool] = False
     rate: float = Field(gt=0, lt=1)
     """Share of the scored samples to flag."""
 
@@ -365,6 +376,7 @@ class PoolMedian(Rule):
     """
 
     kind: Literal["compat_median"] = "compat_median"
+    needs_calibration: ClassVar[bool] = False
     is_oracle: ClassVar[bool] = True
     score: str = "dede_mean"
     """Score column to judge; the publication's is the reconstruction error."""
@@ -387,6 +399,15 @@ Decision = Annotated[
     Conformal | CleanQuantile | FixedThreshold | AssumedPoisonRate | CleanMean | PoolMedian,
     Field(discriminator="kind"),
 ]
+
+
+def lacks_calibration(score: str, found: str = "none") -> Mistake:
+    """The mistake of a rule that compares with clean samples and has none."""
+    return Mistake(
+        f"this decision needs {score} scores of calibration samples, found {found}; score a set of clean samples that "
+        "nothing was fitted on and name it as calibration, or choose a decision that needs none: kind fixed (a "
+        "threshold) or assumed_rate (a poison rate)"
+    )
 
 
 def conformal_p_values(
@@ -605,14 +626,8 @@ class _Evidence:
     def require_calibration(self) -> int:
         """Number of calibration samples, if there are any."""
         if not self.clean.size:
-            found = (
-                f"{self.num_unscored_calibration:,}, all without a score" if self.num_unscored_calibration else "none"
-            )
-            raise Mistake(
-                f"this decision needs {self.rule.score} scores of calibration samples, found {found}; score a set of "
-                "clean samples that nothing was fitted on and name it as calibration, or choose a decision that needs "
-                "none: kind fixed (a threshold) or assumed_rate (a poison rate)"
-            )
+            num = self.num_unscored_calibration
+            raise lacks_calibration(self.rule.score, f"{num:,}, all without a score" if num else "none")
         return self.clean.size
 
     def verdict(
@@ -652,7 +667,7 @@ class _Evidence:
     def _ranking(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """`Verdict.rank` and `Verdict.poisoned_at_least`."""
         rank, at_least = np.zeros(self.scores.size, np.int64), np.zeros(self.scores.size, np.int64)
-        distinct = np.flatnonzero(self.is_distinct & ~np.isnan(self.p_value))
+        distinct = np.flatnonzero(self.is_distinct)
         names = np.array([self.sample_ids[i] for i in distinct.tolist()], dtype=np.str_)
         ranked = distinct[np.lexsort((names, -self.scores[distinct], self.p_value[distinct]))]
         rank[ranked] = np.arange(1, ranked.size + 1)

@@ -2,8 +2,8 @@
 
 A list of flagged samples is read one by one, and the same picture 798 times is one thing to know, not 798. (There are
 798 almost equal birthday cakes with one caption in CC3M; a public encoder that was trained on them behaves as if
-backdoored.) `findings` turns rows of a manifest into what a person reads; `copies` and `near_copies` give a decision
-the groups that count once.
+backdoored.) `findings` turns rows of a manifest into what a person reads; `copies` gives a decision the groups that
+count once.
 """
 
 from __future__ import annotations
@@ -120,20 +120,6 @@ def copies(content_hash: Sequence[str | None], captions: Sequence[str | None] | 
         ]
     count = Counter(names)
     return [name if name and count[name] > 1 else None for name in names]
-
-
-def near_copies(
-    content_hash: Sequence[str | None], perceptual_hash: Sequence[int | None], near_distance: int = 4
-) -> list[str | None]:
-    """Name the groups of almost equal pictures for `decide(calibration_groups=...)`; None for a sample that is alone.
-
-    Calibration samples are clean, so more may count once among them than among the samples to be judged.
-    """
-    order = np.arange(len(content_hash))
-    near_N = _first_near(perceptual_hash, order, near_distance)
-    first_N = near_N[_first_copy(content_hash, order)]
-    size_N = np.bincount(first_N, minlength=len(order))
-    return [f"near row {first}" if size_N[first] > 1 else None for first in first_N.tolist()]
 
 
 def _describe(rows: Rows, members: NDArray[np.int64], exact_N: np.ndarray, clump_N: np.ndarray) -> Finding:

@@ -7,7 +7,7 @@ half of the calibration samples, by their keys, and p-values come from the other
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dede_ray.runtime.config import Config, Mistake
-from dede_ray.scan.decisions import About, Conformal, Decision, Verdict
+from dede_ray.scan.decisions import About, Conformal, Decision, FixedThreshold, Verdict
 from dede_ray.scan.fusion import Difficulty, Fusion, State, split_calibration
 from dede_ray.scan.groups import Finding, Grouping, Rows, copies, findings
 from dede_ray.scan.shift import ShiftCheck
@@ -63,6 +63,27 @@ class Scored:
     """Ids of a keyed draw of the samples."""
     embedding_ME: NDArray[np.floating] | None
     """Embeddings of that draw, by the reference encoder where there is one."""
+    late: frozenset[str] = frozenset()
+    """Columns that candidates alone have."""
+    is_beneath: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    """(N,): whether a sample was scored and is no candidate; where there are late columns."""
+
+    def part(self, kept: NDArray[np.bool_]) -> Scored:
+        """Some of the samples."""
+        rows = np.flatnonzero(kept).tolist()
+        ids = {self.sample_ids[row] for row in rows}
+        drawn = [row for row, name in enumerate(self.embedding_ids) if name in ids]
+        return Scored(
+            sample_ids=[self.sample_ids[row] for row in rows],
+            content_hash=[self.content_hash[row] for row in rows],
+            captions=[self.captions[row] for row in rows],
+            perceptual_hash=[self.perceptual_hash[row] for row in rows],
+            columns={name: column[kept] for name, column in self.columns.items()},
+            embedding_ids=[self.embedding_ids[row] for row in drawn],
+            embedding_ME=None if self.embedding_ME is None else self.embedding_ME[drawn],
+            late=self.late,
+            is_beneath=self.is_beneath[kept] if self.late else self.is_beneath,
+        )
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -114,17 +135,31 @@ def judge(
     if calibration is not None:
         clean_columns, clean_groups = {**calibration.columns, **clean_made}, copies(calibration.content_hash)
         kept = ~fitted_on if decision.score in made else np.ones(len(calibration), bool)
-        clean = clean_columns[decision.score][kept].astype(np.float32)
+        clean = clean_columns[decision.score]
+        if decision.score in corpus.late:
+            clean = np.where(calibration.is_beneath, _floor(decision, score_N, clean), clean)
+        clean = clean[kept].astype(np.float32)
         about = {
             "groups": copies(corpus.content_hash, corpus.captions) if looks_at_captions else group_id,
             "calibration_groups": [clean_groups[row] for row in np.flatnonzero(kept).tolist()],
         }
         if isinstance(decision, Conformal) and decision.mondrian_bins > 1:
             about = {**about, **_strata(judging, decision, columns, clean_columns, kept)}
-    verdict = decision.decide(score_N.astype(np.float32), clean, corpus.sample_ids, **about)
+    judged_N = score_N
+    if decision.score in corpus.late:
+        others = np.empty(0) if calibration is None else calibration.columns[decision.score]
+        judged_N = np.where(corpus.is_beneath, _floor(decision, score_N, others), score_N)
+    verdict = decision.decide(judged_N.astype(np.float32), clean, corpus.sample_ids, **about)
     verdict, shift = _shifted(judging, decision, verdict, corpus, calibration)
     verdict = replace(verdict, report={**verdict.report, "shift": shift, "made": facts})
     return Judged(verdict, score_N, made, group_id, _findings(judging, corpus, verdict))
+
+
+def _floor(decision: Decision, *scores: Scores) -> float:
+    """A score below those of all candidates, for samples that were none."""
+    known = [float(np.nanmin(one)) for one in scores if not np.isnan(one).all()]
+    threshold = [decision.threshold] if isinstance(decision, FixedThreshold) else []
+    return float(np.floor(min([0.0, *known, *threshold]))) - 1
 
 
 def _made(

@@ -12,7 +12,7 @@ error rate.
     <output>/fitting/       embeddings of the fitting sets, one state file per detector
     <output>/calibration/   parts of the calibration shards
     <output>/scores/        parts of the shards
-    <output>/second_stage/  parts of the candidates
+    <output>/second_stage/  parts of the candidates; second_stage_calibration/ of those among the calibration samples
     <output>/findings.json  copies, near-copies and clumps, one finding each
 """
 
@@ -23,9 +23,9 @@ import importlib.metadata
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +35,18 @@ from pydantic import Field, ValidationError
 from ray.exceptions import RayTaskError
 from safetensors.torch import save
 
-from dede_ray.data.ledger import BASE_SCHEMA, Chosen, KeyedShare, PassSummary, read_end, read_parts, shards_of_pass
+from dede_ray.data.identity import identified
+from dede_ray.data.ledger import (
+    BASE_SCHEMA,
+    Chosen,
+    KeyedShare,
+    PassSummary,
+    forget_changed,
+    forget_pass,
+    read_end,
+    read_parts,
+    shards_of_pass,
+)
 from dede_ray.data.near_duplicates import perceptual_hash
 from dede_ray.data.passes import PassResources, run_over_parts, run_pass
 from dede_ray.data.shards import Limits, Shard, count_samples, list_shards
@@ -56,11 +67,20 @@ from dede_ray.models.embedding import (
 from dede_ray.models.victims import OptionalVictimConfig, Victim, VictimConfig, load_victim
 from dede_ray.models.weights import read_tensors
 from dede_ray.runtime.config import Config, Mistake, as_settings, explain, read_json, write_json
+from dede_ray.runtime.lease import leased
 from dede_ray.runtime.session import start_ray
 from dede_ray.runtime.store import Place, place, write_atomically
-from dede_ray.scan.decisions import Conformal, Decision
-from dede_ray.scan.judge import Judged, Judging, Scored, judge
+from dede_ray.scan.decisions import CleanMean, Conformal, Decision, PoolMedian, lacks_calibration
+from dede_ray.scan.judge import COMBINED, FAIR, Judged, Judging, Scored, judge
 from dede_ray.scan.manifest import DECISION_COLUMNS, Manifest, write_manifest
+from dede_ray.scan.overlap import (
+    known_pictures,
+    picture,
+    pictures,
+    refuse_common,
+    require_apart,
+    require_other_shards,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +107,19 @@ class Fitting(Config):
 
 
 class SecondStage(Config):
-    """Detectors that take many forward passes for each sample, for those that look worst."""
+    """Detectors that take many forward passes for each sample, for those that look worst.
+
+    Where the decision looks at their columns, the candidates are the highest of corpus and calibration samples
+    together, blindly: a clean sample of either is as likely to be one, so that p-values keep their promise. All others
+    count as less suspicious than any candidate.
+    """
 
     detectors: list[Detector] = Field(min_length=1)
     num_candidates: int = Field(1000, ge=1)
     """Samples with the highest scores."""
+    by: str | None = None
+    """Column of the first stage that chooses them. None takes the decision's own, or else the first that goes into it,
+    or the first there is."""
 
 
 class ScoreConfig(Config):
@@ -124,6 +152,9 @@ class ScoreConfig(Config):
     calibration: str | list[str] | None = None
     """Clean shards for conformal decisions. What has seen the corpus must have seen them alike: where the victim and
     the decoder learnt the corpus, they learnt these too, unmarked; where they did not, they did not."""
+    overlap: Literal["refuse", "leave_out"] = "refuse"
+    """What to do where calibration samples show pictures of the corpus, byte for byte: stop, or calibrate without
+    these."""
     decision: Decision = Field(Conformal(), discriminator="kind")
     judging: Judging = Judging()
     known_embeddings: str | None = None
@@ -131,6 +162,10 @@ class ScoreConfig(Config):
     (<output>/decoder): what the victim embedded then is read there. Nothing but the time changes."""
     store_embeddings: bool = False
     """Keep each sample's embeddings as float16 beside its scores, to score it again without its image."""
+    rescore_changed: bool = False
+    """Score those shards again whose content has changed since an earlier run here; False stops and names them."""
+    full_digest: bool = False
+    """Know shards again by all of their bytes, which are read for it, and not by some. Stores are asked anyhow."""
     chunk_size: int = Field(256, ge=1)
     """Samples that are scored, written and recovered together."""
     limits: Limits = Limits()
@@ -161,16 +196,22 @@ def score(config: ScoreConfig | dict[str, Any] | str | Path) -> Manifest:
         True
     """
     config = as_settings(ScoreConfig, config)
+    inputs = resolve(config)
     start_ray(config)
-    run = _Run(resolve(config))
-    run.fit()
-    summary = run.score()
-    return run.decide(summary)
+    run = _Run(inputs)
+    with leased(inputs.output) as lease:
+        run.check_overlap()
+        if config.rescore_changed:
+            run.forget_changed()
+        run.fit()
+        summary = run.score()
+        lease.require()
+        return run.decide(summary)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run of the score job is made of, checked as far as that takes no victim."""
+    """What a run of the score job is made of, checked as far as that takes no victim. Shards have their digests."""
 
     config: ScoreConfig
     output: Place
@@ -178,13 +219,57 @@ class Inputs:
     """The earlier run whose embeddings are scored; None reads the shards."""
     shards: list[Shard]
     calibration: list[Shard]
+    suspected: list[Shard] | None
+    """What detectors with statistics learn from; None where embeddings are stored, and no other shards are named."""
+    clean: list[Shard]
+    """Their clean samples."""
     detectors: list[DetectorSettings]
     second: list[DetectorSettings]
     """The detectors of the second stage."""
+    judging: Judging
+    """As in the settings, but for columns of detectors that could not be fitted."""
 
     @property
     def all_detectors(self) -> list[DetectorSettings]:
         return [*self.detectors, *self.second]
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """Columns that the decision is made of, as detectors give them."""
+        judging, score = self.judging, self.config.decision.score
+        made_of = [*judging.combined.columns] if score == COMBINED and judging.combined else [score]
+        if judging.difficulty and getattr(self.config.decision, "mondrian_bins", 1) > 1:
+            made_of.append(judging.difficulty)
+        return frozenset(name.removesuffix(FAIR) if name in judging.made else name for name in made_of)
+
+    @property
+    def decides_late(self) -> bool:
+        """Whether the decision looks at the second stage."""
+        return bool(self.sources & {column for one in self.second for column in one.named(one.gives)})
+
+    @property
+    def chosen_by(self) -> str:
+        """The column of the first stage that chooses the second one's candidates.
+
+        Raises:
+            Mistake: there is none.
+        """
+        first = [column for one in self.detectors for column in one.named(one.gives)]
+        controls = {column for one in self.detectors for column in one.named(one.gives_controls)}
+        wanted = self.config.second_stage.by if self.config.second_stage else None
+        if wanted is not None:
+            if wanted not in first:
+                raise Mistake(f"second_stage.by is {wanted!r}; the first stage gives {', '.join(first)}")
+            return wanted
+        judged = [column for column in first if column not in controls]
+        candidates = [*(column for column in judged if column in self.sources), *judged]
+        if not candidates:
+            raise Mistake(
+                "second_stage: its candidates are the samples with the highest scores, and the first stage gives "
+                f"controls only ({', '.join(first)}); attach a detector to `detectors`, or name a control as "
+                "second_stage.by"
+            )
+        return candidates[0]
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -196,8 +281,9 @@ def resolve(config: ScoreConfig) -> Inputs:
     """Find the shards that the settings name, and check what can be checked before a model is loaded.
 
     Raises:
-        Mistake: two detectors of one name, nothing to score, detectors that need what the run lacks, or shards that
-            cannot be found.
+        Mistake: two detectors of one name, nothing to score, detectors that need what the run lacks, shards that cannot
+            be found or that are in two places at once, a decision on what nothing gives or without the calibration
+            that it takes.
     """
     detectors: list[DetectorSettings] = [*config.detectors]
     second: list[DetectorSettings] = [*(config.second_stage.detectors if config.second_stage else [])]
@@ -208,8 +294,7 @@ def resolve(config: ScoreConfig) -> Inputs:
     if source is None:
         if not config.shards:
             raise Mistake("nothing to score: name `shards` to read, or `embeddings` of an earlier run")
-        shards = list_shards(config.shards)
-        calibration = list_shards(config.calibration) if config.calibration else []
+        shards, calibration = _found(config.shards, config), _found(config.calibration, config)
     else:
         lacking = [one.label for one in [*detectors, *second] if "image" in one.needs]
         if lacking:
@@ -217,7 +302,74 @@ def resolve(config: ScoreConfig) -> Inputs:
         shards = shards_of_pass(source / "scores")
         is_calibrated = (source / "calibration" / "pass.json").is_file()
         calibration = shards_of_pass(source / "calibration") if is_calibrated else []
-    return Inputs(config, place(config.output), source, shards, calibration, detectors, second)
+    fits = any(one.fits for one in [*detectors, *second])
+    suspected = shards if source is None else None
+    if fits and config.fitting.shards is not None:
+        suspected = _found(config.fitting.shards, config)
+    clean = _found(config.fitting.clean, config) if fits else []
+    inputs = Inputs(
+        config, place(config.output), source, shards, calibration, suspected, clean, detectors, second, config.judging
+    )
+    _check_clean(inputs)
+    _check_decision(inputs)
+    if source is None:
+        require_other_shards({"shards": shards, "calibration": calibration, "fitting.clean": clean}, config.overlap)
+    return inputs
+
+
+def _found(patterns: str | list[str] | None, config: ScoreConfig) -> list[Shard]:
+    return identified(list_shards(patterns), config.full_digest) if patterns else []
+
+
+def _check_clean(inputs: Inputs) -> None:
+    """Check that detectors which learn from clean samples have some."""
+    wanting = [one.label for one in inputs.all_detectors if one.takes_clean]
+    if wanting and not inputs.clean:
+        raise Mistake(
+            f"{', '.join(wanting)} takes clean samples, and the run has none; name some as fitting.clean, or leave "
+            f"{wanting[0]} out"
+        )
+
+
+def _check_decision(inputs: Inputs) -> None:
+    """Check that what the decision looks at may be given, and that there is what it compares with.
+
+    Raises:
+        Mistake: a column that nothing gives, or no calibration where it takes some.
+    """
+    judging, decision = inputs.judging, inputs.config.decision
+    given = [column for one in inputs.all_detectors for column in one.named(one.gives)]
+    controls = {column for one in inputs.all_detectors for column in one.named(one.gives_controls)}
+    _check_score(decision.score, [name for name in [*given, *judging.made] if name not in controls])
+    for role, names, known in (
+        ("judging.fair", judging.fair, given),
+        ("judging.combined", judging.combined.columns if judging.combined else (), [*given, *judging.made[:-1]]),
+        ("judging.difficulty", [judging.difficulty] if judging.difficulty else (), [*given, *judging.made]),
+    ):
+        if unknown := [name for name in names if name not in known]:
+            raise Mistake(f"{role} names {unknown[0]}; the detectors of this run give {', '.join(known)}")
+    late = {column for one in inputs.second for column in one.named(one.gives)}
+    if isinstance(decision, CleanMean | PoolMedian) and decision.score in late:
+        raise Mistake(
+            f"decision.kind {decision.kind} averages all scores, and only candidates of the second stage have "
+            f"{decision.score}; decide by a column of the first stage, or by another rule"
+        )
+    if inputs.second:
+        _ = inputs.chosen_by
+    if inputs.calibration:
+        return
+    if decision.needs_calibration:
+        raise lacks_calibration(decision.score)
+    if judging.made:
+        raise Mistake(
+            f"{', '.join(judging.made)}: scores are brought to a common scale by calibration samples, and there are "
+            "none; name some as calibration"
+        )
+
+
+def _check_score(score: str, judged: Sequence[str]) -> None:
+    if score not in judged:
+        raise Mistake(f"decision.score is {score!r}; the detectors of this run give {', '.join(judged)}")
 
 
 class _Run:
@@ -233,6 +385,13 @@ class _Run:
         self.encoded_with = self.encoding.made_with(self.victim)
         if inputs.source is not None:
             self._check_source(inputs.source / "scores")
+        self.opened = {one.label: open_scorer(one, self.victim, {}) for one in inputs.all_detectors if not one.fits}
+        self.dropped: dict[str, str] = {}
+        plain = [
+            column for scorer in self.opened.values() for column in scorer.columns if column not in scorer.controls
+        ]
+        later = [column for one in inputs.all_detectors if one.fits for column in one.named(one.gives)]
+        _check_score(config.decision.score, [*plain, *later, *inputs.judging.made])
 
     def _known(self) -> str | None:
         """The folder of the pass whose embeddings are used, if there is one.
@@ -287,36 +446,68 @@ class _Run:
     # ---------------------------------------------------------------------------------------------- fitting
 
     def fit(self) -> None:
-        """Let every detector that fits something leave its state; then open them all, which checks them."""
-        config = self.config
+        """Let every detector that fits something leave its state; then open them all, which checks them.
+
+        Raises:
+            Mistake: the decision needs a detector that cannot be fitted.
+        """
         fits = [one for one in self.inputs.all_detectors if one.fits]
         if fits:
             suspected, clean = self._suspected(), None
-            if config.fitting.clean is not None:
-                clean = self._fitting_set("clean", list_shards(config.fitting.clean))
+            if self.inputs.clean:
+                clean = self._fitting_set("clean", self.inputs.clean)
             inputs = _digest(suspected) + (_digest(clean) if clean else "")
             for detector in fits:
-                fit_state(detector, suspected, clean, inputs, self._state_path(detector))
-        self.scorers = [open_scorer(one, self.victim, self._state(one)) for one in self.inputs.detectors]
-        self.second_scorers = [open_scorer(one, self.victim, self._state(one)) for one in self.inputs.second]
+                try:
+                    fit_state(detector, suspected, clean, inputs, self._state_path(detector))
+                except (Mistake, np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
+                    logger.warning("%s cannot be fitted, and is left out: %s", detector.label, error)
+                    self.dropped[detector.label] = str(error)
+                else:
+                    self.opened[detector.label] = open_scorer(detector, self.victim, self._state(detector))
+        if self.dropped:
+            self.inputs = _without(self.inputs, self.dropped)
+        self.scorers = [self.opened[one.label] for one in self.inputs.detectors]
+        self.second_scorers = [self.opened[one.label] for one in self.inputs.second]
         self.columns = [column for scorer in self.scorers for column in scorer.columns]
+        self.second_columns = [column for scorer in self.second_scorers for column in scorer.columns]
         self.controls = [column for scorer in self.scorers for column in scorer.controls]
-        everything = [*self.columns, *(column for scorer in self.second_scorers for column in scorer.columns)]
+        everything = [*self.columns, *self.second_columns]
         twice = [name for name, count in Counter(everything).items() if count > 1]
         if twice:
             raise Mistake(f"two detectors give the column {twice[0]}; set `name` of one")
-        judged = [column for column in [*self.columns, *config.judging.made] if column not in self.controls]
-        if config.decision.score not in judged:
+        late = self.second_columns if self.inputs.decides_late else []
+        made = self.inputs.judging.made
+        _check_score(self.config.decision.score, [c for c in [*self.columns, *late, *made] if c not in self.controls])
+        if self.inputs.second and self.inputs.chosen_by not in self.columns:
             raise Mistake(
-                f"decision.score is {config.decision.score!r}; the detectors of this run give {', '.join(judged)}"
+                f"second_stage: its candidates are chosen by {self.inputs.chosen_by}, which this run does not give; "
+                f"set second_stage.by to one of {', '.join(self.columns)}"
             )
+
+    def check_overlap(self) -> None:
+        """Stop where one picture is in two of corpus, calibration and clean fitting data, as far as that is cheap."""
+        inputs, config = self.inputs, self.config
+        roles = {"shards": inputs.shards, "calibration": inputs.calibration, "fitting.clean": inputs.clean}
+        source = {"shards": "scores", "calibration": "calibration"} if inputs.source is not None else {}
+        folders = {role: inputs.source / name for role, name in source.items() if inputs.source is not None}
+        require_apart(roles, folders, config.overlap, config.limits, self.output / "overlap.json")
+
+    def forget_changed(self) -> None:
+        """Let go of what came of shards that have changed since."""
+        inputs = self.inputs
+        for name, shards in (
+            ("fitting/suspected", inputs.suspected or []), ("fitting/clean", inputs.clean),
+            ("calibration", inputs.calibration), ("scores", inputs.shards),
+            ("second_stage", inputs.shards), ("second_stage_calibration", inputs.calibration),
+        ):  # fmt: skip
+            forget_changed(self.output / name, shards)
 
     def _suspected(self) -> Batch:
         fitting = self.config.fitting
-        if fitting.shards is not None:
-            return self._fitting_set("suspected", list_shards(fitting.shards))
-        if self.inputs.source is None:
-            return self._fitting_set("suspected", self.inputs.shards)
+        if self.inputs.suspected is not None:
+            return self._fitting_set("suspected", self.inputs.suspected)
+        assert self.inputs.source is not None
         folder = self.inputs.source / "scores"
         num_samples = sum(read_end(folder, shard.name).num_samples for shard in self.inputs.shards)
         share = KeyedShare(min(1.0, fitting.num_samples / num_samples), fitting.seed)  # as `fitting_set` draws them
@@ -342,17 +533,28 @@ class _Run:
         """Pass over calibration shards and shards; then the second stage over what looks worst."""
         passes = [("calibration", self.inputs.calibration), ("scores", self.inputs.shards)]
         summary = [self._pass(name, shards) for name, shards in passes if shards][-1]
-        if self.config.second_stage:
-            chosen = self._candidates(self.config.second_stage.num_candidates)
-            made_with = self.made_with(self.inputs.second, self.second_scorers)
-            run_pass(
-                self.inputs.shards, self.output / "second_stage", ScoreWork, self._work(self.inputs.second),
-                image_size=self.victim.image_size, chunk_size=self.config.chunk_size, limits=self.config.limits,
-                made_with=made_with | {"candidates": hash_of_ids(chosen)},
-                resources=self.config.resources, max_error_fraction=self.config.max_error_fraction,
-                name="second stage", select=Chosen(frozenset(chosen)),
-            )  # fmt: skip
+        if self.inputs.second:
+            stages = {"scores": ("second_stage", self.inputs.shards)}
+            if self.inputs.decides_late and self.inputs.calibration:
+                stages["calibration"] = ("second_stage_calibration", self.inputs.calibration)
+            chosen = self._candidates([*stages])
+            for name, (folder, shards) in stages.items():
+                self._second_pass(self.output / folder, shards, chosen[name])
         return summary
+
+    def _second_pass(self, folder: Place, shards: list[Shard], chosen: list[str]) -> None:
+        config = self.config
+        made_with = self.made_with(self.inputs.second, self.second_scorers) | {"candidates": hash_of_ids(chosen)}
+        if (folder / "pass.json").is_file():  # which other candidates do not resume
+            there = read_json(folder / "pass.json", "record of a pass")
+            if there.get("candidates") != made_with["candidates"]:
+                forget_pass(folder)
+        run_pass(
+            shards, folder, ScoreWork, self._work(self.inputs.second), image_size=self.victim.image_size,
+            chunk_size=config.chunk_size, limits=config.limits, made_with=made_with, resources=config.resources,
+            max_error_fraction=config.max_error_fraction, name=folder.name.replace("_", " "),
+            select=Chosen(frozenset(chosen)),
+        )  # fmt: skip
 
     def _pass(self, name: str, shards: list[Shard]) -> PassSummary:
         config, work = self.config, self._work(self.inputs.detectors)
@@ -366,6 +568,8 @@ class _Run:
             return run_over_parts(shards, self.inputs.source / name, self.output / name, RescoreWork, work, **common)
         keep = self._kept(shards)
         common["made_with"] |= {"embeddings_kept": keep.share}
+        if name == "scores" and self.config.overlap == "refuse":
+            work["known"] = known_pictures(self.output / "calibration", self.inputs.calibration)
         return run_pass(
             shards, self.output / name, ScoreWork, {**work, "keep": keep},
             image_size=self.victim.image_size, chunk_size=config.chunk_size, limits=config.limits, **common,
@@ -389,15 +593,21 @@ class _Run:
             "versions": versions(),
         }
 
-    def _candidates(self, num: int) -> list[str]:
-        """Ids of the samples with the highest scores, equal scores by id; no more than those are kept in memory."""
-        name, best = self.config.decision.score, None
-        for shard in self.inputs.shards:
-            table = read_parts(self.output / "scores", shard.name, ["sample_id", name]).drop_null()
-            table = table if best is None else pa.concat_tables([best, table])
-            best = table.sort_by([(name, "descending"), ("sample_id", "ascending")]).slice(0, num).combine_chunks()
+    def _candidates(self, passes: list[str]) -> dict[str, list[str]]:
+        """Of each pass the ids of the samples with the highest scores of all these passes, equal scores by id; no more
+        than those are kept in memory."""
+        assert self.config.second_stage is not None
+        name, best = self.inputs.chosen_by, None
+        for number, one in enumerate(passes):
+            for shard in self.inputs.shards if one == "scores" else self.inputs.calibration:
+                table = read_parts(self.output / one, shard.name, ["sample_id", name]).drop_null()
+                table = table.append_column("pass", pa.array([number] * len(table), pa.int64()))
+                table = table if best is None else pa.concat_tables([best, table])
+                order = [(name, "descending"), ("sample_id", "ascending"), ("pass", "ascending")]
+                best = table.sort_by(order).slice(0, self.config.second_stage.num_candidates).combine_chunks()
         assert best is not None
-        return sorted(best["sample_id"].to_pylist())
+        found = [*zip(best["pass"].to_pylist(), best["sample_id"].to_pylist(), strict=True)]
+        return {one: sorted(name for at, name in found if at == number) for number, one in enumerate(passes)}
 
     # ---------------------------------------------------------------------------------------------- deciding
 
@@ -405,8 +615,9 @@ class _Run:
         """Turn scores into a list, and write the manifest: in a task, as it takes memory for every sample."""
         work = _Deciding(
             config=self.config, output=self.output, source=self.inputs.source, shards=self.inputs.shards,
-            calibration=self.inputs.calibration, columns=self.columns, controls=self.controls,
-            second_columns=[column for scorer in self.second_scorers for column in scorer.columns],
+            calibration=self.inputs.calibration, clean=self.inputs.clean, judging=self.inputs.judging,
+            columns=self.columns, controls=self.controls, second_columns=self.second_columns,
+            decides_late=self.inputs.decides_late, dropped=self.dropped,
             looks_at_captions="caption" in self.encoding.needs,
             made_with=self.made_with(self.inputs.detectors, self.scorers), summary=summary,
         )  # fmt: skip
@@ -507,15 +718,18 @@ class ScoreWork(_Scoring):
         detectors: list[DetectorSettings],
         states: list[str | None],
         keep: KeyedShare | None = None,
+        known: frozenset[bytes] = frozenset(),
     ):
-        """`keep` says whose embeddings are written; None writes nothing but the scores."""
+        """`keep` says whose embeddings are written; None writes nothing but the scores. `known` pictures may not be."""
         self.encoders = Encoders(encoding)
         super().__init__(self.encoders.victim, detectors, states)
-        self.image_size, self.keep = self.encoders.image_size, keep
+        self.image_size, self.keep, self.known = self.encoders.image_size, keep, known
         if keep is not None:
             self.columns |= {**self.encoders.columns("float16"), **LOOKS}
 
     def __call__(self, chunk: Chunk) -> dict[str, Any]:
+        if self.known:
+            refuse_common({"shards": pictures(chunk.content_hashes), "calibration": set(self.known)}, "refuse")
         batch = self.encoders(chunk)
         self.lap("encode")
         columns = self.score(batch)
@@ -557,9 +771,13 @@ class _Deciding:
     source: Place | None
     shards: list[Shard]
     calibration: list[Shard]
+    clean: list[Shard]
+    judging: Judging
     columns: list[str]
     controls: list[str]
     second_columns: list[str]
+    decides_late: bool
+    dropped: dict[str, str]
     looks_at_captions: bool
     made_with: dict[str, Any]
     summary: PassSummary
@@ -569,11 +787,14 @@ class _Deciding:
         config = self.config
         corpus = self._scored("scores", self.shards)
         calibration = self._scored("calibration", self.calibration) if self.calibration else None
+        calibration, num_left_out = self._apart(calibration)
         covariates = [name for name in self.controls if name.startswith("stat_")]
-        judged = judge(config.judging, config.decision, corpus, calibration, covariates, self.looks_at_captions)
+        judged = judge(self.judging, config.decision, corpus, calibration, covariates, self.looks_at_captions)
+        if num_left_out:
+            judged.report["num_calibration_in_corpus"] = num_left_out
         made_with = self.made_with
         info = {
-            "settings": config.model_dump(mode="json", exclude={"resources"}),
+            "settings": config.model_dump(mode="json", exclude={"resources", "rescore_changed", "full_digest"}),
             "victim": {"path": config.victim.path, "fingerprint": made_with["victim"]},
             "reference": made_with["reference"],
             "detectors": made_with["detectors"],
@@ -581,6 +802,7 @@ class _Deciding:
             "score_columns": [*self.columns, *judged.made],
             "second_stage_columns": self.second_columns,
             "controls": self.controls,
+            **({"left_out": self.dropped} if self.dropped else {}),
             "decision": judged.report,
             "counts": {
                 "samples": self.summary.num_samples,
@@ -593,8 +815,27 @@ class _Deciding:
                 "flagged_findings": sum(one.share_flagged > 0 for one in judged.findings),
             },
         }
-        write_json(self.output / "findings.json", {"findings": [asdict(one) for one in judged.findings]})
-        return write_manifest(self.output, self._rows(judged), info).info
+        findings = [asdict(one) for one in judged.findings]
+        return write_manifest(self.output, self._rows(judged), info, findings).info
+
+    def _apart(self, calibration: Scored | None) -> tuple[Scored | None, int]:
+        """The calibration samples, without those whose picture is in the corpus if the settings want that; how many
+        were.
+
+        Raises:
+            Mistake: one picture is in two of corpus, calibration and clean fitting data.
+        """
+        passes = (
+            ("shards", "scores", self.shards),
+            ("calibration", "calibration", self.calibration),
+            ("fitting.clean", "fitting/clean", self.clean),
+        )
+        seen = {role: known_pictures(self.output / name, shards) for role, name, shards in passes}
+        refuse_common(seen, self.config.overlap)
+        if calibration is None or not (both := seen["shards"] & seen["calibration"]):
+            return calibration, 0
+        kept = np.array([picture(name) not in both for name in calibration.content_hash], bool)
+        return calibration.part(kept), int((~kept).sum())
 
     def _scored(self, name: str, shards: list[Shard]) -> Scored:
         """All that a pass wrote, but for the embeddings of those that were not drawn."""
@@ -602,10 +843,12 @@ class _Deciding:
         texts: dict[str, list[Any]] = {column: [] for column in ("sample_id", "content_hash", *LOOKS)}
         scores: dict[str, list[np.ndarray]] = {column: [] for column in self.columns}
         kept: list[pa.Table] = []
+        errors: list[Any] = []
         for shard in shards:
             table = read_parts(folder, shard.name)
             for column, found in texts.items():
                 found += table[column].to_pylist() if column in table.column_names else [None] * len(table)
+            errors += table["error"].to_pylist()
             for column, values in scores.items():
                 values.append(table[column].to_numpy(zero_copy_only=False).astype(np.float64))
             if self.source is None and "embedding" in table.column_names:
@@ -616,18 +859,29 @@ class _Deciding:
         elif kept and sum(map(len, kept)):
             batch = restored(pa.concat_tables(kept))
         seen = None if batch is None else batch.embedding_BE if batch.reference_BR is None else batch.reference_BR
+        columns = {column: np.concatenate(values) for column, values in scores.items()}
+        late: dict[str, np.ndarray] = {}
+        is_beneath = np.zeros(len(errors), bool)
+        if self.decides_late:
+            second, candidates = self._second_scores(name, shards)
+            for column in self.second_columns:
+                late[column] = np.array([second.get((one, column), np.nan) for one in texts["sample_id"]], np.float64)
+            rows = zip(texts["sample_id"], errors, strict=True)
+            is_beneath = np.array([error is None and one not in candidates for one, error in rows], bool)
         return Scored(
             sample_ids=texts["sample_id"],
             content_hash=texts["content_hash"],
             captions=texts["caption"],
             perceptual_hash=texts["perceptual_hash"],
-            columns={column: np.concatenate(values) for column, values in scores.items()},
+            columns={**columns, **late},
+            late=frozenset(late),
+            is_beneath=is_beneath,
             embedding_ids=batch.sample_ids if batch else [],
             embedding_ME=None if seen is None else seen.numpy(),
         )
 
     def _rows(self, judged: Judged) -> Iterator[tuple[str, pa.Table]]:
-        verdict, second, start = judged.verdict, self._second_scores(), 0
+        verdict, (second, _), start = judged.verdict, self._second_scores("scores", self.shards), 0
         for shard in self.shards:
             table = read_parts(self.output / "scores", shard.name).select([*BASE_SCHEMA.names, *self.columns])
             here = slice(start, start + len(table))
@@ -649,15 +903,47 @@ class _Deciding:
                 table = table.append_column(pa.field(name, kind), pa.array(value, kind, from_pandas=True))
             yield shard.name, table.append_column("error", error)
 
-    def _second_scores(self) -> dict[tuple[str, str], float]:
-        """(sample id, column) -> score of the candidates."""
+    def _second_scores(self, name: str, shards: list[Shard]) -> tuple[dict[tuple[str, str], float], set[str]]:
+        """(sample id, column) -> score of the candidates of one pass; and their ids."""
         found: dict[tuple[str, str], float] = {}
-        if self.second_columns:
-            for shard in self.shards:
-                table = read_parts(self.output / "second_stage", shard.name, ["sample_id", *self.second_columns])
-                for row in table.to_pylist():
-                    found |= {(row["sample_id"], column): row[column] for column in self.second_columns}
-        return found
+        candidates: set[str] = set()
+        folder = self.output / ("second_stage" if name == "scores" else "second_stage_calibration")
+        for shard in shards if self.second_columns else ():
+            for row in read_parts(folder, shard.name, ["sample_id", *self.second_columns]).to_pylist():
+                candidates.add(row["sample_id"])
+                scored = {(row["sample_id"], column): row[column] for column in self.second_columns}
+                found |= {key: value for key, value in scored.items() if value is not None}
+        return found, candidates
+
+
+def _without(inputs: Inputs, dropped: dict[str, str]) -> Inputs:
+    """The inputs without detectors that cannot be fitted.
+
+    Raises:
+        Mistake: then nothing gives what the decision looks at.
+    """
+    gone = {c: one.label for one in inputs.all_detectors if one.label in dropped for c in one.named(one.gives)}
+    judging, decision = inputs.judging, inputs.config.decision
+    judging = judging.model_copy(update={"fair": [name for name in judging.fair if name not in gone]})
+    if judging.combined:
+        lost = {*gone, *(name + FAIR for name in gone)}
+        kept = tuple(name for name in judging.combined.columns if name not in lost)
+        combined = judging.combined.model_copy(update={"columns": kept}) if kept else None
+        judging = judging.model_copy(update={"combined": combined})
+    left = replace(
+        inputs,
+        judging=judging,
+        detectors=[one for one in inputs.detectors if one.label not in dropped],
+        second=[one for one in inputs.second if one.label not in dropped],
+    )
+    needed = {decision.score.removesuffix(FAIR), *([judging.difficulty] if judging.difficulty else [])}
+    culprits = {gone[name] for name in needed if name in gone}
+    if decision.score == COMBINED and judging.combined is None:
+        culprits |= {gone[name.removesuffix(FAIR)] for name in inputs.sources}
+    if culprits or not left.detectors:
+        why = "; ".join(f"{label}: {dropped[label]}" for label in sorted(culprits or dropped))
+        raise Mistake(f"decision.score is {decision.score!r}, and what gives it cannot be fitted: {why}")
+    return left
 
 
 def versions() -> dict[str, str]:

@@ -45,6 +45,7 @@ import ray
 from pydantic import Field
 
 from dede_ray.data.captions import read_classes
+from dede_ray.data.identity import identified, shard_entry
 from dede_ray.data.ledger import read_parquet, write_parquet
 from dede_ray.data.shards import IMAGE_SUFFIXES, Limits, Shard, list_shards, open_shard, sample_id, split_name
 from dede_ray.data.tar import Tar, open_tar, write_whole
@@ -59,10 +60,11 @@ from dede_ray.runtime.config import (
     write_atomically,
     write_json,
 )
+from dede_ray.runtime.lease import leased
 from dede_ray.runtime.session import start_ray
 from dede_ray.runtime.store import Place
 from dede_ray.scan.decisions import AssumedPoisonRate, FixedThreshold
-from dede_ray.scan.manifest import Manifest, read_manifest
+from dede_ray.scan.manifest import Manifest, read_manifest, require_made_of
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +106,8 @@ class SiftConfig(Config):
     """Drop the samples that could not be scored, too."""
     lists_only: bool = False
     """Write the lists, but no shards."""
+    full_digest: bool = False
+    """Know shards again by all of their bytes, which are read for it, and not by some."""
     verify: bool = False
     """Compare every image with the content hash of the manifest, not only those of the dropped samples; names are
     compared anyhow. SHA-256 nearly halves the speed."""
@@ -136,12 +140,18 @@ def sift(config: SiftConfig | dict[str, Any] | str | Path) -> str:
     config = as_settings(SiftConfig, config)
     start_ray(config)
     output = Path(config.output).absolute()  # Ray's workers have another working folder
-    shards = list_shards(config.shards)
+    shards = identified(list_shards(config.shards), config.full_digest)
     manifest = read_manifest(config.manifest)
     if not config.lists_only and output.resolve() in {Path(shard.url).parent.resolve() for shard in shards}:
         raise Mistake(f"output {config.output} is the folder of the shards themselves; choose another one")
     _check_names(shards, manifest)
-    done = claim(output, config)
+    manifest.require_same_shards(shards)
+    with leased(output):
+        return _sift(config, output, shards, manifest)
+
+
+def _sift(config: SiftConfig, output: Path, shards: list[Shard], manifest: Manifest) -> str:
+    done = claim(output, config, places=("shards", "manifest"))
     made_of = _made_of(shards, manifest, output)
     if done:
         return done["summary"]
@@ -155,7 +165,7 @@ def sift(config: SiftConfig | dict[str, Any] | str | Path) -> str:
     for name, index in zip(dropped["shard"].to_pylist(), dropped["index"].to_pylist(), strict=True):
         places[name].append(index)
     task, limits = ray.remote(sift_shard), Limits.model_validate(manifest.settings["limits"])
-    ray.get([task.remote(s, _rows_path(manifest, s.name), places[s.name], limits, config) for s in todo])
+    ray.get([task.remote(s, manifest.rows_path(s.name), places[s.name], limits, config) for s in todo])
 
     receipts = {shard.name: _receipt(output, shard) for shard in shards}
     _write_lists(output / "exclude", dropped, receipts)
@@ -207,22 +217,16 @@ def _check_names(shards: list[Shard], manifest: Manifest) -> None:
 
 def _made_of(shards: list[Shard], manifest: Manifest, output: Path) -> dict[str, Any]:
     """Record what the output is made of, and stop if the folder was made of something else."""
-    made_of = {
+    made_of: dict[str, Any] = {
         "manifest": {"path": str(manifest.folder), "fingerprint": manifest.fingerprint()},
-        "shards": {shard.name: f"{shard.url}, {shard.num_bytes:,} bytes" for shard in shards},
+        "shards": {shard.name: shard_entry(shard) for shard in shards},
     }
     path = output / "sift.json"
-    recorded = read_json(path, "record of a sifting") if path.is_file() else made_of
-    for name, other in (("manifest", "another manifest"), ("shards", "other shards")):
-        if recorded.get(name) != made_of[name]:
-            raise Mistake(f"{output} was made with {other}; delete it, or choose another output folder")
+    if path.is_file():
+        require_made_of(read_json(path, "record of a sifting"), made_of, {"shards": shards}, output)
     if not path.is_file():
         write_json(path, made_of)
     return made_of
-
-
-def _rows_path(manifest: Manifest, shard_name: str) -> Place:
-    return manifest.folder / "manifest" / f"{shard_name}.parquet"
 
 
 # ------------------------------------------------------------------------------------------------ what goes

@@ -15,8 +15,6 @@ import yaml
 from dede_ray.data.ledger import read_parts
 from dede_ray.data.passes import PassResources
 
-pytestmark = pytest.mark.ray
-
 HERE = Path(__file__).parent
 
 

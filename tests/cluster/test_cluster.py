@@ -30,8 +30,6 @@ from dede_ray.scan.score import ScoreConfig
 from dede_ray.training.clip import TrainConfig
 from dede_ray.training.loop import check_workers
 
-pytestmark = pytest.mark.ray
-
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 CLOUDS = ["aws.yaml", "gcp.yaml"]

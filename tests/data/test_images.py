@@ -52,6 +52,7 @@ def test_of_an_animation_the_first_picture_is_taken(picture):
     np.testing.assert_array_equal(decode_image(content, LIMITS), picture(0))
 
 
+@pytest.mark.trains
 def test_an_image_bomb_is_stopped_before_it_is_decoded():
     bomb = saved(Image.new("1", (30_000, 30_000)), "PNG")  # 900 megapixels in a small file
     assert len(bomb) < 500_000

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 
-from dede_ray.data.ledger import claim_parts, end_path, part_path, shards_of_pass, unfinished, write_parquet
+from dede_ray.data.ledger import (
+    claim_parts,
+    end_path,
+    forget_changed,
+    part_path,
+    shards_of_pass,
+    unfinished,
+    write_parquet,
+)
 from dede_ray.data.shards import Shard
 from dede_ray.runtime.config import Mistake, write_json
 
-SHARDS = [Shard("b.tar", "/data/b.tar", 1234567), Shard("a.tar", "s3://bucket/a, the first.tar", 99)]
+SHARDS = [
+    Shard("b.tar", "/data/b.tar", 1234567, "blocks:b1"),
+    Shard("a.tar", "s3://bucket/a, the first.tar", 99, "etag:a1"),
+]
 
 
 def test_a_pass_records_its_settings_and_shards(tmp_path):
@@ -19,8 +31,8 @@ def test_a_pass_records_its_settings_and_shards(tmp_path):
     assert json.loads((tmp_path / "pass.json").read_text()) == {
         "victim": "one",
         "shards": {
-            "b.tar": {"url": "/data/b.tar", "num_bytes": 1234567},
-            "a.tar": {"url": "s3://bucket/a, the first.tar", "num_bytes": 99},
+            "b.tar": {"url": "/data/b.tar", "num_bytes": 1234567, "digest": "blocks:b1"},
+            "a.tar": {"url": "s3://bucket/a, the first.tar", "num_bytes": 99, "digest": "etag:a1"},
         },
     }
     assert shards_of_pass(tmp_path) == sorted(SHARDS, key=lambda shard: shard.name)
@@ -35,14 +47,31 @@ def test_a_record_of_an_earlier_version_is_read_and_resumed(tmp_path):
     assert (tmp_path / "pass.json").read_text() == (tmp_path / "new" / "pass.json").read_text()
 
 
-@pytest.mark.parametrize("changed", [{"num_bytes": 100}, {"url": "s3://bucket/other.tar"}])
-def test_an_exchanged_shard_is_a_mistake_and_a_further_one_is_not(tmp_path, changed):
+@pytest.mark.parametrize("changed", [{"num_bytes": 100}, {"digest": "etag:a2"}])
+def test_an_exchanged_shard_is_a_mistake_until_it_is_forgotten_and_a_further_one_is_not(tmp_path, changed):
     claim_parts(tmp_path, {}, SHARDS)
-    claim_parts(tmp_path, {}, [Shard("c.tar", "/data/c.tar", 5)])
+    further = Shard("c.tar", "/data/c.tar", 5, "blocks:c1")
+    claim_parts(tmp_path, {}, [further])
     assert [shard.name for shard in shards_of_pass(tmp_path)] == ["a.tar", "b.tar", "c.tar"]
-    other = Shard(**{"name": "a.tar", "url": SHARDS[1].url, "num_bytes": 99} | changed)
-    with pytest.raises(Mistake, match=r"holds parts of another pass:\n  a\.tar: .* there, .* now"):
-        claim_parts(tmp_path, {}, [other])
+    other = replace(SHARDS[1], **changed)
+    for name in ("a.tar", "b.tar"):
+        write_parquet(pa.table({"error": pa.array([], pa.string())}), part_path(tmp_path, name, 0))
+        write_json(end_path(tmp_path, name), {"num_samples": 0, "num_chunks": 1, "is_complete": True})
+    with pytest.raises(
+        Mistake, match=r"1 have changed since they were read:\n  a\.tar: .* there, .* now\n.*rescore_ch"
+    ):
+        claim_parts(tmp_path, {}, [SHARDS[0], other])
+    assert forget_changed(tmp_path, [SHARDS[0], other]) == ["a.tar"]
+    assert forget_changed(tmp_path, [SHARDS[0], other]) == []
+    assert unfinished(tmp_path, [SHARDS[0], other]) == {other: set()}
+    claim_parts(tmp_path, {}, [SHARDS[0], other])
+    assert shards_of_pass(tmp_path)[0].digest == other.digest
+
+
+def test_a_shard_may_move(tmp_path):
+    claim_parts(tmp_path, {}, SHARDS)
+    claim_parts(tmp_path, {}, [replace(SHARDS[0], url="/elsewhere/b.tar")])
+    assert shards_of_pass(tmp_path)[1].url == "/elsewhere/b.tar"
 
 
 @pytest.mark.parametrize(

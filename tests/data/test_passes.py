@@ -21,6 +21,7 @@ from dede_ray.data.images import decode_image, encode_image
 from dede_ray.data.ledger import Chosen, KeyedShare, PassSummary, part_path, read_parts, shards_of_pass
 from dede_ray.data.passes import PassResources, run_over_parts, run_pass, stage_shares
 from dede_ray.data.shards import Limits, list_shards
+from dede_ray.data.workers import Worker
 from dede_ray.runtime.config import Mistake
 
 
@@ -375,6 +376,29 @@ def test_samples_that_kill_their_process_are_named_and_their_neighbours_scored(f
     before = snapshot(tmp_path / "pass")
     assert run(shards, tmp_path / "pass", {"die_of": lethal}) == summary
     assert snapshot(tmp_path / "pass") == before
+
+
+def test_a_sample_that_hangs_its_process_is_named_and_its_neighbours_are_scored(finished, shards, tmp_path):
+    hanging = "train-00000.tar/0001"
+    patience = RESOURCES.model_copy(update={"sample_timeout_s": 4})
+    summary = run(shards, tmp_path / "pass", {"hang_at": hanging}, resources=patience)
+    assert summary == PassSummary(22, {"process_died": 1}, [])
+    for shard in list_shards(str(shards)):
+        there, whole = (read_parts(folder, shard.name).to_pylist() for folder in (tmp_path / "pass", finished))
+        for row, usual in zip(there, whole, strict=True):
+            is_hanging = row["sample_id"] == hanging
+            assert row == (usual | {"error": "process_died", "brightness": None} if is_hanging else usual)
+
+
+def test_a_slow_machine_has_its_time(local_ray, tmp_path):
+    worker = Worker(tmp_path, Brightness, {}, 1, "slow", timeout_s=10)
+    assert (worker._may_take(1), worker._may_take(64), worker._may_take(256)) == (10, 10, 40)
+    worker.longest_s = 30  # what other chunks took is no sign of a sample that hangs
+    assert worker._may_take(256) == 600
+    worker.is_patient = True  # each of them was done alone
+    assert worker._may_take(256) == 2560
+    worker.timeout_s = 0
+    assert worker._may_take(256) == 0
 
 
 def test_shards_whose_readers_keep_dying_by_chance_are_done_to_the_same_bytes(finished, shards, tmp_path):

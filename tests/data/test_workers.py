@@ -38,6 +38,7 @@ def reading(tmp_path):
     return Reading(tmp_path / "pass", 32, 3, Limits(), None)
 
 
+@pytest.mark.ray
 def test_a_process_that_reads_shards_starts_without_torch():
     code = "import sys, dede_ray.data.workers; print(sorted({'torch', 'open_clip', 'timm'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

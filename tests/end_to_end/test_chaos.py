@@ -15,8 +15,6 @@ import yaml
 from dede_ray.runtime.store import place, write_atomically
 from tests.benchmarks.chaos import ChaosConfig
 
-pytestmark = pytest.mark.ray
-
 JOB = Path(__file__).parents[2] / "jobs" / "score.py"
 
 

@@ -20,8 +20,6 @@ from safetensors.torch import load_file
 from dede_ray.models import clip
 from dede_ray.runtime.store import place, write_atomically
 
-pytestmark = pytest.mark.ray
-
 JOB = Path(__file__).parents[2] / "jobs" / "train_clip.py"
 NUM_SAMPLES = 100  # not a multiple of the batch, nor of the lanes
 VIT = {

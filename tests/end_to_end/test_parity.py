@@ -19,8 +19,6 @@ from dede_ray.training import dataloader, sections
 from dede_ray.training.clip import ClipTrain, TrainConfig, train
 from dede_ray.training.loop import Run, Workers, fit
 
-pytestmark = pytest.mark.ray
-
 pytest.importorskip("webdataset", reason="open_clip's trainer needs it: pip install .[baseline]")
 
 STEPS, WARMUP, BATCH = 50, 10, 32

@@ -21,6 +21,7 @@ from dede_ray.detectors.decree import Inversion
 from dede_ray.detectors.dede import DeDe
 from dede_ray.detectors.density import Density
 from dede_ray.detectors.image_statistics import ImageStatistics
+from dede_ray.detectors.isolation_forest import Forest
 from dede_ray.detectors.masking_trajectory import MaskingTrajectory
 from dede_ray.evaluation.benchmark import BenchmarkConfig, Case, Cell, DecoderTraining, _Filling, _images, benchmark
 from dede_ray.evaluation.leaderboard import LeaderboardSettings
@@ -81,6 +82,7 @@ def settings(shards, victim_folder, other_folder, reference_folder):
                 DeDe(decoder="trained in each cell"),
                 Density(k=3, lid_k=4),
                 Consistency(k=3, num_references=64, min_agreement=0),
+                Forest(name="wide", pca=10_000),  # more components than embeddings have: it cannot be fitted
                 ImageStatistics(),
             ],
             "second_stage": [MaskingTrajectory(num_pictures=4)],
@@ -131,6 +133,13 @@ def test_every_encoder_and_seed_has_a_cell_and_every_case_a_gate_a_table_and_fig
     for name in ("auroc", "lists"):
         with Image.open(io.BytesIO((output / "figures" / f"{name}.png").read_bytes())) as image:
             assert image.format == "PNG"
+
+
+def test_a_detector_that_cannot_be_fitted_is_left_out_and_named(done):
+    output, said = done
+    assert "isolation_forest_wide, in toy, victim, seed 0: isolation_forest: 10000 principal components" in said
+    assert (output / "table.md").read_text() == said + "\n"
+    assert not [name for name in cell(done).column_names if name.startswith("isolation_forest")]
 
 
 def test_between_two_roles_of_one_encoder_there_is_no_difference(done):

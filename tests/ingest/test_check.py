@@ -515,6 +515,7 @@ def test_fail_on_makes_the_job_fail_once_all_is_written(write_tar, png, local_ra
         CheckConfig(**settings, fail_on=["near_duplicates"])
 
 
+@pytest.mark.ray
 def test_nothing_to_check_two_shards_of_one_name_and_an_output_among_the_shards_are_mistakes(write_tar, png, tmp_path):
     output = str(tmp_path / "checked")
     with pytest.raises(Mistake, match=r"no shards at .*train-\*\.tar"):

@@ -66,6 +66,7 @@ def test_the_number_of_workers_changes_no_byte(pictures, undisturbed, tmp_path, 
     assert result(tmp_path)["left_out"] == result(undisturbed)["left_out"]
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_and_run_again_it_gives_the_same_shards(pictures, undisturbed, tmp_path, workers):
     config = tmp_path / "ingest.json"  # which is YAML, too

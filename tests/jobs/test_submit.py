@@ -21,8 +21,6 @@ from dede_ray.runtime.cli import Steps, parse_steps
 from dede_ray.runtime.config import Config
 from dede_ray.runtime.session import check_output
 
-pytestmark = pytest.mark.ray
-
 ROOT = Path(__file__).parents[2]
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
 

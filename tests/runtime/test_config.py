@@ -205,6 +205,7 @@ def run_job(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -223,6 +224,7 @@ def test_a_mistake_ends_a_job_with_code_2_and_one_message(argv, message):
     assert job.stdout == ""
 
 
+@pytest.mark.ray
 def test_a_job_prints_its_one_line_and_running_it_again_the_same(tmp_path):
     argv = ["configs/digits/ingest.yaml", "--output", str(tmp_path / "digits")]
     first, second = run_job(*argv), run_job(*argv)

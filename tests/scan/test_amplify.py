@@ -265,6 +265,7 @@ def test_seeds_that_share_nothing_fail_the_control_and_flag_nothing(
 # --- without Ray: what is found before anything is read
 
 
+@pytest.mark.ray
 def test_what_is_lacking_is_a_mistake_before_anything_is_written(settings, shards, manifest, victim_folder, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(Mistake, match="none are named; set `clean` to shards of verified clean samples"):

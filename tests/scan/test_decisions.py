@@ -730,3 +730,27 @@ def test_a_decision_is_chosen_by_its_kind_and_overridden_from_the_command_line(t
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
         TypeAdapter(Decision).validate_python(wrong)
+
+
+def test_a_refused_verdict_claims_nothing_and_its_ranking_stays():
+    draw = np.random.default_rng(0)
+    scores, ids = np.r_[draw.normal(size=50), draw.normal(9, 1, size=50)], [str(i) for i in range(100)]
+    few = Conformal(q=0.1).decide(scores, draw.normal(size=15), ids)
+    unlike = Conformal(q=0.1).decide(scores, draw.normal(size=500), ids).refused("they are unlike")
+    for verdict in (few, unlike):
+        assert not verdict.flagged.any()
+        assert not verdict.poisoned_at_least.any()
+        for name in ("poisoned_at_least", "threshold", "alarm", "null_share"):
+            assert verdict.report[name] is None
+        assert verdict.report["certified"] is False
+        assert verdict.report["how"].startswith("none: refused")
+        assert not any("certified" in text for text in (verdict.report["how"], verdict.report["message"]))
+        assert set(verdict.rank.tolist()) == set(range(1, 101))
+
+
+@pytest.mark.parametrize("rule", [FixedThreshold(threshold=0.5), AssumedPoisonRate(rate=0.1), PoolMedian()])
+def test_rules_that_need_no_calibration_rank_by_the_score_without_any(rule):
+    verdict = rule.decide([0.1, np.nan, 0.9, 0.9, 0.5], None, ["a", "b", "d", "c", "e"])
+    assert verdict.rank.tolist() == [4, 0, 2, 1, 3]
+    assert np.isnan(verdict.p_value).all()
+    assert not verdict.poisoned_at_least.any()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dede_ray.scan.decisions import Conformal
-from dede_ray.scan.groups import Grouping, Rows, copies, findings, near_copies
+from dede_ray.scan.groups import Grouping, Rows, copies, findings
 
 
 def names(count, shard="train-00000.tar"):
@@ -173,12 +173,3 @@ def test_copies_are_equal_pictures_and_with_captions_equal_pairs():
     with_captions = copies(content, ["x", "x", "x", "x", "x", "poisoned"])
     assert with_captions[0] == with_captions[1] is not None
     assert with_captions[2:] == [None] * 4
-
-
-def test_near_copies_join_what_is_equal_and_what_is_almost_equal():
-    far = 2**60 - 1
-    content, seen = ["a", "b", "c", "a", "d", None], [5, 4, far, None, None, None]
-    groups = near_copies(content, seen)
-    assert groups[0] == groups[1] == groups[3] is not None
-    assert [groups[2], groups[4], groups[5]] == [None] * 3
-    assert near_copies(content, seen, near_distance=0)[1] is None

@@ -38,8 +38,13 @@ from dede_ray.models.decoder import load_decoder, save_decoder
 from dede_ray.models.embedding import Batch, EmbedWork, Encoders, Encoding, restored
 from dede_ray.models.victims import OpenClipVictim, load_victim
 from dede_ray.models.weights import read_tensors
+from dede_ray.runtime import lease
 from dede_ray.runtime.config import Mistake
-from dede_ray.scan.decisions import AssumedPoisonRate, Conformal
+from dede_ray.runtime.lease import leased
+from dede_ray.scan import overlap
+from dede_ray.scan.decisions import AssumedPoisonRate, CleanQuantile, Conformal, FixedThreshold, PoolMedian
+from dede_ray.scan.fusion import Fusion
+from dede_ray.scan.judge import Judging
 from dede_ray.scan.manifest import Manifest, read_manifest
 from dede_ray.scan.score import Fitting, ScoreConfig, SecondStage, resolve, score
 
@@ -324,6 +329,146 @@ def wait_until_still(folder: Path) -> dict[str, tuple[int, int]]:
             return before
 
 
+# --- the shards are what they were
+
+
+@pytest.fixture
+def small(write_pictures, settings, tmp_path):
+    """Settings of a run over two shards and a calibration set of its own, which may be changed."""
+    write_pictures(tmp_path / "here", range(20), per_shard=10)
+    write_pictures(tmp_path / "clean", range(100, 120), "calibration")
+
+    def config(**changed) -> ScoreConfig:
+        defaults = {"shards": str(tmp_path / "here"), "calibration": str(tmp_path / "clean")}
+        return settings(tmp_path / "scores", **{**defaults, **changed})
+
+    return config
+
+
+def test_a_corpus_that_was_replaced_is_not_given_the_old_scores_and_what_changed_is_scored_again(
+    local_ray, small, write_pictures, tmp_path
+):
+    first = score(small())
+    one, before, shard = rows(first), parts(first.folder), tmp_path / "here" / "train-00001.tar"
+    size = shard.stat().st_size
+    write_pictures(tmp_path / "others", range(30, 50), per_shard=10)
+    other = (tmp_path / "others" / "train-00001.tar").read_bytes()
+    shard.write_bytes(other[:size].ljust(size, b"\0"))
+    with pytest.raises(Mistake, match=r"1 have changed since .*\n  train-00001\.tar: (.|\n)*rescore_changed"):
+        score(small())
+    again = score(small(rescore_changed=True))
+    now = parts(first.folder)
+    assert {name.split("/")[2] for name in now if now[name] != before[name]} == {"train-00001.tar"}
+    two = rows(again)
+    same = ("sample_id", "content_hash", "index", "dede_reverse", "error")
+    assert [[row[name] for name in same] for row in one[:10]] == [[row[name] for name in same] for row in two[:10]]
+    assert {row["content_hash"] for row in one[10:]}.isdisjoint(row["content_hash"] for row in two[10:])
+    assert rows(score(small())) == two  # and is not a change any more
+
+
+def test_a_pass_goes_on_with_its_shards_under_another_path(local_ray, small, tmp_path):
+    first = score(small())
+    before = parts(first.folder)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = score(small(shards=str(tmp_path / "there")))
+    assert moved.table.equals(first.table)
+    assert parts(first.folder) == before
+    urls = json.loads((first.folder / "scores" / "pass.json").read_text())["shards"]
+    assert {entry["url"].split("/")[-2] for entry in urls.values()} == {"there"}
+
+
+def test_pictures_of_the_corpus_in_the_calibration_are_refused_with_their_number_before_the_pass(
+    local_ray, small, write_pictures, tmp_path
+):
+    shutil.copy(tmp_path / "here" / "train-00000.tar", tmp_path / "clean" / "calibration-00009.tar")
+    with pytest.raises(Mistake, match=r"1 shards \(such as calibration-00009\.tar\) are in `shards` and in `calib"):
+        score(small())  # before anything
+    shutil.rmtree(tmp_path / "clean")
+    write_pictures(tmp_path / "clean", [*range(100, 120), 3, 4, 5], "calibration")
+    with pytest.raises(Mistake, match=r"3 pictures are in `shards` and in `calibration`.*overlap: leave_out"):
+        score(small())
+    assert not parts(tmp_path / "scores")
+    manifest = score(small(overlap="leave_out"))
+    assert manifest.info["decision"]["num_calibration"] == 20
+    assert manifest.info["decision"]["num_calibration_in_corpus"] == 3
+    write_pictures(tmp_path / "other", range(200, 220), "calibration")
+    fitting = Fitting(clean=str(tmp_path / "clean"))
+    with pytest.raises(Mistake, match=r"3 pictures are in `shards` and in `fitting\.clean`"):
+        score(small(calibration=str(tmp_path / "other"), fitting=fitting, detectors=[FROM_CLEAN], decision=DAO))
+
+
+def test_of_a_large_corpus_the_first_chunk_that_has_a_calibration_picture_stops_the_pass(
+    local_ray, small, write_pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(overlap, "MOST_BYTES", 0)
+    shutil.rmtree(tmp_path / "clean")
+    write_pictures(tmp_path / "clean", [*range(100, 120), 19], "calibration")
+    with pytest.raises(Mistake, match="1 pictures are in `shards` and in `calibration`"):
+        score(small())
+    assert not (tmp_path / "scores" / "manifest.json").exists()
+
+
+def test_the_second_job_on_an_output_folder_stops(local_ray, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_S", 0.1)
+    with leased(tmp_path / "scores"), pytest.raises(Mistake, match=r"another job is writing to .*scores"):
+        score(small())
+
+
+# --- what cannot be fitted, and later stages
+
+
+DAO = Conformal(score="dao_clean", q=0.5)
+
+
+def test_a_detector_that_cannot_be_fitted_is_left_out_unless_the_decision_needs_it(local_ray, small, decoder_folder):
+    wide, dede = Forest(name="wide", pca=10_000), DeDe(decoder=str(decoder_folder))
+    manifest = score(small(detectors=[dede, wide]))
+    assert manifest.info["left_out"].keys() == {"isolation_forest_wide"}
+    assert "10000 principal components" in manifest.info["left_out"]["isolation_forest_wide"]
+    assert "left out, as they could not be fitted: isolation_forest_wide" in manifest.summary()
+    assert score(small(detectors=[dede])).table.equals(manifest.table)
+    fused = Judging(combined=Fusion(columns=("dede_reverse", "isolation_forest_wide")))
+    made = score(small(detectors=[dede, wide], judging=fused)).info["decision"]["made"]
+    assert made["combined"]["columns"] == ["dede_reverse"]
+    with pytest.raises(Mistake, match=r"is 'isolation_forest_wide', and what gives it cannot be fitted: .*10000 princ"):
+        score(small(detectors=[dede, wide], decision=Conformal(score="isolation_forest_wide", q=0.5)))
+
+
+def test_a_decision_may_use_the_second_stage_and_then_the_calibration_goes_through_it(local_ray, small):
+    second = SecondStage(detectors=[MaskingTrajectory(num_pictures=4)], num_candidates=12)
+    manifest = score(small(second_stage=second, decision=Conformal(score="mt_jump", q=0.9, false_alarm=None)))
+    found = rows(manifest)
+    paths = sorted((manifest.folder / "second_stage_calibration").glob("parts/*/*.parquet"))
+    clean = [row for path in paths for row in pq.read_table(path).to_pylist()]
+    first = read_parts(manifest.folder / "calibration", "calibration-00000.tar").to_pylist()
+    least = sorted((row["dede_sum"] for row in [*found, *first]), reverse=True)[11]
+    candidates = {row["sample_id"] for row in found if row["mt_jump"] is not None}
+    assert candidates == {row["sample_id"] for row in found if row["dede_sum"] >= least}
+    assert {row["sample_id"] for row in clean} == {row["sample_id"] for row in first if row["dede_sum"] >= least}
+    assert 0 < len(candidates) < 12 == len(candidates) + len(clean)
+    assert (manifest.info["decision"]["num_calibration"], manifest.info["decision"]["num_scored"]) == (20, 20)
+    for row in found:
+        if row["sample_id"] in candidates:
+            equal = sum(other["mt_jump"] == row["mt_jump"] for other in clean)
+            above = sum(other["mt_jump"] > row["mt_jump"] for other in clean)
+            assert (1 + above) / 21 - 1e-9 <= row["p_value"] <= (1 + above + equal) / 21 + 1e-9
+        else:  # all candidates come before it
+            assert row["combined_score"] is None
+            assert row["p_value"] > (1 + len(clean)) / 21 - 1e-9
+            assert row["rank"] > len(candidates)
+    fused = Judging(combined=Fusion(columns=("dede_sum", "mt_jump")))
+    both = score(small(second_stage=second, judging=fused, decision=Conformal(score="combined", q=0.9)))
+    assert 0 < both.info["decision"]["num_calibration"] < 20  # a part was fitted on
+
+
+def test_without_calibration_there_is_a_ranking(local_ray, small):
+    manifest = score(small(calibration=None, decision=AssumedPoisonRate(rate=0.1)))
+    by_score = sorted(rows(manifest), key=lambda row: (-row["combined_score"], row["sample_id"]))
+    assert [row["rank"] for row in by_score] == [*range(1, 21)]
+    assert {row["p_value"] for row in by_score} == {None}
+    assert {row["poisoned_at_least"] for row in by_score} == {0}
+
+
 # --- mistakes
 
 
@@ -362,6 +507,7 @@ def test_settings_are_resolved_and_refused_before_a_victim_is_loaded(shards, tmp
         settings = {
             "shards": str(shards / "train-*.tar"), "output": str(tmp_path / "scores"), "detectors": [Density(k=5)],
             "victim": OpenClipVictim(path=str(tmp_path / "absent")),
+            "decision": FixedThreshold(score="dao", threshold=1),
         }  # fmt: skip
         return ScoreConfig(**{**settings, **changed})
 
@@ -382,6 +528,36 @@ def test_settings_are_resolved_and_refused_before_a_victim_is_loaded(shards, tmp
     stored = resolve(config(embeddings=str(tmp_path / "earlier")))
     assert (stored.shards, stored.calibration, stored.source) == (inputs.shards, [], tmp_path / "earlier")
 
+    late = SecondStage(detectors=[MaskingTrajectory()])
+    for wrong, message in (
+        ({"decision": Conformal(score="dao")}, "needs dao scores of calibration samples, found none"),
+        ({"decision": CleanQuantile(score="dao")}, "needs dao scores of calibration samples, found none"),
+        ({"decision": FixedThreshold(score="xc", threshold=1)}, "is 'xc'; the detectors of this run give k_distance"),
+        ({"decision": FixedThreshold(score="combined", threshold=1)}, "is 'combined'; the detectors of this run give"),
+        ({"judging": Judging(combined=Fusion(columns=("dao", "lof")))}, r"judging\.combined names lof; "),
+        ({"judging": Judging(fair=["lof"])}, r"judging\.fair names lof; "),
+        ({"judging": Judging(combined=Fusion(columns=("dao",)))}, "brought to a common scale by calibration samples"),
+        ({"detectors": [Density(drawn_from="clean")]}, "density takes clean samples, and the run has none"),
+        (
+            {"second_stage": SecondStage(detectors=[MaskingTrajectory()], by="mt_jump")},
+            r"second_stage\.by is 'mt_j",
+        ),
+        (
+            {
+                "detectors": [ImageStatistics()],
+                "second_stage": late,
+                "decision": FixedThreshold(score="mt_jump", threshold=1),
+            },
+            "the first stage gives controls only",
+        ),
+        (
+            {"second_stage": late, "decision": PoolMedian(score="mt_jump")},
+            "only candidates of the second stage have",
+        ),
+    ):
+        with pytest.raises(Mistake, match=message):
+            resolve(config(**wrong))
+
 
 def test_models_that_do_not_fit_are_a_mistake_before_anything_is_read(settings, decoder_folder, tmp_path):
     other = load_decoder(decoder_folder)
@@ -398,7 +574,8 @@ def test_models_that_do_not_fit_are_a_mistake_before_anything_is_read(settings, 
 
 def test_shards_that_are_rubbish_stop_the_job(local_ray, settings, write_tar, tmp_path):
     write_tar("shards/a.tar", [(f"{i}.png", b"rubbish") for i in range(9)])
-    rubbish = {"shards": str(tmp_path / "shards"), "calibration": str(tmp_path / "shards")}
+    write_tar("clean/b.tar", [(f"{i}.png", b"other rubbish") for i in range(9)])
+    rubbish = {"shards": str(tmp_path / "shards"), "calibration": str(tmp_path / "clean")}
     with pytest.raises(Mistake, match=r"9 of 9 samples cannot be used \(image_unreadable 9\)"):
         score(settings(tmp_path / "scores", **rubbish))
     with pytest.raises(Mistake, match="found 9, all without a score"):
@@ -424,7 +601,7 @@ def test_a_mistake_ends_the_job_with_one_message_and_exit_code_2(
     mistakes = {
         r"error: no shards at nowhere/\*\.tar": {"shards": "nowhere/*.tar"},
         r"error: 1 of 1 shards cannot be read as tar:\n  .*garbage\.tar: ReadError": {"shards": "garbage.tar"},
-        r"error: bomb\.pt holds more than tensors": {"victim": {"path": "bomb.pt", "architecture": str(clip_config)}},
+        r"error: .*bomb\.pt holds more than tensors": {"victim": {"path": "bomb.pt", "architecture": str(clip_config)}},
     }
     jobs = []
     for changed in mistakes.values():
@@ -526,7 +703,7 @@ def test_clean_samples_for_fitting_come_from_the_shards_named_for_it(attached, s
     state = read_tensors(attached.folder / "fitting" / "density_clean.safetensors")
     every = {key: f"calibration-00000.tar/{key:04d}" for key in range(100, 130)}
     assert set(state["key"].tolist()) <= set(sample_keys(list(every.values()), 0).tolist())
-    with pytest.raises(Mistake, match="drawn_from is clean, and the run has no clean samples"):
+    with pytest.raises(Mistake, match=r"density_clean takes clean samples.*none; name some as fitting\.clean"):
         score(settings(tmp_path / "scores", detectors=[FROM_CLEAN], fitting=Fitting(num_samples=36)))
 
 

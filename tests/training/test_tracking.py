@@ -118,6 +118,7 @@ def test_steps_done_again_after_a_worker_failed_are_not_told_again(folder):
     assert told_tensorboard(folder)["train/loss"] == losses(range(12))
 
 
+@pytest.mark.ray
 def test_a_killed_driver_goes_on_with_each_step_told_once(folder):
     """The driver dies without a word while metrics.jsonl grows; the next run begins again from an older step."""
     write(folder, range(6))
@@ -266,6 +267,7 @@ def test_mlflow_continues_its_run_and_has_each_step_once(mlflow, folder):
     assert [row[1] for row in rows if row[3]] == [3]
 
 
+@pytest.mark.ray
 def test_wandb_continues_its_run_and_has_each_step_once(wandb, folder):
     chosen = Tracking(trackers=["wandb"], project="ours")
     write(folder, range(3))
