@@ -25,7 +25,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dede_ray.detectors.contract import DetectorSettings, DrawnFrom, Scorer, State, as_scores, state_fingerprint
+from dede_ray.detectors.contract import (
+    DetectorSettings,
+    DrawnFrom,
+    Scorer,
+    State,
+    as_scores,
+    residual_projection,
+    state_fingerprint,
+)
 from dede_ray.detectors.density import References
 from dede_ray.models.embedding import Batch, Need
 from dede_ray.models.victims import Victim
@@ -213,8 +221,11 @@ class _ConsistencyScorer:
         self.config, self.forms = config, config.forms
         self.state = {name: tensor.to(device) for name, tensor in state.items() if name != "key"}
         victim_ME, reference_MR = (_unit(self.state[f"{name}_references"]) for name in ("victim", "trusted"))
+        self.vectors: dict[str, int] = {}
         if "closed" in self.forms:
             self.company = References(victim_ME @ self.state["soft_root"], state["key"], config.k)
+            self.projection_ER = residual_projection(victim_ME.shape[1]).to(device)
+            self.vectors = {"xc_residual": self.projection_ER.shape[1]}
         if {"overlap", "neighbours"} & set(self.forms):
             self.near_f, self.near_g = (References(part, state["key"], config.k) for part in (victim_ME, reference_MR))
         if "contrastive" in self.forms:
@@ -231,7 +242,9 @@ class _ConsistencyScorer:
             scores["xc"] = residual_BE.square().sum(dim=1)
             scores["xc_whitened"] = (residual_BE @ self.state["precision"] * residual_BE).sum(dim=1)
             distance_Bk, _ = self.company.nearest(victim_BE @ self.state["soft_root"], key_B)
-            length_B = (residual_BE @ self.state["soft_root"]).norm(dim=1)
+            whitened_BE = residual_BE @ self.state["soft_root"]
+            scores["xc_residual"] = whitened_BE @ self.projection_ER
+            length_B = whitened_BE.norm(dim=1)
             scores["xc_misplaced"] = length_B - config.company_weight * distance_Bk.mean(dim=1)
         if "overlap" in self.forms:
             distance_BM = self.near_f.distances(victim_BE, key_B)
@@ -250,7 +263,7 @@ class _ConsistencyScorer:
             reference_BH = _head(self.state, "trusted", reference_BR - self.state["reference_mean"])
             others_B = (reference_BH @ self.bank_MH.T / config.heads.temperature).logsumexp(dim=1)
             scores["xc_contrastive"] = others_B - (victim_BH * reference_BH).sum(dim=1) / config.heads.temperature
-        return as_scores({name: scores[name] for name in self.columns})
+        return as_scores({name: scores[name] for name in (*self.columns, *self.vectors)})
 
 
 def _unit(rows: Tensor) -> Tensor:

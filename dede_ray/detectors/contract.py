@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -44,7 +45,24 @@ class Scorer(Protocol):
     fingerprint: str
     """Equal fingerprints give equal scores."""
 
-    def score(self, batch: Batch) -> dict[str, np.ndarray]: ...
+    def score(self, batch: Batch) -> dict[str, np.ndarray]:
+        """One float32 number (B,) for each column, and rows (B, width) for each column of `vectors_of`."""
+        ...
+
+
+def scores_of(scorer: Scorer, batch: Batch) -> dict[str, np.ndarray]:
+    """A scorer's columns, without its vectors."""
+    found = scorer.score(batch)
+    return {name: found[name] for name in scorer.columns}
+
+
+def vectors_of(scorer: Scorer) -> Mapping[str, int]:
+    """Columns of vectors that a scorer gives beside its scores, and their widths; most give none.
+
+    They are residuals, what the victim says less what was expected, for what looks at several samples together
+    (scan/pool.py). A scorer that has some names them in an attribute `vectors`.
+    """
+    return getattr(scorer, "vectors", {})
 
 
 class DetectorSettings(Config):
@@ -130,6 +148,18 @@ def as_scores(columns: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: column_B.float().cpu().numpy() for name, column_B in columns.items()}
 
 
+WIDEST_RESIDUAL = 128
+"""Components that are kept of a residual; a random projection keeps cosines to within a tenth."""
+
+
+def residual_projection(width: int) -> Tensor:
+    """What brings residuals to `WIDEST_RESIDUAL` components at most: float64 (width, R), always the same."""
+    if width <= WIDEST_RESIDUAL:
+        return torch.eye(width, dtype=torch.float64)
+    drawn = torch.randn(width, WIDEST_RESIDUAL, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.linalg.qr(drawn).Q * math.sqrt(width / WIDEST_RESIDUAL)
+
+
 class Renamed:
     """A scorer whose columns end in the name that its settings gave it."""
 
@@ -138,6 +168,7 @@ class Renamed:
         self.fingerprint = scorer.fingerprint
         self.columns = tuple(f"{column}_{name}" for column in scorer.columns)
         self.controls = tuple(f"{column}_{name}" for column in scorer.controls)
+        self.vectors = {f"{column}_{name}": width for column, width in vectors_of(scorer).items()}
 
     def score(self, batch: Batch) -> dict[str, np.ndarray]:
         return {f"{column}_{self._name}": score_B for column, score_B in self._scorer.score(batch).items()}

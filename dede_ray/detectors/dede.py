@@ -14,7 +14,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dede_ray.detectors.contract import DetectorSettings, Scorer, State, as_scores, state_fingerprint
+from dede_ray.detectors.contract import (
+    DetectorSettings,
+    Scorer,
+    State,
+    as_scores,
+    residual_projection,
+    state_fingerprint,
+)
 from dede_ray.models.decoder import (
     MaskedDecoder,
     embedding_error,
@@ -37,7 +44,8 @@ class DeDe(DetectorSettings):
     published code sums in normalised units, a constant factor). `dede_mean` divides by their number.
 
     The others are ours. `dede_reverse` runs the network backwards: from some visible patches its encoder predicts the
-    embedding, and the score is how far the true one is from the mean of `num_masks` predictions. `dede_null_ratio`:
+    embedding, and the score is how far the true one is from the mean of `num_masks` predictions (the difference
+    is `dede_residual`, a vector). `dede_null_ratio`:
     log E(x | embedding) - log E(x | null embedding), which cancels how hard the image is to draw: a clean image gains
     from its own embedding, a triggered one should not. `dede_swap_rank`: the share of other samples' embeddings that
     would rebuild the image better than its own. `dede_null`, a control, is the error without the victim: whatever it
@@ -120,6 +128,8 @@ class _DeDeScorer:
         lacking = {*(() if decoder.has_reverse else ("dede_reverse",)), *(() if decoder.has_null else NULL)}
         self.columns = tuple(column for column in config.gives if column not in lacking)
         self.controls = tuple(column for column in config.gives_controls if column not in lacking)
+        self.projection_ER = residual_projection(victim.embedding_dim).to(victim.device)
+        self.vectors = {"dede_residual": self.projection_ER.shape[1]} if decoder.has_reverse else {}
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> dict[str, np.ndarray]:
@@ -137,6 +147,7 @@ class _DeDeScorer:
             predicted_BE = torch.stack([decoder.predict(image_BCHW, mask_BL) for mask_BL in self._reverse_masks(batch)])
             true_BE = decoder.standardise(batch.embedding_BE)
             scores["dede_reverse"] = embedding_error(predicted_BE.mean(dim=0), true_BE)
+            scores["dede_residual"] = (true_BE - predicted_BE.mean(dim=0)).double() @ self.projection_ER
         if others_JB:
             scores["dede_swap_rank"] = (torch.stack(others_JB) < error_B).float().mean(dim=0)
         if null_B is not None:

@@ -30,10 +30,11 @@ from pydantic import Field
 from scipy import stats
 
 from dede_ray.data.ledger import write_parquet
+from dede_ray.data.sampling import sample_keys
 from dede_ray.metrics import auroc, average_precision, false_discovery_proportion, tpr_at_fpr
 from dede_ray.runtime.config import Config, Mistake, read_json, write_atomically
 from dede_ray.scan.decisions import Conformal
-from dede_ray.scan.fusion import Difficulty, Fusion, split_calibration
+from dede_ray.scan.fusion import Difficulty, Fusion
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -125,7 +126,7 @@ class _Cell:
     @cached_property
     def is_fitted_on(self) -> NDArray[np.bool_]:
         """Which clean samples normalisation and fusion are fitted to: a part of the calibration half."""
-        return split_calibration(self.clean_ids, self.seed) & ~self.is_judged
+        return (sample_keys(self.clean_ids, self.seed, 2).numpy() >= 0) & ~self.is_judged
 
     @cached_property
     def _states(self) -> dict[str, Any]:

@@ -1,29 +1,27 @@
 """From the columns of several detectors to one score: difficulty taken out, then combined.
 
-    normal, judged = split by `split_calibration`       one half fits what is here, the other gives the p-values
     Difficulty().fit(score, covariates) -> state        how a clean score depends on how difficult a picture is
     Fusion(columns=...).fit(columns) -> state           the rank among clean samples of each column's numbers
 
-A combined score depends on the sample and the states alone, so clean samples of the corpus and of the half that was
-not fitted on stay exchangeable, and the p-values keep their promise. P-values of detectors are never multiplied: they
-share a victim.
+A combined score depends on the sample and the states alone, and the states on corpus and calibration samples in one
+heap, so the clean samples of both stay exchangeable, and the p-values keep their promise. P-values of detectors are
+never multiplied: they share a victim. Where the docstrings say clean, a small share of poison does little harm.
 
-Shapes: N samples, C covariates, F functions of the covariates, m clean samples fitted on.
+Shapes: N samples, C covariates, F functions of the covariates, m samples fitted on.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy import special
 
-from dede_ray.data.sampling import sample_keys
 from dede_ray.runtime.config import Config, Mistake
 
 logger = logging.getLogger(__name__)
@@ -36,15 +34,6 @@ DEGREE = 3  # degree of the splines
 NUM_FOLDS = 5  # folds of clean samples, for what is measured on held-out ones
 HUBER = 1.345  # residuals beyond so many standard deviations count less; 95 % efficient for normal ones
 MAD_TO_STD = 1 / special.ndtri(0.75)
-
-
-def split_calibration(sample_ids: Sequence[str], seed: int) -> NDArray[np.bool_]:
-    """Part calibration samples by their keys: bool (n,), True for the half that is fitted on.
-
-    The others give the p-values. Give the names of groups in the place of ids where there are copies, so that copies
-    fall into the same half.
-    """
-    return sample_keys(sample_ids, seed, 2).numpy() >= 0
 
 
 # ------------------------------------------------------------------------------------------------ difficulty
@@ -195,21 +184,30 @@ def _robust_ridge(basis_NF: Array, value_N: Array, ridge: float, num_rounds: int
 
 
 class Fusion(Config):
-    """One score from several columns: each as the normal score of its rank among clean samples, then combined.
+    """One score from several columns: each as the normal score of its rank in the pool, then combined.
 
-    Scores above all clean ones still rank: beyond the last, the logarithm of the share above falls on as it did over
-    the highest clean scores.
+    The highest ranks are not learnt from, as poison may hold them in one column and clean samples in another, which
+    would make them equal: beyond the share `trim` the logarithm of the share above falls on as it did before, as a
+    power of the distance to the median (a Weibull tail, which follows light and heavy ones).
     """
 
     columns: tuple[str, ...] = Field(min_length=1)
     """Score columns to combine; `dede_ray.detectors` says which there are."""
     rule: Literal["max", "mean_top2"] = "max"
     """The highest normal score, or the mean of the two highest, which takes two detectors to agree."""
-    tail: float = Field(0.1, gt=0, le=0.5)
-    """Share of the clean scores that says how far apart higher ones are."""
+    tail: float = Field(0.25, gt=0, le=0.5)
+    """Share of the scores that says, but for the highest, how far apart these are."""
+    trim: float = Field(0.05, gt=0, lt=0.25)
+    """Share of the scores, the highest, that may be poison."""
+
+    @model_validator(mode="after")
+    def _learns_from_something(self) -> Fusion:
+        if self.trim >= self.tail:
+            raise ValueError(f"trim {self.trim:g} leaves nothing of tail {self.tail:g}; keep it below")
+        return self
 
     def fit(self, columns: Mapping[str, ArrayLike]) -> State:
-        """Learn the ranks from clean samples that give no p-values; NaN are left out.
+        """Learn the ranks from the pool; NaN are left out.
 
         Raises:
             Mistake: a column that is missing, or has fewer than two different scores.
@@ -226,8 +224,12 @@ class Fusion(Config):
                     "samples, so none can be ranked above another; leave it out, or score more clean samples"
                 )
             value, log_share = _log_share_above(clean)
+            low = log_share >= np.log(self.trim)
+            low[0] = True
+            value, log_share = value[low], log_share[low]
             state[f"{name}/value"], state[f"{name}/log_share"] = value, log_share
-            state[f"{name}/decay"] = np.array(_tail_decay(clean, self.tail))
+            state[f"{name}/median"] = np.array(np.median(clean))
+            state[f"{name}/power"] = np.array(_tail_power(value, log_share, np.median(clean), self.tail))
         return state
 
     def apply(self, state: State, columns: Mapping[str, ArrayLike]) -> Array:
@@ -242,23 +244,24 @@ class Fusion(Config):
         """A column as normal scores, float64 (N,): rising with the score, about N(0, 1) for clean samples."""
         score_N = np.asarray(score_N, np.float64)
         value, log_share = state[f"{name}/value"], state[f"{name}/log_share"]
-        within_N = np.interp(score_N, value, log_share)
-        beyond_N = np.maximum(score_N - value[-1], 0) * state[f"{name}/decay"]
-        return -special.ndtri_exp(within_N - beyond_N)
+        share_N = np.interp(score_N, value, log_share)
+        reach = max(float(value[-1] - state[f"{name}/median"]), 1e-12 * max(1.0, abs(float(value[-1]))))
+        beyond_N = np.maximum(score_N - value[-1], 0) / reach
+        return -special.ndtri_exp(share_N * (1 + beyond_N) ** state[f"{name}/power"])
 
 
 def _log_share_above(clean: Array) -> tuple[Array, Array]:
-    """Different clean scores, rising, and the logarithm of the share of clean samples at or above each."""
+    """Different scores, rising, and the logarithm of the share of samples at or above each."""
     value, first = np.unique(clean, return_index=True)
     rank = clean.size + 1 - scipy.stats.rankdata(clean)[first]  # equal scores share the mean of their ranks
     return value, np.log(rank / (clean.size + 1))
 
 
-def _tail_decay(clean: Array, tail: float) -> float:
-    """How fast the logarithm of the share above falls with the score: the exponential fit to the highest scores.
-
-    Source: Balkema & de Haan, Ann. Prob. 1974, for exceedances of a high threshold.
-    """
-    highest = np.sort(clean)[-max(2, round(tail * clean.size)) :]
-    excess = float((highest - highest[0]).mean())
-    return 1 / (excess or float(clean.std()))
+def _tail_power(value: Array, log_share: Array, median: float, tail: float) -> float:
+    """The power of the distance to the median with which the logarithm of the share above falls, between those that
+    the share `tail` is above and the last; 1, an exponential tail, where these are not apart."""
+    first = min(int(np.searchsorted(-log_share, -np.log(tail))), value.size - 1)
+    near, far = float(value[first] - median), float(value[-1] - median)
+    if not 0 < near < far:
+        return 1.0
+    return float(np.log(log_share[-1] / log_share[first]) / np.log(far / near))

@@ -1,7 +1,8 @@
 """From the scores of a corpus to a verdict on it: made columns, calibration, copies, bins, domain shift, findings.
 
-`Judging` holds what a user may ask for beside the decision's rule. Whatever learns from scores here learns from one
-half of the calibration samples, by their keys, and p-values come from the other half.
+`Judging` holds what a user may ask for beside the decision's rule. Whatever learns from scores here learns from the
+pool, corpus and calibration samples in one heap, and does not know who calibrates; so all calibration samples give
+p-values.
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from dede_ray.data.sampling import sample_keys
 from dede_ray.runtime.config import Config, Mistake
 from dede_ray.scan.decisions import About, Conformal, Decision, FixedThreshold, Verdict
-from dede_ray.scan.fusion import Difficulty, Fusion, State, split_calibration
+from dede_ray.scan.fusion import Difficulty, Fusion, State
 from dede_ray.scan.groups import Finding, Grouping, Rows, copies, findings
+from dede_ray.scan.pool import Classifier, Company, Looks
 from dede_ray.scan.shift import ShiftCheck
 
 Scores = NDArray[np.float64]
 
-COMBINED = "combined"
+COMBINED, COMPANY, CLASSIFIER = "combined", "company", "classifier"
 FAIR = "_fair"
+MOST_FITTED = 50_000
+"""Samples of the pool that difficulty and fusion learn from, at most."""
 
 
 class Judging(Config):
@@ -36,6 +41,11 @@ class Judging(Config):
     """Knots of the splines that take difficulty out of `fair` columns; fewer need fewer calibration samples."""
     combined: Fusion | None = None
     """Several columns in one, `combined`."""
+    company: Company | None = None
+    """Whether what looks worst is led astray in one direction, `company`."""
+    classifier: Classifier | None = None
+    """What tells the pool from clean learners, `classifier`: half of the calibration samples, which then give no
+    p-values."""
     difficulty: str | None = None
     """Column that says how hard an image is, such as stat_texture or dede_null: what `mondrian_bins` of the decision
     are made of."""
@@ -47,7 +57,26 @@ class Judging(Config):
     @property
     def made(self) -> list[str]:
         """Columns that are made of others."""
-        return [*(name + FAIR for name in self.fair), *([COMBINED] if self.combined else [])]
+        asked = {COMBINED: self.combined, COMPANY: self.company, CLASSIFIER: self.classifier}
+        return [*(name + FAIR for name in self.fair), *(name for name, wanted in asked.items() if wanted)]
+
+    def made_of(self, name: str) -> list[str]:
+        """The detectors' columns that a column is made of: itself, where it is not made here."""
+        parts: Sequence[str] = ()
+        if name == COMBINED and self.combined:
+            parts = self.combined.columns
+        elif name == COMPANY and self.company:
+            parts = [self.company.of]
+        elif name == CLASSIFIER and self.classifier:
+            parts = self.classifier.columns
+        elif name in self.made:
+            parts = [name.removesuffix(FAIR)]
+        return [one for part in parts for one in self.made_of(part)] if parts else [name]
+
+    @property
+    def residuals(self) -> list[str]:
+        """Columns of vectors that it takes."""
+        return sorted({one.residual for one in (self.company, self.classifier) if one and one.residual})
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +96,24 @@ class Scored:
     """Columns that candidates alone have."""
     is_beneath: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     """(N,): whether a sample was scored and is no candidate; where there are late columns."""
+    residuals: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
+    """Columns of vectors, (N, R) each; NaN where a sample has no score."""
+
+    @property
+    def looks(self) -> Looks:
+        return Looks(self.sample_ids, self.content_hash, self.perceptual_hash)
+
+    def with_others(self, others: Scored) -> Scored:
+        """These and others in one heap, as far as what is made of scores goes."""
+        return replace(
+            self,
+            sample_ids=[*self.sample_ids, *others.sample_ids],
+            content_hash=[*self.content_hash, *others.content_hash],
+            perceptual_hash=[*self.perceptual_hash, *others.perceptual_hash],
+            captions=[*self.captions, *others.captions],
+            columns={name: np.concatenate([column, others.columns[name]]) for name, column in self.columns.items()},
+            residuals={name: np.concatenate([rows, others.residuals[name]]) for name, rows in self.residuals.items()},
+        )
 
     def part(self, kept: NDArray[np.bool_]) -> Scored:
         """Some of the samples."""
@@ -83,6 +130,7 @@ class Scored:
             embedding_ME=None if self.embedding_ME is None else self.embedding_ME[drawn],
             late=self.late,
             is_beneath=self.is_beneath[kept] if self.late else self.is_beneath,
+            residuals={name: rows[kept] for name, rows in self.residuals.items()},
         )
 
     def __len__(self) -> int:
@@ -126,7 +174,7 @@ def judge(
     Raises:
         Mistake: a column, or calibration samples, that the settings need and the run lacks.
     """
-    made, clean_made, fitted_on, facts = _made(judging, corpus, calibration, covariates)
+    made, clean_made, is_learner, facts = _made(judging, corpus, calibration, covariates)
     columns = {**corpus.columns, **made}
     if decision.score not in columns:
         raise Mistake(f"decision.score is {decision.score!r}; there are {', '.join(columns)}")
@@ -134,7 +182,7 @@ def judge(
     about: About = {}
     if calibration is not None:
         clean_columns, clean_groups = {**calibration.columns, **clean_made}, copies(calibration.content_hash)
-        kept = ~fitted_on if decision.score in made else np.ones(len(calibration), bool)
+        kept = ~is_learner if decision.score == CLASSIFIER else np.ones(len(calibration), bool)
         clean = clean_columns[decision.score]
         if decision.score in corpus.late:
             clean = np.where(calibration.is_beneath, _floor(decision, score_N, clean), clean)
@@ -165,42 +213,69 @@ def _floor(decision: Decision, *scores: Scores) -> float:
 def _made(
     judging: Judging, corpus: Scored, calibration: Scored | None, covariates: Sequence[str]
 ) -> tuple[dict[str, Scores], dict[str, Scores], NDArray[np.bool_], dict[str, Any]]:
-    """Columns made of others, for the corpus and the calibration samples; who was fitted on; what normalising did."""
-    wanted = [*judging.fair, *([COMBINED] if judging.combined else [])]
-    if not wanted:
-        return {}, {}, np.zeros(0 if calibration is None else len(calibration), bool), {}
-    if calibration is None:
-        raise Mistake(
-            f"{', '.join(wanted)}: scores are brought to a common scale by calibration samples, and there are none; "
-            "name some"
-        )
-    fitted_on = split_calibration(_names(calibration), 0)
-    made: dict[str, Scores] = {}
-    clean_made: dict[str, Scores] = {}
-    facts: dict[str, Any] = {}
+    """Columns made of others, for the corpus and the calibration samples; who of the latter taught the classifier; and
+    what normalising did."""
+    is_learner = np.zeros(0 if calibration is None else len(calibration), bool)
+    if not judging.made:
+        return {}, {}, is_learner, {}
+    pool = corpus if calibration is None else corpus.with_others(calibration)
+    drawn = _drawn(pool)
+    columns: dict[str, Scores] = dict(pool.columns)
+    facts: dict[str, Any] = {"fitted_on": int(drawn.size)}
     for name in judging.fair:
-        if name not in corpus.columns:
-            raise Mistake(f"fair: no column {name}; there are {', '.join(corpus.columns)}")
+        if name not in columns:
+            raise Mistake(f"fair: no column {name}; there are {', '.join(columns)}")
         if not covariates:
             raise Mistake("fair: there is nothing to say how hard an image is; attach {kind: image_statistics}")
         difficulty = Difficulty(num_knots=judging.num_knots)
-        clean_NC = np.stack([calibration.columns[one] for one in covariates], axis=1)
-        state: State = difficulty.fit(calibration.columns[name][fitted_on], clean_NC[fitted_on])
-        corpus_NC = np.stack([corpus.columns[one] for one in covariates], axis=1)
-        made[name + FAIR] = difficulty.apply(state, corpus.columns[name], corpus_NC)
-        clean_made[name + FAIR] = difficulty.apply(state, calibration.columns[name], clean_NC)
+        covariate_NC = np.stack([columns[one] for one in covariates], axis=1)
+        state: State = difficulty.fit(columns[name][drawn], covariate_NC[drawn])
+        columns[name + FAIR] = difficulty.apply(state, columns[name], covariate_NC)
         facts[name + FAIR] = {"r2_before": float(state["r2_before"]), "r2_after": float(state["r2_after"])}
     if judging.combined:
-        both = [{**corpus.columns, **made}, {**calibration.columns, **clean_made}]
-        state = judging.combined.fit({name: column[fitted_on] for name, column in both[1].items()})
-        made[COMBINED], clean_made[COMBINED] = (judging.combined.apply(state, columns) for columns in both)
+        state = judging.combined.fit({name: column[drawn] for name, column in columns.items()})
+        columns[COMBINED] = judging.combined.apply(state, columns)
         facts[COMBINED] = judging.combined.model_dump(mode="json")
-    return made, clean_made, fitted_on, {**facts, "fitted_on": int(fitted_on.sum())}
+    if judging.company:
+        base_N = _column(columns, judging.company.of, "company.of")
+        columns[COMPANY] = judging.company.score(base_N, pool.residuals[judging.company.residual], pool.looks)
+        facts[COMPANY] = judging.company.model_dump(mode="json")
+    if judging.classifier:
+        columns[CLASSIFIER], is_learner = _classified(judging.classifier, pool, columns, len(corpus))
+        facts[CLASSIFIER] = {**judging.classifier.model_dump(mode="json"), "num_learners": int(is_learner.sum())}
+    made = {name: columns[name][: len(corpus)] for name in judging.made}
+    return made, {name: columns[name][len(corpus) :] for name in judging.made}, is_learner, facts
 
 
-def _names(calibration: Scored) -> list[str]:
-    """One name for all copies of a picture, so that they fall into the same half."""
-    return [group or name for group, name in zip(copies(calibration.content_hash), calibration.sample_ids, strict=True)]
+def _drawn(pool: Scored) -> NDArray[np.int64]:
+    """Rows to learn from: one of each picture, by key, and of these no more than `MOST_FITTED`."""
+    order = sample_keys(pool.sample_ids, 0, 1).argsort().numpy()
+    first: dict[Any, int] = {}
+    for row in order.tolist():
+        first.setdefault(pool.content_hash[row] or row, row)
+    return np.array(sorted([*first.values()][:MOST_FITTED]), np.int64)
+
+
+def _column(columns: Mapping[str, Scores], name: str, role: str) -> Scores:
+    if name not in columns:
+        raise Mistake(f"{role} is {name!r}; there are {', '.join(columns)}")
+    return columns[name]
+
+
+def _classified(
+    classifier: Classifier, pool: Scored, columns: Mapping[str, Scores], num_corpus: int
+) -> tuple[Scores, NDArray[np.bool_]]:
+    """The classifier's column, and which calibration samples were its clean learners: half of them, copies together."""
+    names = [name or own for name, own in zip(pool.content_hash, pool.sample_ids, strict=True)]
+    is_learner = sample_keys(names, classifier.seed, 2).numpy() >= 0
+    is_learner[:num_corpus] = False
+    residual_NR = pool.residuals[classifier.residual] if classifier.residual else None
+    feature_NF = classifier.features([_column(columns, one, "classifier") for one in classifier.columns], residual_NR)
+    rows = np.flatnonzero(~is_learner)
+    looks = Looks(*([values[row] for row in rows.tolist()] for values in vars(pool.looks).values()))
+    score_N = np.full(len(names), np.nan)
+    score_N[rows] = classifier.score(feature_NF[rows], feature_NF[is_learner], looks)
+    return score_N, is_learner[num_corpus:]
 
 
 def _strata(

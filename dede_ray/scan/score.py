@@ -1,9 +1,9 @@
 """The score pass: shards x victim x detectors -> manifest.
 
-First, detectors that learn from the corpus are fitted on a keyed sample of it. Then one decode, one forward of the
-victim, and every detector, in a resumable pass (passes.py); calibration shards go through the same pass. Costly
-detectors look at the worst candidates only, in a second stage. The decision turns scores into a list with a declared
-error rate.
+First, detectors that learn are fitted on a keyed sample of corpus and calibration in one heap. Then one decode, one
+forward of the victim, and every detector, in a resumable pass (passes.py); calibration shards go through the same pass.
+Costly detectors look at the worst candidates only, in a second stage. The decision turns scores into a list with a
+declared error rate.
 
     resolve(settings) -> Inputs           what is wrong with the settings is said before any model is loaded
     _Run(inputs).fit(), .score()          states of detectors, then the passes
@@ -51,7 +51,7 @@ from dede_ray.data.near_duplicates import perceptual_hash
 from dede_ray.data.passes import PassResources, run_over_parts, run_pass
 from dede_ray.data.shards import Limits, Shard, count_samples, list_shards
 from dede_ray.data.workers import Chunk, Laps
-from dede_ray.detectors.contract import DetectorSettings, Scorer, State, open_scorer
+from dede_ray.detectors.contract import DetectorSettings, Scorer, State, open_scorer, vectors_of
 from dede_ray.detectors.kinds import Detector
 from dede_ray.models.embedding import (
     Batch,
@@ -60,6 +60,8 @@ from dede_ray.models.embedding import (
     Need,
     fitting_set,
     gathered,
+    in_one_heap,
+    matrix,
     restored,
     stored,
     with_embeddings,
@@ -71,7 +73,7 @@ from dede_ray.runtime.lease import leased
 from dede_ray.runtime.session import start_ray
 from dede_ray.runtime.store import Place, place, write_atomically
 from dede_ray.scan.decisions import CleanMean, Conformal, Decision, PoolMedian, lacks_calibration
-from dede_ray.scan.judge import COMBINED, FAIR, Judged, Judging, Scored, judge
+from dede_ray.scan.judge import CLASSIFIER, COMBINED, COMPANY, FAIR, Judged, Judging, Scored, judge
 from dede_ray.scan.manifest import DECISION_COLUMNS, Manifest, write_manifest
 from dede_ray.scan.overlap import (
     known_pictures,
@@ -97,12 +99,10 @@ VERSIONS_OF = ("torch", "open_clip_torch", "timm", "numpy", "pillow", "pyarrow")
 class Fitting(Config):
     """What detectors with statistics learn from, before anything is scored."""
 
-    shards: str | list[str] | None = None
-    """The suspected corpus; None takes what is scored."""
     clean: str | list[str] | None = None
     """Clean samples for detectors that want some; neither the victim's training data nor the calibration set."""
     num_samples: int = Field(20_000, ge=1)
-    """About so many are drawn from each, every sample by its own key."""
+    """About so many are drawn from corpus and calibration together, blindly, and from `clean`: each by its own key."""
     seed: int = 0
 
 
@@ -219,10 +219,8 @@ class Inputs:
     """The earlier run whose embeddings are scored; None reads the shards."""
     shards: list[Shard]
     calibration: list[Shard]
-    suspected: list[Shard] | None
-    """What detectors with statistics learn from; None where embeddings are stored, and no other shards are named."""
     clean: list[Shard]
-    """Their clean samples."""
+    """Clean samples for detectors that want some."""
     detectors: list[DetectorSettings]
     second: list[DetectorSettings]
     """The detectors of the second stage."""
@@ -236,11 +234,11 @@ class Inputs:
     @property
     def sources(self) -> frozenset[str]:
         """Columns that the decision is made of, as detectors give them."""
-        judging, score = self.judging, self.config.decision.score
-        made_of = [*judging.combined.columns] if score == COMBINED and judging.combined else [score]
-        if judging.difficulty and getattr(self.config.decision, "mondrian_bins", 1) > 1:
-            made_of.append(judging.difficulty)
-        return frozenset(name.removesuffix(FAIR) if name in judging.made else name for name in made_of)
+        judging, decision = self.judging, self.config.decision
+        made_of = [*judging.made_of(decision.score)]
+        if judging.difficulty and getattr(decision, "mondrian_bins", 1) > 1:
+            made_of += judging.made_of(judging.difficulty)
+        return frozenset(made_of)
 
     @property
     def decides_late(self) -> bool:
@@ -303,13 +301,8 @@ def resolve(config: ScoreConfig) -> Inputs:
         is_calibrated = (source / "calibration" / "pass.json").is_file()
         calibration = shards_of_pass(source / "calibration") if is_calibrated else []
     fits = any(one.fits for one in [*detectors, *second])
-    suspected = shards if source is None else None
-    if fits and config.fitting.shards is not None:
-        suspected = _found(config.fitting.shards, config)
     clean = _found(config.fitting.clean, config) if fits else []
-    inputs = Inputs(
-        config, place(config.output), source, shards, calibration, suspected, clean, detectors, second, config.judging
-    )
+    inputs = Inputs(config, place(config.output), source, shards, calibration, clean, detectors, second, config.judging)
     _check_clean(inputs)
     _check_decision(inputs)
     if source is None:
@@ -339,12 +332,16 @@ def _check_decision(inputs: Inputs) -> None:
     """
     judging, decision = inputs.judging, inputs.config.decision
     given = [column for one in inputs.all_detectors for column in one.named(one.gives)]
+    fused = [*(name + FAIR for name in judging.fair), *([COMBINED] if judging.combined else [])]
+    first = [*(column for one in inputs.detectors for column in one.named(one.gives)), *fused]
     controls = {column for one in inputs.all_detectors for column in one.named(one.gives_controls)}
     _check_score(decision.score, [name for name in [*given, *judging.made] if name not in controls])
     for role, names, known in (
         ("judging.fair", judging.fair, given),
-        ("judging.combined", judging.combined.columns if judging.combined else (), [*given, *judging.made[:-1]]),
+        ("judging.combined", judging.combined.columns if judging.combined else (), [*given, *fused]),
         ("judging.difficulty", [judging.difficulty] if judging.difficulty else (), [*given, *judging.made]),
+        ("judging.company.of", [judging.company.of] if judging.company else (), first),
+        ("judging.classifier.columns", judging.classifier.columns if judging.classifier else (), first),
     ):
         if unknown := [name for name in names if name not in known]:
             raise Mistake(f"{role} names {unknown[0]}; the detectors of this run give {', '.join(known)}")
@@ -360,9 +357,9 @@ def _check_decision(inputs: Inputs) -> None:
         return
     if decision.needs_calibration:
         raise lacks_calibration(decision.score)
-    if judging.made:
+    if judging.classifier:
         raise Mistake(
-            f"{', '.join(judging.made)}: scores are brought to a common scale by calibration samples, and there are "
+            "judging.classifier: it tells the pool from clean samples, half of the calibration samples, and there are "
             "none; name some as calibration"
         )
 
@@ -453,13 +450,16 @@ class _Run:
         """
         fits = [one for one in self.inputs.all_detectors if one.fits]
         if fits:
-            suspected, clean = self._suspected(), None
+            pool, clean = self._pool(), None
             if self.inputs.clean:
-                clean = self._fitting_set("clean", self.inputs.clean)
-            inputs = _digest(suspected) + (_digest(clean) if clean else "")
+                share = min(1.0, self.config.fitting.num_samples / max(1, count_samples(self.inputs.clean)))
+                clean = self._fitting_set("clean", self.inputs.clean, share)
+                if not len(clean):
+                    raise Mistake("not one sample of fitting.clean could be embedded; check these shards")
+            inputs = _digest(pool) + (_digest(clean) if clean else "")
             for detector in fits:
                 try:
-                    fit_state(detector, suspected, clean, inputs, self._state_path(detector))
+                    fit_state(detector, pool, clean, inputs, self._state_path(detector))
                 except (Mistake, np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
                     logger.warning("%s cannot be fitted, and is left out: %s", detector.label, error)
                     self.dropped[detector.label] = str(error)
@@ -476,6 +476,12 @@ class _Run:
         twice = [name for name, count in Counter(everything).items() if count > 1]
         if twice:
             raise Mistake(f"two detectors give the column {twice[0]}; set `name` of one")
+        vectors = [name for scorer in self.scorers for name in vectors_of(scorer)]
+        if lacking := [name for name in self.inputs.judging.residuals if name not in vectors]:
+            raise Mistake(
+                f"judging looks at residuals {lacking[0]}, and the detectors of this run give "
+                f"{', '.join(vectors) or 'none'}; attach dede (dede_residual) or consistency (xc_residual)"
+            )
         late = self.second_columns if self.inputs.decides_late else []
         made = self.inputs.judging.made
         _check_score(self.config.decision.score, [c for c in [*self.columns, *late, *made] if c not in self.controls])
@@ -497,26 +503,34 @@ class _Run:
         """Let go of what came of shards that have changed since."""
         inputs = self.inputs
         for name, shards in (
-            ("fitting/suspected", inputs.suspected or []), ("fitting/clean", inputs.clean),
-            ("calibration", inputs.calibration), ("scores", inputs.shards),
+            ("fitting/scores", inputs.shards), ("fitting/calibration", inputs.calibration),
+            ("fitting/clean", inputs.clean), ("calibration", inputs.calibration), ("scores", inputs.shards),
             ("second_stage", inputs.shards), ("second_stage_calibration", inputs.calibration),
         ):  # fmt: skip
             forget_changed(self.output / name, shards)
 
-    def _suspected(self) -> Batch:
-        fitting = self.config.fitting
-        if self.inputs.suspected is not None:
-            return self._fitting_set("suspected", self.inputs.suspected)
-        assert self.inputs.source is not None
-        folder = self.inputs.source / "scores"
-        num_samples = sum(read_end(folder, shard.name).num_samples for shard in self.inputs.shards)
-        share = KeyedShare(min(1.0, fitting.num_samples / num_samples), fitting.seed)  # as `fitting_set` draws them
-        return gathered(folder, self.inputs.shards, share)
+    def _pool(self) -> Batch:
+        """A keyed draw of corpus and calibration samples in one heap: no detector learns which of them calibrate."""
+        fitting, inputs = self.config.fitting, self.inputs
+        passes = [("scores", inputs.shards), *([("calibration", inputs.calibration)] if inputs.calibration else [])]
+        if inputs.source is None:
+            share = min(1.0, fitting.num_samples / max(1, sum(count_samples(shards) for _, shards in passes)))
+            heap = in_one_heap(*(self._fitting_set(name, shards, share) for name, shards in passes))
+        else:
+            source = inputs.source
+            num_samples = sum(
+                read_end(source / name, one.name).num_samples for name, shards in passes for one in shards
+            )
+            drawn = KeyedShare(min(1.0, fitting.num_samples / max(1, num_samples)), fitting.seed)
+            heap = in_one_heap(*(gathered(source / name, shards, drawn) for name, shards in passes))
+        if not len(heap):
+            raise Mistake("not one sample could be embedded, so there is nothing to fit detectors to; check the shards")
+        return heap
 
-    def _fitting_set(self, name: str, shards: list[Shard]) -> Batch:
+    def _fitting_set(self, name: str, shards: list[Shard], share: float) -> Batch:
         config = self.config
         return fitting_set(
-            shards, self.output / "fitting" / name, self.encoding, config.fitting.num_samples, config.fitting.seed,
+            shards, self.output / "fitting" / name, self.encoding, share, config.fitting.seed,
             chunk_size=config.chunk_size, limits=config.limits, resources=config.resources,
             max_error_fraction=config.max_error_fraction, name=f"fitting, {name}",
         )  # fmt: skip
@@ -557,9 +571,11 @@ class _Run:
         )  # fmt: skip
 
     def _pass(self, name: str, shards: list[Shard]) -> PassSummary:
-        config, work = self.config, self._work(self.inputs.detectors)
+        config, vectors = self.config, self.inputs.judging.residuals
+        work = {**self._work(self.inputs.detectors), "vectors": vectors}
         common: dict[str, Any] = {
-            "made_with": self.made_with(self.inputs.detectors, self.scorers),
+            "made_with": self.made_with(self.inputs.detectors, self.scorers)
+            | ({"vectors": vectors} if vectors else {}),
             "resources": config.resources,
             "max_error_fraction": config.max_error_fraction,
             "name": name,
@@ -661,21 +677,21 @@ def victim_of(manifest: Manifest) -> Victim:
     return victim
 
 
-def fit_state(detector: DetectorSettings, suspected: Batch, clean: Batch | None, inputs: str, path: Place) -> None:
+def fit_state(detector: DetectorSettings, pool: Batch, clean: Batch | None, inputs: str, path: Place) -> None:
     """Fit one detector and write its state, unless the folder holds the same one already."""
     fitted_with = hashlib.sha256(f"{detector.label}{detector.model_dump_json()}{inputs}".encode()).hexdigest()
     record = path.with_suffix(".json")
     if record.is_file() and path.is_file() and read_json(record, "record of a fit").get("fitted_with") == fitted_with:
         return
-    logger.info("fitting %s on %s samples", detector.label, f"{len(suspected):,}")
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.fit(suspected, clean).items()}
+    logger.info("fitting %s on %s samples", detector.label, f"{len(pool):,}")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.fit(pool, clean).items()}
     record.unlink(missing_ok=True)
     write_atomically(path, save(state))
-    write_json(record, {"fitted_with": fitted_with, "num_samples": len(suspected)})
+    write_json(record, {"fitted_with": fitted_with, "num_samples": len(pool)})
 
 
 def _digest(batch: Batch) -> str:
-    digest = hashlib.sha256("\n".join(batch.sample_ids).encode("utf-8", "surrogateescape"))
+    digest = hashlib.sha256(batch.keys(0).numpy().tobytes())
     for tensor in (batch.embedding_BE, batch.reference_BR, batch.caption_BE, batch.reference_caption_BR):
         digest.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -689,7 +705,10 @@ def hash_of_ids(sample_ids: Sequence[str]) -> str:
 class _Scoring:
     """What a scoring actor holds: every detector, opened."""
 
-    def __init__(self, victim: Victim, detectors: list[DetectorSettings], states: list[str | None]):
+    def __init__(
+        self, victim: Victim, detectors: list[DetectorSettings], states: list[str | None], vectors: Sequence[str] = ()
+    ):
+        """`vectors` says which columns of vectors are written beside the scores."""
         self.scorers = [
             open_scorer(detector, victim, read_tensors(state) if state else {})
             for detector, state in zip(detectors, states, strict=True)
@@ -697,6 +716,10 @@ class _Scoring:
         self.columns: dict[str, pa.DataType] = {
             column: pa.float32() for scorer in self.scorers for column in scorer.columns
         }
+        for scorer in self.scorers:
+            for name, width in vectors_of(scorer).items():
+                if name in vectors:
+                    self.columns[name] = pa.list_(pa.float16(), width)
         self.laps = Laps()
 
     def lap(self, stage: str) -> None:
@@ -706,7 +729,12 @@ class _Scoring:
         self.laps.mark(stage)
 
     def score(self, batch: Batch) -> dict[str, Any]:
-        return {name: column for scorer in self.scorers for name, column in scorer.score(batch).items()}
+        found = {name: column for scorer in self.scorers for name, column in scorer.score(batch).items()}
+        return {
+            name: [*found[name].astype(np.float16)] if pa.types.is_fixed_size_list(kind) else found[name]
+            for name, kind in self.columns.items()
+            if name in found
+        }
 
 
 class ScoreWork(_Scoring):
@@ -719,10 +747,11 @@ class ScoreWork(_Scoring):
         states: list[str | None],
         keep: KeyedShare | None = None,
         known: frozenset[bytes] = frozenset(),
+        vectors: Sequence[str] = (),
     ):
         """`keep` says whose embeddings are written; None writes nothing but the scores. `known` pictures may not be."""
         self.encoders = Encoders(encoding)
-        super().__init__(self.encoders.victim, detectors, states)
+        super().__init__(self.encoders.victim, detectors, states, vectors)
         self.image_size, self.keep, self.known = self.encoders.image_size, keep, known
         if keep is not None:
             self.columns |= {**self.encoders.columns("float16"), **LOOKS}
@@ -746,8 +775,14 @@ class ScoreWork(_Scoring):
 class RescoreWork(_Scoring):
     """What an actor does with a part of stored embeddings; what else was stored is carried over."""
 
-    def __init__(self, encoding: Encoding, detectors: list[DetectorSettings], states: list[str | None]):
-        super().__init__(load_victim(encoding.victim), detectors, states)
+    def __init__(
+        self,
+        encoding: Encoding,
+        detectors: list[DetectorSettings],
+        states: list[str | None],
+        vectors: Sequence[str] = (),
+    ):
+        super().__init__(load_victim(encoding.victim), detectors, states, vectors)
         self.columns |= LOOKS
 
     def __call__(self, table: pa.Table) -> dict[str, Any]:
@@ -842,6 +877,7 @@ class _Deciding:
         folder = self.output / name
         texts: dict[str, list[Any]] = {column: [] for column in ("sample_id", "content_hash", *LOOKS)}
         scores: dict[str, list[np.ndarray]] = {column: [] for column in self.columns}
+        vectors: dict[str, list[np.ndarray]] = {column: [] for column in self.judging.residuals}
         kept: list[pa.Table] = []
         errors: list[Any] = []
         for shard in shards:
@@ -851,6 +887,8 @@ class _Deciding:
             errors += table["error"].to_pylist()
             for column, values in scores.items():
                 values.append(table[column].to_numpy(zero_copy_only=False).astype(np.float64))
+            for column, values in vectors.items():
+                values.append(matrix(table[column]).numpy())
             if self.source is None and "embedding" in table.column_names:
                 kept.append(with_embeddings(table))
         batch = None
@@ -860,6 +898,7 @@ class _Deciding:
             batch = restored(pa.concat_tables(kept))
         seen = None if batch is None else batch.embedding_BE if batch.reference_BR is None else batch.reference_BR
         columns = {column: np.concatenate(values) for column, values in scores.items()}
+        residuals = {column: np.concatenate(values) for column, values in vectors.items()}
         late: dict[str, np.ndarray] = {}
         is_beneath = np.zeros(len(errors), bool)
         if self.decides_late:
@@ -875,6 +914,7 @@ class _Deciding:
             perceptual_hash=texts["perceptual_hash"],
             columns={**columns, **late},
             late=frozenset(late),
+            residuals=residuals,
             is_beneath=is_beneath,
             embedding_ids=batch.sample_ids if batch else [],
             embedding_ME=None if seen is None else seen.numpy(),
@@ -930,6 +970,9 @@ def _without(inputs: Inputs, dropped: dict[str, str]) -> Inputs:
         kept = tuple(name for name in judging.combined.columns if name not in lost)
         combined = judging.combined.model_copy(update={"columns": kept}) if kept else None
         judging = judging.model_copy(update={"combined": combined})
+    for name in (COMPANY, CLASSIFIER):
+        if {*judging.made_of(name)} & gone.keys():
+            judging = judging.model_copy(update={name: None})
     left = replace(
         inputs,
         judging=judging,
@@ -938,8 +981,8 @@ def _without(inputs: Inputs, dropped: dict[str, str]) -> Inputs:
     )
     needed = {decision.score.removesuffix(FAIR), *([judging.difficulty] if judging.difficulty else [])}
     culprits = {gone[name] for name in needed if name in gone}
-    if decision.score == COMBINED and judging.combined is None:
-        culprits |= {gone[name.removesuffix(FAIR)] for name in inputs.sources}
+    if decision.score in inputs.judging.made and decision.score not in judging.made:
+        culprits |= {gone[name] for name in inputs.sources if name in gone}
     if culprits or not left.detectors:
         why = "; ".join(f"{label}: {dropped[label]}" for label in sorted(culprits or dropped))
         raise Mistake(f"decision.score is {decision.score!r}, and what gives it cannot be fitted: {why}")

@@ -121,8 +121,9 @@ def corpus(write_pictures, tmp_path_factory) -> Path:
 
 def draw(corpus: Path, folder: Path, configs, num_samples: int = 48, **changed) -> Batch:
     settings = {"seed": 0, "chunk_size": 8, "shards": list_shards(str(corpus)), **changed}
+    encoding = Encoding(*configs, frozenset({"reference"}))
     return fitting_set(
-        settings.pop("shards"), folder, Encoding(*configs, frozenset({"reference"})), num_samples, settings.pop("seed"),
+        settings.pop("shards"), folder, encoding, min(1, num_samples / 120), settings.pop("seed"),
         limits=Limits(), resources=ONE, max_error_fraction=0, name="test", **settings,
     )  # fmt: skip
 

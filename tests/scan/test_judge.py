@@ -1,4 +1,4 @@
-"""From scores to a verdict: half of the calibration fits, the other half judges; copies count once; shift refuses."""
+"""From scores to a verdict: what is made is made of the pool; copies count once; a shift refuses."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import pytest
 
 from dede_ray.runtime.config import Mistake
 from dede_ray.scan.decisions import Conformal, FixedThreshold
-from dede_ray.scan.fusion import Fusion, split_calibration
+from dede_ray.scan.fusion import Fusion
 from dede_ray.scan.judge import Judging, Scored, judge
+from dede_ray.scan.pool import Classifier, Company
 from dede_ray.scan.shift import ShiftCheck
 
 NUM, STATS = 2000, ["stat_texture"]
@@ -57,15 +58,57 @@ def test_a_fair_score_forgets_how_hard_images_are(calibration):
     assert not judged.verdict.flagged.any()
 
 
-def test_what_is_fitted_on_gives_no_p_values(calibration):
-    half = split_calibration(calibration.sample_ids, 0)
+def test_what_is_made_of_the_pool_leaves_all_calibration_samples_to_give_p_values(calibration):
     judging = Judging(combined=Fusion(columns=("hard", "seen")))
-    judged = judge(judging, Conformal(score="combined"), scored("corpus", 4, poison=60), calibration, STATS, False)
+    corpus = scored("corpus", 4, poison=60)
+    judged = judge(judging, Conformal(score="combined"), corpus, calibration, STATS, False)
     assert judged.verdict.flagged[:60].mean() > 0.8
-    assert judged.report["num_calibration"] == int((~half).sum())
-    assert judged.report["made"]["fitted_on"] == int(half.sum())
-    plain = judge(judging, Conformal(score="seen"), scored("corpus", 4, poison=60), calibration, STATS, False)
-    assert plain.report["num_calibration"] == NUM, "a plain column was not fitted on anything"
+    assert judged.report["num_calibration"] == NUM
+    assert judged.report["made"]["fitted_on"] == 2 * NUM
+
+
+def test_a_direction_that_many_share_is_found_where_no_score_alone_finds_it():
+    rng = np.random.default_rng(5)
+    corpus, calibration = scored("corpus", 6, poison=40), scored("calibration", 7)
+    for one, num in ((corpus, 40), (calibration, 0)):
+        one.residuals["residual"] = rng.normal(size=(NUM, 16)) + 1.5 * (np.arange(NUM) < num)[:, None]
+        one.columns["seen"][:num] -= 4.5  # a little above the others
+    company = Company(of="seen", residual="residual", share=0.2)
+    classifier = Classifier(columns=("seen",), residual="residual", repeats=1)
+    judging = Judging(company=company, classifier=classifier)
+    found = {
+        name: judge(judging, Conformal(score=name), corpus, calibration, STATS, False)
+        for name in ("seen", "company", "classifier")
+    }
+    share = {name: one.verdict.flagged[:40].mean() for name, one in found.items()}
+    assert share["seen"] < 0.2
+    assert share["company"] > 0.5
+    assert share["classifier"] > 0.5
+    learners = found["classifier"].report["made"]["classifier"]["num_learners"]
+    assert 900 < learners < 1100
+    assert found["classifier"].report["num_calibration"] == NUM - learners  # they give no p-values
+    assert found["company"].report["num_calibration"] == NUM
+
+
+@pytest.mark.parametrize("score", ["hard_fair", "combined", "company", "classifier"])
+def test_p_values_of_made_columns_are_as_rare_as_they_say(score):
+    """Clean samples beside poison that the columns miss: whatever they were fitted to, they are not told apart."""
+    share = {0.002: [], 0.01: [], 0.1: []}
+    for trial in range(20):
+        rng = np.random.default_rng(trial)
+        corpus, calibration = scored("corpus", 100 + trial, num=600), scored("calibration", 200 + trial, num=600)
+        for one in (corpus, calibration):
+            one.residuals["residual"] = rng.normal(size=(600, 8))
+        judging = Judging(
+            fair=["hard"], num_knots=3, combined=Fusion(columns=("hard_fair", "seen")),
+            company=Company(of="seen", residual="residual"),
+            classifier=Classifier(columns=("hard", "seen"), residual="residual", repeats=1), shift=None, grouping=None,
+        )  # fmt: skip
+        p_value = judge(judging, Conformal(score=score, seed=trial), corpus, calibration, STATS, False).verdict.p_value
+        for t, found in share.items():
+            found.append((p_value <= t).mean())
+    for t, found in share.items():
+        assert np.mean(found) <= t + 3 * max(np.std(found), t) / np.sqrt(20), (t, found)
 
 
 def test_copies_count_once_unless_their_captions_differ_where_a_score_reads_them(calibration):
@@ -111,5 +154,5 @@ def test_what_lacks_its_ground_is_refused(calibration):
         judge(Judging(fair=["hard"]), Conformal(score="hard_fair"), corpus, calibration, [], False)
     with pytest.raises(Mistake, match="no column soft"):
         judge(Judging(fair=["soft"]), Conformal(score="seen"), corpus, calibration, STATS, False)
-    with pytest.raises(Mistake, match="brought to a common scale by calibration samples"):
-        judge(Judging(fair=["hard"]), FixedThreshold(score="hard_fair", threshold=1), corpus, None, STATS, False)
+    without = judge(Judging(fair=["hard"]), FixedThreshold(score="hard_fair", threshold=9), corpus, None, STATS, False)
+    assert np.isfinite(without.made["hard_fair"]).all()  # the pool is then the corpus alone

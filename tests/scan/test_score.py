@@ -35,7 +35,7 @@ from dede_ray.detectors.image_statistics import ImageStatistics
 from dede_ray.detectors.isolation_forest import Forest
 from dede_ray.detectors.masking_trajectory import MaskingTrajectory
 from dede_ray.models.decoder import load_decoder, save_decoder
-from dede_ray.models.embedding import Batch, EmbedWork, Encoders, Encoding, restored
+from dede_ray.models.embedding import Batch, EmbedWork, Encoders, Encoding, in_one_heap, restored
 from dede_ray.models.victims import OpenClipVictim, load_victim
 from dede_ray.models.weights import read_tensors
 from dede_ray.runtime import lease
@@ -626,7 +626,7 @@ FITTED = [
     CaptionScore(reference=True),
 ]
 FROM_CLEAN = Density(name="clean", drawn_from="clean", k=3, lid_k=4)
-SHARE = 36 / 45
+SHARE = 60 / 75  # of the corpus and the second shard of calibration samples
 
 
 @pytest.fixture(scope="module")
@@ -637,7 +637,7 @@ def everything(shards, settings, decoder_folder, reference_folder):
         defaults = {
             "reference": OpenClipVictim(path=str(reference_folder)),
             "detectors": [DeDe(decoder=str(decoder_folder)), *FITTED, FROM_CLEAN, ImageStatistics()],
-            "fitting": Fitting(num_samples=36, seed=3, clean=str(shards / "calibration-00000.tar")),
+            "fitting": Fitting(num_samples=60, seed=3, clean=str(shards / "calibration-00000.tar")),
             "calibration": str(shards / "calibration-00001.tar"),
             "second_stage": SecondStage(detectors=[MaskingTrajectory(num_pictures=4)], num_candidates=5),
             "decision": Conformal(score="dao", q=0.5, false_alarm=None),
@@ -689,12 +689,17 @@ def test_each_is_fitted_on_a_share_of_the_samples_drawn_by_their_keys(attached, 
     _, batch = by_hand
     share = KeyedShare(SHARE, 3)
     odd = {f"train-odd.tar/{key}" for key in ("twin", "10", "9")}
-    drawn = sorted(name for name in {*batch.sample_ids, *odd} if share(name))
-    assert 0 < len(drawn) < 43
+    calibration = {f"calibration-00001.tar/{i:04d}" for i in range(130, 160)}
+    drawn = sorted(name for name in {*batch.sample_ids, *odd, *calibration} if share(name))
+    assert 0 < len(drawn) < 73
+    assert calibration & {*drawn}
     state = read_tensors(attached.folder / "fitting" / "density.safetensors")
-    assert state["key"].tolist() == sample_keys(drawn, 0).tolist()
+    keys = dict(zip(sample_keys(drawn, 0).tolist(), drawn, strict=True))
+    used = [keys[key] for key in state["key"].tolist()]  # in the order of the keys, which hides who calibrates
+    assert state["key"].tolist() == sorted(state["key"].tolist())
+    assert len(used) == len(drawn) - round(0.1 * len(drawn))  # the loneliest are left out
     rows_by_hand = dict(zip(batch.sample_ids, batch.embedding_BE, strict=True))
-    for name, embedding_E in zip(drawn, state["reference"], strict=True):
+    for name, embedding_E in zip(used, state["reference"], strict=True):
         if name in rows_by_hand:
             torch.testing.assert_close(embedding_E, rows_by_hand[name], rtol=1e-4, atol=1e-6)
 
@@ -704,7 +709,7 @@ def test_clean_samples_for_fitting_come_from_the_shards_named_for_it(attached, s
     every = {key: f"calibration-00000.tar/{key:04d}" for key in range(100, 130)}
     assert set(state["key"].tolist()) <= set(sample_keys(list(every.values()), 0).tolist())
     with pytest.raises(Mistake, match=r"density_clean takes clean samples.*none; name some as fitting\.clean"):
-        score(settings(tmp_path / "scores", detectors=[FROM_CLEAN], fitting=Fitting(num_samples=36)))
+        score(settings(tmp_path / "scores", detectors=[FROM_CLEAN], fitting=Fitting(num_samples=60)))
 
 
 def test_a_rerun_fits_and_scores_nothing_again_and_gives_the_same_bytes(attached, everything):
@@ -737,7 +742,7 @@ def rescored(attached, everything, shards) -> Manifest:
 
 
 def rescoring(attached: Manifest) -> dict:
-    fitting = Fitting(num_samples=36, seed=3)
+    fitting = Fitting(num_samples=60, seed=3)
     return {
         "shards": [], "embeddings": str(attached.folder), "detectors": FITTED, "second_stage": None,
         "fitting": fitting, "calibration": None, "store_embeddings": False,
@@ -768,11 +773,13 @@ def test_what_stored_embeddings_are_scored_is_what_detectors_score_of_them_by_ha
         pa.concat_tables([read_parts(attached.folder / "scores", shard) for shard in attached.info["shards"]])
     )
     found = {row["sample_id"]: row for row in rows(rescored)}
-    fitted_on = KeyedShare(SHARE, 3)
-    drawn = sorted(range(len(batch)), key=lambda i: batch.sample_ids[i])
-    suspected = batch.part([i for i in drawn if fitted_on(batch.sample_ids[i])])
+    drawn = KeyedShare(SHARE, 3)
+    clean = restored(read_parts(attached.folder / "calibration", "calibration-00001.tar"))
+    pool = in_one_heap(
+        *(one.part([i for i, name in enumerate(one.sample_ids) if drawn(name)]) for one in (batch, clean))
+    )
     for detector in FITTED:
-        scorer = open_scorer(detector, by_hand[0].victim, detector.fit(suspected, None))
+        scorer = open_scorer(detector, by_hand[0].victim, detector.fit(pool, None))
         for name, score_B in scorer.score(batch).items():
             there = [found[one][name] for one in batch.sample_ids]
             np.testing.assert_allclose(there, score_B, rtol=1e-5, atol=1e-6, err_msg=name)
