@@ -252,7 +252,13 @@ def _parts(path: Path) -> list[Path]:
     if not names or any(Path(name).name != name or name.endswith(INDEX) for name in names):
         raise Mistake(f"{path} is no index of split weights: its weight_map should name files beside it")
     place = _beside(path)
-    return [place(name) for name in names]
+    try:
+        files = [place(name) for name in names]
+    except FileNotFoundError as error:
+        raise Mistake(f"{path} names weights that are not there: {error}") from None
+    if absent := [file for file in files if not file.is_file()]:
+        raise Mistake(f"{path} names weights that are not there: {absent[0]}")
+    return files
 
 
 def _are_names(values: Any) -> bool:
@@ -290,10 +296,7 @@ def read_tensors(path: Named, entry: str | None = None) -> dict[str, Tensor]:
     named, path = path, local_copy(path)
     if not path.is_file():
         raise Mistake(f"no checkpoint at {named}")
-    try:
-        parts = [_content(part) for part in _parts(path)]
-    except FileNotFoundError as error:
-        raise Mistake(f"{path} names a file of weights that is not there: {error}") from None
+    parts = [_content(part) for part in _parts(path)]
     state = _chosen(_state_dicts(parts[0] if len(parts) == 1 else _merged(parts, path)), path, entry)
     for name, tensor in state.items():
         if not _is_plain(tensor):
