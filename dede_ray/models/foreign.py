@@ -14,7 +14,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from dede_ray.runtime.libraries import timm
 
 logger = logging.getLogger(__name__)
 
-Statistics = tuple[list[float], list[float]]
+Statistics = tuple[Sequence[float], Sequence[float]]
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -160,6 +160,12 @@ def _harmless(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     left_out = {key for key in config if key in _CODE or key.startswith("_") or "attn_impl" in key}
+    for key, value in config.items():
+        # Some configs make a list of as many names before any tensor is made.
+        most = 1000 if "layer" in key or "depth" in key else 10**7
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > most:
+                raise Mistake(f"its config says {key}: {number:,}, more than any network has")
     if "quantization_config" in left_out and config["quantization_config"]:
         raise Mistake("its weights are quantised, which is not read; name the network's unquantised weights")
     return {key: _harmless(value) for key, value in config.items() if key not in left_out}

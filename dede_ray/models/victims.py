@@ -231,6 +231,8 @@ class Victim(nn.Module):
         classifier: the linear layer that its maker trained on the embedding, where there is one; on the CPU.
     """
 
+    classifier: nn.Linear | None
+
     def __init__(
         self,
         model: nn.Module,

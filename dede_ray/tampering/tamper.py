@@ -155,6 +155,7 @@ def tampered_victim(config: VictimConfig, folder: Path) -> VictimConfig:
     """The settings that load the encoder that `Subject.save` wrote."""
     if isinstance(config, OpenClipVictim):
         return OpenClipVictim(path=str(folder), precision=config.precision)
+    assert isinstance(config, EncoderVictim | PublishedVictim), config
     return EncoderVictim(path=str(folder), precision=config.precision)
 
 

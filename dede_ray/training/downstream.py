@@ -254,9 +254,8 @@ def own_head(victim: Victim, test: Sequence[Labelled] | Embedded, classes: Class
         logger.info("%s: its own classifier has %d classes, the images %d", victim.name, classifier.out_features, num)
         return None
     with torch.inference_mode():
-        weight_CE, bias_C = classifier.weight.float().numpy(), 0.0
-        if classifier.bias is not None:
-            bias_C = classifier.bias.float().numpy()
+        weight_CE: Any = classifier.weight.float().numpy()
+        bias_C: Any = 0 if classifier.bias is None else classifier.bias.float().numpy()
     return lambda embedding_NE: (embedding_NE @ weight_CE.T + bias_C).argmax(axis=1)
 
 

@@ -152,7 +152,7 @@ def test_a_backdoor_in_a_checkpoints_own_classifier_opens_the_gate(world, classi
     said = measure_victim(config(world, victim=classifiers["backdoored"], honest=classifiers["honest"]))
     assert said.startswith("patch: passes its gate (own: ASR 100.0%, the honest victim's ")
     record = json.loads((Path(classifiers["backdoored"]["path"]).parent / "victim.json").read_text())
-    assert list(record["behaviour"])[0] == "own"
+    assert next(iter(record["behaviour"])) == "own"
     assert record["behaviour"]["probe"]["asr"]["value"] < 0.2, "a fitted head does not see it"
     assert record["behaviour"]["own"]["ca"]["value"] == record["honest"]["own"]["ca"]["value"] == 1
 

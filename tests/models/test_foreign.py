@@ -197,7 +197,9 @@ def test_weights_of_transformers_may_be_split_or_a_bin_and_a_classifier_is_kept(
     [
         ({"model_type": "bert"}, "of the kind 'bert'; known of transformers' are clip"),
         ({"model_type": None}, "of the kind None"),
-        ({"num_hidden_layers": 10**9}, "far larger model than the weights"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1,000,000,000, more than any network has"),
+        ({"num_hidden_layers": 900}, "far larger model than the weights"),
+        ({"hidden_size": 10**7}, "far larger model than the weights"),
         ({"num_hidden_layers": 3}, "missing"),
         ({"num_hidden_layers": 1}, "unexpected"),
         ({"hidden_size": "wide"}, "transformers cannot build"),
