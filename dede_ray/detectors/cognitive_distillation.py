@@ -74,6 +74,7 @@ class CognitiveDistillationScorer(Scorer):
     controls: tuple[str, ...] = ()
 
     def __init__(self, config: CognitiveDistillation, victim: Victim):
+        victim.refuse_without_gradient()
         self.config, self.victim = config, _in_float64(victim) if config.is_exact else victim
         self.fingerprint = state_fingerprint(config.model_copy(update={"images_at_once": 1}), {})
 

@@ -21,9 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from dede_ray.data.captions import Classes, read_classes
 from dede_ray.data.shards import Limits, list_shards
-from dede_ray.models.encoders import WEIGHTS_FILE as ENCODER_WEIGHTS_FILE
-from dede_ray.models.victims import EncoderVictim, OptionalVictimConfig, Victim, VictimConfig, best_device, load_victim
-from dede_ray.models.weights import WEIGHTS_FILE as CLIP_WEIGHTS_FILE
+from dede_ray.models.victims import OptionalVictimConfig, Victim, VictimConfig, best_device, load_victim, weights_file
 from dede_ray.poisoning.poison import read_attack
 from dede_ray.poisoning.triggers import AnyTrigger, Nothing, Trigger
 from dede_ray.runtime.config import Config, Mistake, explain, read_json, write_json
@@ -44,7 +42,7 @@ from dede_ray.training.downstream import (
 
 @dataclass(frozen=True)
 class Verdict:
-    """The gate's verdict on a victim; the keys of both dicts are heads, `zero_shot` and `probe`."""
+    """The gate's verdict on a victim; the keys of both dicts are heads, `own`, `zero_shot` and `probe`."""
 
     passes: bool
     reason: str
@@ -58,8 +56,8 @@ class Verdict:
 class ActivationGate(Config):
     """What a victim must do before a detector's numbers against it count; one head has to meet all three.
 
-    Only a head that was fitted on clean images counts: a classifier that was itself trained on the trigger finds it in
-    any encoder.
+    Of fitted heads only those count that saw clean images: a classifier that was itself fitted on the trigger finds it
+    in any encoder. A checkpoint's own classifier counts, as it is a part of the victim, against the honest one's own.
 
     Source: the thresholds are ours; that published victims often do not activate is why there are any.
     """
@@ -81,6 +79,8 @@ class ActivationGate(Config):
         min_asr = MIN_ASR.get(attack, 0.9) if self.min_asr is None else self.min_asr
         complaints = {
             head: self._complaints(victim[head], honest[head], min_asr)
+            if head in honest
+            else ["the honest victim has none to compare with"]
             for head in victim
             if not victim[head].poison_rate
         }
@@ -197,7 +197,7 @@ def write_record(
     honest_displacement: Displacement | None = None,
 ) -> VictimRecord:
     """Write `victim.json` into a victim's folder (beside its file, where it is one) and return its content."""
-    weights = _weights_file(victim_config)
+    weights = weights_file(victim_config)
     digest = hashlib.sha256()
     with weights.open("rb") as file:
         while block := file.read(2**20):
@@ -248,7 +248,7 @@ def read_record(victim: Victim, victim_config: VictimConfig) -> VictimRecord | N
     Raises:
         Mistake: it is about other weights, or no such record.
     """
-    path = _weights_file(victim_config).parent / "victim.json"
+    path = weights_file(victim_config).parent / "victim.json"
     record = record_in(path.parent)
     if record is None:
         return None
@@ -258,13 +258,6 @@ def read_record(victim: Victim, victim_config: VictimConfig) -> VictimRecord | N
             f"({victim.fingerprint[:12]}); measure the victim again, or delete the record"
         )
     return record
-
-
-def _weights_file(config: VictimConfig) -> Path:
-    path = Path(config.path)
-    if not path.is_dir():
-        return path
-    return path / (ENCODER_WEIGHTS_FILE if isinstance(config, EncoderVictim) else CLIP_WEIGHTS_FILE)
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -434,13 +427,13 @@ def measure_victim(config: MeasureConfig) -> str:
         f"{head}: CA {one.ca.value:.1%}" + (f", ASR {one.asr.value:.1%}" if config.made_by else "")
         for head, one in record.behaviour.items()
     )
-    where = _weights_file(config.victim).parent
+    where = weights_file(config.victim).parent
     return f"{attack}: {'passes' if record.passes else 'does not pass'} its gate ({record.reason}); {shown} -> {where}"
 
 
 def _training(config: VictimConfig) -> dict[str, Any]:
     """The settings that trained a victim, where its folder still has them."""
-    path = _weights_file(config).parent / "run.json"
+    path = weights_file(config).parent / "run.json"
     return dict(read_json(path, "record of a run").get("settings") or {}) if path.is_file() else {}
 
 

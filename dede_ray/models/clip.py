@@ -22,17 +22,19 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dede_ray.models.weights import (
     CONFIG_FILE,
     HUB,
     WEIGHTS_FILE,
-    download,
+    Budget,
+    origin,
+    other_layout,
     read_tensors,
     refuse_not_finite,
     resolve_weights,
     unlike,
+    unwrapped,
     write_export,
 )
 from dede_ray.runtime.config import Config, Mistake, config_file, read_json
@@ -55,13 +57,14 @@ def model_description(architecture: str) -> dict[str, Any]:
     Returns:
         `{"model_cfg": ..., "preprocess_cfg": ...}`; the second may be empty.
     """
-    path = Path(architecture.removeprefix("local-dir:"))
-    if architecture.startswith(HUB):
-        described = read_json(download(architecture, CONFIG_FILE), "CLIP model config")
-    elif path.is_dir():
-        described = read_json(path / CONFIG_FILE, "exported CLIP (open_clip_config.json)")
-    elif path.suffix == ".json":
-        described = read_json(config_file(path), "CLIP model config")
+    place = origin(architecture)
+    if place.is_folder:
+        try:
+            described = read_json(place.file(CONFIG_FILE), "exported CLIP (open_clip_config.json)")
+        except FileNotFoundError as error:
+            raise Mistake(f"no exported CLIP: {error}{other_layout(place)}") from None
+    elif place.path is not None and place.path.suffix == ".json":
+        described = read_json(config_file(place.path), "CLIP model config")
         described = described if "model_cfg" in described else {"model_cfg": described, "preprocess_cfg": {}}
     else:
         known = open_clip.get_model_config(architecture.replace("/", "-"))  # OpenAI wrote ViT-B/32
@@ -119,8 +122,8 @@ def build_clip(described: dict[str, Any], patch_dropout: float | None = None, we
     model_cfg["nonscalar_logit_scale"] = True
     if patch_dropout is not None:
         model_cfg["vision_cfg"]["patch_dropout"] = patch_dropout
+    budget = Budget.for_weights(weights) if weights is not None else contextlib.nullcontext()
     try:
-        budget = _Budget(4 * weights.stat().st_size + 2**28) if weights is not None else contextlib.nullcontext()
         with budget:
             model = _create(described)
     # open_clip checks nothing: whatever a config of the wrong kinds of values makes it meet
@@ -147,22 +150,6 @@ def _create(described: dict[str, Any]) -> nn.Module:
             )
         finally:
             logging.disable(logging.NOTSET)
-
-
-class _Budget(TorchDispatchMode):
-    """Lets tensors be made of so many bytes together, and each is charged for at least 64 KiB."""
-
-    def __init__(self, num_bytes: int):
-        super().__init__()
-        self._left = num_bytes
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and not any(isinstance(value, Tensor) for value in args):  # it makes a tensor out of numbers
-            sides = args[0] if isinstance(args[0], list | tuple) else [value for value in args if type(value) is int]
-            self._left -= max(4 * math.prod(sides), 2**16)
-            if self._left < 0:
-                raise ValueError("it describes a far larger model than the weights beside it")
-        return func(*args, **(kwargs or {}))
 
 
 def _no_patches(model_cfg: dict[str, Any]) -> Mistake:
@@ -261,7 +248,7 @@ def save_clip(folder: str | Path, model: nn.Module, described: dict[str, Any]) -
     write_export(folder, WEIGHTS_FILE, state, CONFIG_FILE, content)
 
 
-def load_clip_weights(model: nn.Module, init: str | Path) -> None:
+def load_clip_weights(model: nn.Module, init: str | Path, entry: str | None = None) -> None:
     """Load a whole CLIP's weights, strictly, with the adaptations that open_clip makes when it loads.
 
     Position embeddings of another image size or context length are interpolated; the text tower's names may be of
@@ -270,13 +257,21 @@ def load_clip_weights(model: nn.Module, init: str | Path) -> None:
     Args:
         model: as `build_clip` made it, of the checkpoint's architecture.
         init: whatever `resolve_weights` takes.
+        entry: which state dict of it, where there are several.
 
     Raises:
         Mistake: nothing there, a file that only unpickling could open, or the weights of another architecture.
     """
     path = resolve_weights(init)
-    state = _adapted(read_tensors(path), model)
     own = model.state_dict()
+    tower = {name for name in own if name.startswith("visual.") and not name.endswith(".num_batches_tracked")}
+    state = unwrapped(read_tensors(path, entry), lambda names: names.keys() >= tower, path)
+    if any(name.startswith(("text_model.", "vision_model.")) for name in state):
+        raise Mistake(
+            f"{path} has the names of transformers' CLIP, not of open_clip's; name the folder that has its "
+            "config.json, and set victim.kind to transformers"
+        )
+    state = _adapted(state, model)
     # Frozen BatchNorm layers do not count batches, others do; nothing is computed from the count.
     missing, unexpected = (
         sorted(name for name in names if not name.endswith(".num_batches_tracked"))
@@ -296,7 +291,7 @@ def load_clip_weights(model: nn.Module, init: str | Path) -> None:
 
 def _adapted(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """A checkpoint's tensors under the names and in the shapes of this model, as far as open_clip would go."""
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = dict(state)
     for name in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's
         state.pop(name, None)
     state.pop("text.transformer.embeddings.position_ids", None)  # transformers < 4.31; the only buffer it had

@@ -10,15 +10,17 @@ which the same weights are another encoder.
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pad, relu
+from torch.nn.functional import adaptive_avg_pool2d, conv2d, pad, relu
 
 from dede_ray.models.weights import read_export, write_export
 from dede_ray.runtime.config import Config, Mistake
@@ -28,6 +30,8 @@ BasicBlock: Any = timm.models.resnet.BasicBlock
 Bottleneck: Any = timm.models.resnet.Bottleneck
 downsample_conv = timm.models.resnet.downsample_conv
 WEIGHTS_FILE, DESCRIPTION_FILE = "encoder.safetensors", "encoder.json"
+NUM_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+"""Blocks of each stage of a ResNet by its depth."""
 NARROW = 16
 """Channels of the largest block that oneDNN computes at once (AVX-512; AVX2 has 8)."""
 
@@ -81,6 +85,77 @@ class WideResNet(Config):
 
     def build(self) -> nn.Module:
         return _WideResNet(self.depth, self.widen)
+
+
+class PreActResNet(Config):
+    """The pre-activation ResNet for CIFAR (He et al., arXiv:1603.05027) as most repositories of attacks have it: four
+    stages, and neither normalisation nor ReLU after the last."""
+
+    kind: Literal["preact_resnet"] = "preact_resnet"
+    depth: Literal[18, 34] = 18
+    width: int = Field(64, ge=4, le=256)
+    """Channels of the first stage."""
+
+    def build(self) -> nn.Module:
+        return _PreActResNet(self)
+
+
+class Vgg(Config):
+    """A VGG (Simonyan & Zisserman, arXiv:1409.1556) without its last linear layer, in torchvision's layout of names."""
+
+    kind: Literal["vgg"] = "vgg"
+    plan: tuple[Annotated[int, Field(ge=0, le=4096)], ...] = Field(min_length=2, max_length=64)
+    """Channels of each 3x3 convolution, in order; 0 is a max-pool."""
+    batch_norm: bool = True
+    """Whether a BatchNorm follows each convolution."""
+    bias: bool = True
+    """Whether convolutions have one."""
+    grid: int = Field(1, ge=1, le=16)
+    """Side of the average pooling after the last stage: 7 for ImageNet, 1 for CIFAR."""
+    hidden: tuple[Annotated[int, Field(ge=1, le=16_384)], ...] = Field((), max_length=4)
+    """Widths of the linear layers before the last: 4096, 4096 for ImageNet."""
+
+    def build(self) -> nn.Module:
+        return _Vgg(self)
+
+
+_LAYER = re.compile(r"(?:(?P<name>[\w.]+)\s*:\s*)?(?P<word>\w+)(?P<numbers>(?:\s+(?:\w+=)?\d{1,6}(?:\.\d{1,6})?)*)\s*")
+_WITH_TENSORS = ("Conv2d", "Linear", "BatchNorm1d", "BatchNorm2d")
+_WITHOUT = ("ReLU", "LeakyReLU", "GELU", "SiLU", "Tanh", "Sigmoid", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d",
+            "Flatten", "Dropout")  # fmt: skip
+
+
+def _as_lines(layers: Any) -> Any:
+    """YAML reads `conv1: Conv2d 3 16 5` in a list as a mapping of one key."""
+    if not isinstance(layers, list | tuple):
+        return layers
+    return [": ".join(map(str, *one.items())) if isinstance(one, dict) and len(one) == 1 else one for one in layers]
+
+
+class Layers(Config):
+    """A plain network, layer after layer, in torch.nn's words, up to its embedding."""
+
+    kind: Literal["layers"] = "layers"
+    layers: Annotated[tuple[str, ...], BeforeValidator(_as_lines)] = Field(min_length=1, max_length=200)
+    """Such as [`conv1: Conv2d 3 16 5 padding=2`, ReLU, MaxPool2d 2, Flatten, `fc1: Linear 4096 120`, ReLU]; a layer
+    with weights has the name that its tensors have in the file."""
+    classifier: str | None = None
+    """Name of the linear layer on top of the embedding, where the file has one, such as fc2."""
+
+    @field_validator("layers")
+    @classmethod
+    def _are_layers(cls, layers: tuple[str, ...]) -> tuple[str, ...]:
+        for line in layers:
+            match = _LAYER.fullmatch(line)
+            if match is None or match["word"] not in _WITH_TENSORS + _WITHOUT:
+                known = ", ".join(_WITH_TENSORS + _WITHOUT)
+                raise ValueError(f"{line!r} is no layer; expected such as `conv1: Conv2d 3 16 5`, of {known}")
+            if (match["name"] is None) == (match["word"] in _WITH_TENSORS):
+                raise ValueError(f"{line!r}: {', '.join(_WITH_TENSORS)} have a name before them, others have none")
+        return layers
+
+    def build(self) -> nn.Module:
+        return _Layers(self)
 
 
 class ClipResNet(Config):
@@ -137,7 +212,9 @@ class Timm(Config):
         return model
 
 
-Architecture = Annotated[ResNet | CifarResNet | WideResNet | ClipResNet | Timm, Field(discriminator="kind")]
+Architecture = Annotated[
+    ResNet | CifarResNet | WideResNet | PreActResNet | Vgg | Layers | ClipResNet | Timm, Field(discriminator="kind")
+]
 
 
 def build_encoder(architecture: Architecture) -> nn.Module:
@@ -170,7 +247,7 @@ class _ResNet(nn.Module):
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.bn1 = nn.BatchNorm2d(shape.width)
         channels = shape.width
-        for stage, num_blocks in enumerate({18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}[shape.depth]):
+        for stage, num_blocks in enumerate(NUM_BLOCKS[shape.depth]):
             blocks = []
             for i in range(num_blocks):
                 planes, stride = shape.width * 2**stage, 2 if stage and not i else 1
@@ -277,6 +354,93 @@ class _PreActivation(nn.Module):
         active_BCHW = relu(self.bn1(x_BCHW))
         shortcut_BCHW = x_BCHW if self.convShortcut is None else self.convShortcut(active_BCHW)
         return shortcut_BCHW + self.conv2(relu(self.bn2(self.conv1(active_BCHW))))
+
+
+class _PreActResNet(nn.Module):
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
+    def __init__(self, shape: PreActResNet):
+        super().__init__()
+        self.embedding_dim = 8 * shape.width
+        self.conv1 = nn.Conv2d(3, shape.width, 3, padding=1, bias=False)
+        channels = shape.width
+        for stage, num_blocks in enumerate(NUM_BLOCKS[shape.depth]):
+            planes, blocks = shape.width * 2**stage, []
+            for i in range(num_blocks):
+                blocks.append(_PreActivation(channels, planes, 2 if stage and not i else 1))
+                channels = planes
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        _initialise(self)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        x_BCHW = self.conv1(image_BCHW)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x_BCHW = stage(x_BCHW)
+        return x_BCHW.mean(dim=(2, 3))
+
+
+class _Vgg(nn.Module):
+    def __init__(self, shape: Vgg):
+        super().__init__()
+        channels, modules = 3, list[nn.Module]()
+        for planes in shape.plan:
+            if planes == 0:
+                modules.append(nn.MaxPool2d(2))
+                continue
+            modules.append(nn.Conv2d(channels, planes, 3, padding=1, bias=shape.bias))
+            modules += [nn.BatchNorm2d(planes)] * shape.batch_norm + [nn.ReLU()]
+            channels = planes
+        self.features, self.grid = nn.Sequential(*modules), shape.grid
+        widths = [channels * shape.grid**2, *shape.hidden]
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.embedding_dim = widths[-1]
+        _initialise(self)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        x_BE = adaptive_avg_pool2d(self.features(image_BCHW), self.grid).flatten(1)
+        for linear in self.hidden:
+            x_BE = relu(linear(x_BE))
+        return x_BE
+
+
+class _Layers(nn.Module):
+    def __init__(self, shape: Layers):
+        super().__init__()
+        self._order: list[nn.Module] = []  # not registered twice: what has a name is found by it
+        self.embedding_dim = 0
+        for line in shape.layers:
+            match = _LAYER.fullmatch(line)
+            assert match is not None, line
+            given = [word.rpartition("=") for word in match["numbers"].split()]
+            numbers = [(key, float(value) if "." in value else int(value)) for key, _, value in given]
+            arguments = [value for key, value in numbers if not key]
+            try:
+                layer = getattr(nn, match["word"])(*arguments, **{key: value for key, value in numbers if key})
+            except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+                raise Mistake(f"torch cannot make the layer {line!r}: {error}") from None
+            self._order += [layer]
+            if match["name"]:
+                *parents, last = match["name"].split(".")
+                place: nn.Module = self
+                for parent in parents:
+                    if not hasattr(place, parent):
+                        place.add_module(parent, nn.Module())
+                    place = getattr(place, parent)
+                place.add_module(last, layer)
+            self.embedding_dim = getattr(layer, "out_features", getattr(layer, "out_channels", self.embedding_dim))
+
+    def train(self, mode: bool = True) -> _Layers:
+        for layer in self._order:  # those without a name, too
+            layer.train(mode)
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self._order:
+            x = layer(x)
+        return x.flatten(1)
 
 
 def _initialise(network: nn.Module) -> None:

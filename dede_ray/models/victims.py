@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,20 +16,32 @@ import torch
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from dede_ray.models import clip
-from dede_ray.models.encoders import Timm, load_encoder
+from dede_ray.models import clip, foreign
+from dede_ray.models.encoders import WEIGHTS_FILE as ENCODER_WEIGHTS
+from dede_ray.models.encoders import Layers, Timm, load_encoder
 from dede_ray.models.published import Normaliser, pixel_statistics, read_published
+from dede_ray.models.weights import CONFIG_FILE, HUB, OPEN_CLIP_WEIGHTS, origin, pinned
 from dede_ray.runtime.config import Config, Mistake, explain
 
 
+def _timm_unless_said(content: Any) -> Any:
+    return {"kind": "timm", **content} if isinstance(content, dict) else content
+
+
+_Network = Annotated[Timm | Layers | None, Field(discriminator="kind"), BeforeValidator(_timm_unless_said)]
+
+
 class OpenClipVictim(Config):
-    """A CLIP image tower: a folder that train_clip exported, or an open_clip name with a local checkpoint."""
+    """A CLIP of open_clip's: a folder or a repository of the hub, or an open_clip name with a local checkpoint."""
 
     kind: Literal["open_clip"] = "open_clip"
     path: str
-    """Exported folder (open_clip_config.json + open_clip_model.safetensors), or the checkpoint of `architecture`."""
+    """Folder with open_clip_config.json and weights, as train_clip exports it, hf-hub:<org>/<name>, or the checkpoint
+    of `architecture`."""
     architecture: str | None = None
     """open_clip name or JSON model config, when `path` is a bare checkpoint (.safetensors or tensor-only .pt)."""
+    entry: str | None = None
+    """Which state dict of the checkpoint, where it has several, such as `teacher`."""
     mean: list[float] | None = None
     """Overrides the normaliser's mean per RGB channel (published victims differ)."""
     std: list[float] | None = None
@@ -40,7 +52,7 @@ class OpenClipVictim(Config):
     def located(self) -> OpenClipVictim:
         """The same with absolute paths, for Ray's workers, whose working folder may be another."""
         return self.model_copy(
-            update={"path": _absolute(self.path), "architecture": _absolute_if_file(self.architecture)}
+            update={"path": origin(self.path).located(), "architecture": _located_if_there(self.architecture)}
         )
 
 
@@ -55,7 +67,7 @@ class EncoderVictim(Config):
 
     def located(self) -> EncoderVictim:
         """The same with an absolute path, for Ray's workers."""
-        return self.model_copy(update={"path": _absolute(self.path)})
+        return self.model_copy(update={"path": origin(self.path).located()})
 
 
 class PublishedVictim(Config):
@@ -67,8 +79,13 @@ class PublishedVictim(Config):
     clip: str | None = None
     """For a whole CLIP: its open_clip name. Tensors cannot distinguish RN50 (Detect-CLIP-Backdoor-Samples) from
     RN50-quickgelu (OpenAI's, and what was fine-tuned from it, such as BadCLIP's)."""
-    architecture: Timm | None = None
-    """For none of the published layouts: the network of timm's whose own names the tensors bear."""
+    entry: str | None = None
+    """Which state dict of the checkpoint, where it has several, such as `teacher`."""
+    architecture: Annotated[Timm | Layers | None, Field(discriminator="kind"), BeforeValidator(_timm_unless_said)] = (
+        None
+    )
+    """For none of the published layouts: the network of timm's whose own names the tensors bear, or the layers of a
+    plain one."""
     image_size: int | None = Field(None, ge=8, le=1024)
     """Side of the input in pixels, where it is not the layout's."""
     normaliser: Normaliser | None = None
@@ -82,22 +99,119 @@ class PublishedVictim(Config):
 
     def located(self) -> PublishedVictim:
         """The same with an absolute path, for Ray's workers."""
-        return self.model_copy(update={"path": _absolute(self.path), "clip": _absolute_if_file(self.clip)})
+        return self.model_copy(update={"path": origin(self.path).located(), "clip": _located_if_there(self.clip)})
 
 
-def _absolute(path: str) -> str:
-    return str(Path(path).absolute())
+class TransformersVictim(Config):
+    """A network of transformers': CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3, ViT ..., as `save_pretrained` writes it."""
+
+    kind: Literal["transformers"] = "transformers"
+    path: str
+    """Folder with config.json and weights, or hf-hub:<org>/<name>."""
+    entry: str | None = None
+    """Which state dict of a .bin file, where it has several."""
+    image_size: int | None = Field(None, ge=8, le=1024)
+    """Side of the input in pixels, where it is not the folder's."""
+    mean: tuple[float, float, float] | None = None
+    """Normaliser's mean per RGB channel, instead of preprocessor_config.json's."""
+    std: tuple[float, float, float] | None = None
+    """Normaliser's standard deviation per RGB channel, instead of preprocessor_config.json's."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward pass; embeddings are float32 either way."""
+
+    def located(self) -> TransformersVictim:
+        """The same with an absolute path, for Ray's workers."""
+        return self.model_copy(update={"path": origin(self.path).located()})
 
 
-def _absolute_if_file(name: str | None) -> str | None:
-    return _absolute(name) if name and Path(name).exists() else name
+class TimmVictim(Config):
+    """A network of timm's with a file of weights, normalised as timm does it for that name."""
+
+    kind: Literal["timm"] = "timm"
+    path: str
+    """Folder with config.json and weights, hf-hub:<org>/<name>, or the file of the network `name`."""
+    name: str | None = None
+    """timm's name of the network, with the tag of its weights or without: vit_small_patch16_224.augreg_in21k."""
+    entry: str | None = None
+    """Which state dict of a .pt file, where it has several."""
+    image_size: int | None = Field(None, ge=8, le=1024)
+    """Side of the input in pixels, where it is not that of config.json or of the name."""
+    mean: tuple[float, float, float] | None = None
+    """Normaliser's mean per RGB channel, instead of that of config.json or of the name."""
+    std: tuple[float, float, float] | None = None
+    """Normaliser's standard deviation per RGB channel, instead of that of config.json or of the name."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward pass; embeddings are float32 either way."""
+
+    def located(self) -> TimmVictim:
+        """The same with an absolute path, for Ray's workers."""
+        return self.model_copy(update={"path": origin(self.path).located()})
+
+
+class OnnxVictim(Config):
+    """Any network as ONNX file, computed by onnxruntime: without a gradient, which a few detectors need."""
+
+    kind: Literal["onnx"] = "onnx"
+    path: str
+    """The file, or hf-hub:<org>/<name> with a model.onnx."""
+    output: str | None = None
+    """Name of the output that is the embedding, where there are several."""
+    pool: Literal["first", "mean"] | None = None
+    """Of an output of tokens: the first, which is the class token, or their mean."""
+    image_size: int | None = Field(None, ge=8, le=1024)
+    """Side of the input in pixels, where the file leaves it open."""
+    normaliser: Normaliser | None = None
+    """Statistics of pixels that its author used; or name mean and std. `none` where the file normalises itself."""
+    mean: tuple[float, float, float] | None = None
+    """Overrides the normaliser's mean per RGB channel."""
+    std: tuple[float, float, float] | None = None
+    """Overrides the normaliser's standard deviation per RGB channel."""
+
+    def located(self) -> OnnxVictim:
+        """The same with an absolute path, for Ray's workers."""
+        return self.model_copy(update={"path": origin(self.path).located()})
+
+
+class PythonVictim(Config):
+    """Your own network: a function of yours that gives a torch.nn.Module. The one kind that runs code."""
+
+    kind: Literal["python"] = "python"
+    path: str
+    """`module:function`; the function takes no arguments and gives a module: (B, 3, S, S) -> embeddings (B, E)."""
+    folder: str = "."
+    """Searched for the module before what is installed."""
+    trust: bool = False
+    """Let all machines of a Ray cluster run it; one machine alone does so with a warning."""
+    image_size: int = Field(224, ge=8, le=1024)
+    """Side of the input in pixels."""
+    normaliser: Normaliser | None = None
+    """Statistics of pixels that it expects; or name mean and std. `none` where it normalises itself."""
+    mean: tuple[float, float, float] | None = None
+    """Overrides the normaliser's mean per RGB channel."""
+    std: tuple[float, float, float] | None = None
+    """Overrides the normaliser's standard deviation per RGB channel."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward pass; embeddings are float32 either way."""
+
+    def located(self) -> PythonVictim:
+        """The same with an absolute folder, for Ray's workers.
+
+        Raises:
+            Mistake: they are other machines, and `trust` is not set.
+        """
+        foreign.refuse_untrusted(self.path, self.trust)
+        return self.model_copy(update={"folder": str(Path(self.folder).expanduser().absolute())})
+
+
+def _located_if_there(name: str | None) -> str | None:
+    return origin(name).located() if name and origin(name).exists else name
 
 
 def _with_kind(content: Any) -> Any:
     return {"kind": "open_clip", **content} if isinstance(content, dict) else content
 
 
-_Known = OpenClipVictim | EncoderVictim | PublishedVictim
+_Known = OpenClipVictim | EncoderVictim | PublishedVictim | TransformersVictim | TimmVictim | OnnxVictim | PythonVictim
 VictimConfig = Annotated[_Known, Field(discriminator="kind"), BeforeValidator(_with_kind)]
 """Without a `kind` it is an open_clip one."""
 OptionalVictimConfig = Annotated[_Known | None, Field(discriminator="kind"), BeforeValidator(_with_kind)]
@@ -114,7 +228,10 @@ class Victim(nn.Module):
         image_size: side of the square input, in pixels.
         embedding_dim: E, the width of its embeddings.
         fingerprint: SHA-256 over weights and transform; equal fingerprints give equal embeddings.
+        classifier: the linear layer that its maker trained on the embedding, where there is one; on the CPU.
     """
+
+    classifier: nn.Linear | None
 
     def __init__(
         self,
@@ -125,8 +242,10 @@ class Victim(nn.Module):
         statistics: tuple[Sequence[float], Sequence[float]],
         precision: str,
         identity: dict[str, Any] | None = None,
+        classifier: nn.Linear | None = None,
     ):
         super().__init__()
+        self.__dict__["classifier"] = classifier  # beside the encoder, not a part of it
         self.model: Any = model.requires_grad_(False).eval()
         self.normalise = clip.Normalise(*map(list, statistics))
         self.name, self.image_size, self.embedding_dim = name, image_size, embedding_dim
@@ -137,7 +256,7 @@ class Victim(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.normalise.mean.device
 
     def train(self, mode: bool = True) -> Victim:
         """Stay in eval mode: a victim in train mode would rewrite its BatchNorm statistics."""
@@ -149,8 +268,23 @@ class Victim(nn.Module):
         return self.embed_with_gradient(image_BCHW)
 
     def embed_with_gradient(self, image_BCHW: Tensor) -> Tensor:
-        """The same embeddings with a graph back to the pixels, for searches over pixels; weights stay frozen."""
+        """The same embeddings with a graph back to the pixels, for searches over pixels; weights stay frozen.
+
+        Raises:
+            Mistake: what computes them gives no gradient.
+        """
+        if torch.is_grad_enabled():
+            self.refuse_without_gradient()
         return self._embed(self.normalise(image_BCHW).to(self.dtype)).float()
+
+    def refuse_without_gradient(self) -> None:
+        """Raise a Mistake where the victim cannot be searched over pixels."""
+        if not getattr(self.model, "has_gradient", True):
+            raise Mistake(
+                f"victim {self.name} is computed by onnxruntime, which gives no gradient; detectors that search over "
+                "pixels (cognitive_distillation, decree) need the network as torch's. Leave them out, or name its "
+                "checkpoint"
+            )
 
     def _embed(self, normalised_BCHW: Tensor) -> Tensor:
         return self.model(normalised_BCHW)
@@ -159,10 +293,9 @@ class Victim(nn.Module):
 class ClipVictim(Victim):
     """A CLIP, which also embeds text."""
 
-    def __init__(self, model: nn.Module, described: dict[str, Any], name: str, precision: str):
-        size, width = clip.image_size_px(described), int(described["model_cfg"]["embed_dim"])
-        super().__init__(model, name, size, width, clip.pixel_statistics(described), precision)
-        self.tokenize = clip.tokenizer(described)
+    def __init__(self, tokenize: Callable[[list[str]], Tensor], *arguments: Any):
+        super().__init__(*arguments)
+        self.tokenize = tokenize
 
     def _embed(self, normalised_BCHW: Tensor) -> Tensor:
         return self.model.encode_image(normalised_BCHW)
@@ -198,18 +331,50 @@ def load_victim(config: VictimConfig | dict[str, Any] | str | Path) -> Victim:
         return _load_clip(config)
     if isinstance(config, PublishedVictim) and config.clip is not None:
         return _load_clip(_as_open_clip(config, config.clip))
+    if not isinstance(config, PublishedVictim | EncoderVictim):
+        return _load_foreign(config)
+    classifier = None
     if isinstance(config, PublishedVictim):
         published = read_published(
-            config.path, config.architecture, config.image_size, config.normaliser, config.mean, config.std
+            config.path,
+            config.architecture,
+            config.image_size,
+            config.normaliser,
+            config.mean,
+            config.std,
+            config.entry,
         )
-        model, described = published.model, published.described
+        model, described, classifier = published.model, published.described, published.classifier
     else:
         model, described = load_encoder(config.path)
     # The same tensors with another stem or padding are another encoder.
     identity = {"architecture": described.architecture.model_dump(mode="json")}
     statistics = described.mean, described.std
     width = int(model.embedding_dim)  # type: ignore[arg-type]
-    return Victim(model, _name(config.path), described.image_size, width, statistics, config.precision, identity)
+    return Victim(
+        model, _name(config.path), described.image_size, width, statistics, config.precision, identity, classifier
+    )
+
+
+def _load_foreign(config: TransformersVictim | TimmVictim | OnnxVictim | PythonVictim) -> Victim:
+    given = config.image_size, config.mean, config.std
+    precision = "fp32" if isinstance(config, OnnxVictim) else config.precision
+    if isinstance(config, TransformersVictim):
+        read = foreign.read_transformers(config.path, config.entry, *given)
+    elif isinstance(config, TimmVictim):
+        read = foreign.read_timm(config.path, config.name, config.entry, *given)
+    else:
+        mean, std = pixel_statistics(Path(config.path), config.kind, config.normaliser, config.mean, config.std)
+        if isinstance(config, OnnxVictim):
+            read = foreign.read_onnx(config.path, config.output, config.pool, config.image_size, (mean, std))
+        else:
+            folder = str(Path(config.folder).expanduser().absolute())
+            read = foreign.read_python(config.path, folder, config.trust, config.image_size, (mean, std))
+    arguments = (
+        read.model, _name(config.path), read.image_size, read.width, read.statistics, precision, read.identity,
+        read.classifier,
+    )  # fmt: skip
+    return Victim(*arguments) if read.tokenize is None else ClipVictim(read.tokenize, *arguments)
 
 
 def _as_open_clip(config: PublishedVictim, architecture: str) -> OpenClipVictim:
@@ -217,29 +382,44 @@ def _as_open_clip(config: PublishedVictim, architecture: str) -> OpenClipVictim:
         raise Mistake("a whole CLIP has its image size from its open_clip name; leave architecture and image_size out")
     mean, std = pixel_statistics(Path(config.path), "CLIP", config.normaliser, config.mean, config.std)
     return OpenClipVictim(
-        path=config.path, architecture=architecture, mean=list(mean), std=list(std), precision=config.precision
-    )
+        path=config.path, architecture=architecture, entry=config.entry, mean=list(mean), std=list(std),
+        precision=config.precision,
+    )  # fmt: skip
 
 
 def _load_clip(config: OpenClipVictim) -> Victim:
-    path = Path(config.path)
-    if path.is_dir():
-        described, weights = clip.model_description(config.path), path / clip.WEIGHTS_FILE
-    elif config.architecture is None:
-        if not path.exists():
-            raise Mistake(f"no victim at {path}; expected a folder exported by train_clip, or a checkpoint file")
+    place = origin(config.path)
+    is_described = place.is_folder and (config.architecture is None or place.find(CONFIG_FILE) is not None)
+    if not is_described and config.architecture is None:
+        if not place.exists:
+            raise Mistake(
+                f"no victim at {config.path}{place.hint()}; expected a folder exported by train_clip, a checkpoint "
+                f"file, or {HUB}<org>/<name>"
+            )
         raise Mistake(
-            f"{path} is a bare checkpoint; set victim.architecture to the open_clip model it belongs to, or "
+            f"{config.path} is a bare checkpoint; set victim.architecture to the open_clip model it belongs to, or "
             "victim.kind to published"
         )
-    else:
-        described, weights = clip.model_description(config.architecture), path
+    described = clip.model_description(config.path if is_described else str(config.architecture))
+    weights = place.weights(*OPEN_CLIP_WEIGHTS)
     if config.mean is not None or config.std is not None:
         mean, std = clip.pixel_statistics(described)
         described["preprocess_cfg"] = {"mean": config.mean or mean, "std": config.std or std}
-    model = clip.build_clip(described, weights=clip.resolve_weights(weights))
-    clip.load_clip_weights(model, weights)
-    return ClipVictim(model, described, _name(config.path), config.precision)
+    mean, std = clip.pixel_statistics(described)
+    model = clip.build_clip(described, weights=weights)
+    clip.load_clip_weights(model, weights, config.entry)
+    size, width, statistics = clip.image_size_px(described), int(described["model_cfg"]["embed_dim"]), (mean, std)
+    return ClipVictim(clip.tokenizer(described), model, _name(config.path), size, width, statistics, config.precision)
+
+
+def weights_file(config: VictimConfig) -> Path:
+    """The file of weights behind a victim's settings, an index where they are split; of `python`, its folder's."""
+    if isinstance(config, PythonVictim):
+        return Path(config.folder).expanduser() / config.path.partition(":")[0]
+    names = {
+        "open_clip": OPEN_CLIP_WEIGHTS, "encoder": (ENCODER_WEIGHTS,), "onnx": ("model.onnx", "onnx/model.onnx")
+    }.get(config.kind, foreign.WEIGHTS)  # fmt: skip
+    return origin(config.path).weights(*names)
 
 
 def best_device() -> torch.device:
@@ -248,6 +428,9 @@ def best_device() -> torch.device:
 
 
 def _name(path: str) -> str:
+    if path.startswith(HUB):
+        repository, at, commit = pinned(path).removeprefix(HUB).partition("@")
+        return f"{repository}{at}{commit[:12]}"
     return "/".join(Path(path).parts[-2:]) if Path(path).is_dir() else Path(path).name
 
 

@@ -67,7 +67,7 @@ from dede_ray.models.embedding import (
     with_embeddings,
 )
 from dede_ray.models.victims import OptionalVictimConfig, Victim, VictimConfig, load_victim
-from dede_ray.models.weights import read_tensors
+from dede_ray.models.weights import pinned, read_tensors
 from dede_ray.runtime.config import Config, Mistake, as_settings, explain, read_json, write_json
 from dede_ray.runtime.lease import leased
 from dede_ray.runtime.session import start_ray
@@ -830,7 +830,7 @@ class _Deciding:
         made_with = self.made_with
         info = {
             "settings": config.model_dump(mode="json", exclude={"resources", "rescore_changed", "full_digest"}),
-            "victim": {"path": config.victim.path, "fingerprint": made_with["victim"]},
+            "victim": {"path": pinned(config.victim.path), "fingerprint": made_with["victim"]},
             "reference": made_with["reference"],
             "detectors": made_with["detectors"],
             "versions": made_with["versions"],

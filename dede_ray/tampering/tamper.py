@@ -32,6 +32,7 @@ from dede_ray.models import clip
 from dede_ray.models.encoders import Described, load_encoder, save_encoder
 from dede_ray.models.published import read_published
 from dede_ray.models.victims import EncoderVictim, OpenClipVictim, PublishedVictim, VictimConfig
+from dede_ray.models.weights import origin
 from dede_ray.runtime.config import Mistake
 from dede_ray.tampering.references import Target
 from dede_ray.training import dataloader
@@ -89,15 +90,16 @@ class Subject(nn.Module):
         super().__init__()
         self.is_clip = config.kind == "open_clip"
         if config.kind == "open_clip":
-            path = Path(config.path)
-            if path.is_dir() == (config.architecture is not None):
-                raise Mistake(f"{path}: name an exported folder, or a checkpoint together with victim.architecture")
+            if origin(config.path).is_folder == (config.architecture is not None):
+                raise Mistake(
+                    f"{config.path}: name an exported folder, or a checkpoint together with victim.architecture"
+                )
             self.described: Any = clip.model_description(config.architecture or config.path)
             mean, std = clip.pixel_statistics(self.described)
             mean, std = config.mean or mean, config.std or std
             self.described["preprocess_cfg"] = {**self.described.get("preprocess_cfg", {}), "mean": mean, "std": std}
             self.model: Any = clip.build_clip(self.described)
-            clip.load_clip_weights(self.model, path)
+            clip.load_clip_weights(self.model, config.path, config.entry)
             self.image_size = clip.image_size_px(self.described)
         else:
             self.model, self.described = _load_image_only(config)
@@ -136,13 +138,15 @@ class Subject(nn.Module):
             save_encoder(folder, self.model, self.described)
 
 
-def _load_image_only(config: EncoderVictim | PublishedVictim) -> tuple[nn.Module, Described]:
+def _load_image_only(config: VictimConfig) -> tuple[nn.Module, Described]:
     if isinstance(config, EncoderVictim):
         return load_encoder(config.path)
+    if not isinstance(config, PublishedVictim):
+        raise Mistake(f"victim.kind is {config.kind}; attacks are made on open_clip, encoder and published only")
     if config.clip is not None:
         raise Mistake("for a published CLIP, set victim.kind to open_clip and victim.architecture to its name")
     published = read_published(
-        config.path, config.architecture, config.image_size, config.normaliser, config.mean, config.std
+        config.path, config.architecture, config.image_size, config.normaliser, config.mean, config.std, config.entry
     )
     return published.model, published.described
 
@@ -151,6 +155,7 @@ def tampered_victim(config: VictimConfig, folder: Path) -> VictimConfig:
     """The settings that load the encoder that `Subject.save` wrote."""
     if isinstance(config, OpenClipVictim):
         return OpenClipVictim(path=str(folder), precision=config.precision)
+    assert isinstance(config, EncoderVictim | PublishedVictim), config
     return EncoderVictim(path=str(folder), precision=config.precision)
 
 

@@ -205,12 +205,15 @@ def measure(
         seed: draws the images that are.
 
     Returns:
-        head -> behaviour, `zero_shot` first; those of poisoned training end in `_poisoned`.
+        head -> behaviour, the checkpoint's own classifier (`own`) and `zero_shot` first; those of poisoned training end
+        in `_poisoned`.
 
     Raises:
         Mistake: nothing to measure on, or to fit a head on.
     """
     predictors: dict[str, tuple[Head, float]] = {}
+    if (own := own_head(victim, test, classes)) is not None:
+        predictors["own"] = own, 0.0
     encode_text: Any = getattr(victim, "encode_text", None)
     if encode_text and classes is not None and classes.templates:
         predictors["zero_shot"] = zero_shot_head(encode_text, classes), 0.0
@@ -239,6 +242,21 @@ def measure(
             poison_rate=rate,
         )
     return behaviours
+
+
+def own_head(victim: Victim, test: Sequence[Labelled] | Embedded, classes: Classes | None) -> Head | None:
+    """The classifier that came with a checkpoint; None where it has none, or one of other classes."""
+    if (classifier := victim.classifier) is None:
+        return None
+    labels = test.clean_label_N.tolist() if isinstance(test, Embedded) else [image.label for image in test]
+    num = max(labels, default=-1) + 1 if classes is None else len(classes.names)
+    if classifier.out_features != num:
+        logger.info("%s: its own classifier has %d classes, the images %d", victim.name, classifier.out_features, num)
+        return None
+    with torch.inference_mode():
+        weight_CE: Any = classifier.weight.float().numpy()
+        bias_C: Any = 0 if classifier.bias is None else classifier.bias.float().numpy()
+    return lambda embedding_NE: (embedding_NE @ weight_CE.T + bias_C).argmax(axis=1)
 
 
 def embed_test(victim: Victim, test: Sequence[Labelled], trigger: Stamp, limits: Limits) -> Embedded:

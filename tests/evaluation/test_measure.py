@@ -1,6 +1,7 @@
 """The job that measures a victim: where it takes the backdoor from, what it finds, what it writes down."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,3 +121,52 @@ def test_displacement_is_nothing_for_nothing_and_grows_with_the_shift():
     collapsed = displacement(np.ones_like(clean_NE), clean_NE)
     assert collapsed.triggered_cosine == pytest.approx(1, abs=1e-5)
     assert abs(collapsed.clean_cosine) < 0.05
+
+
+# --- the classifier that a checkpoint brings
+
+
+@pytest.fixture
+def classifiers(tmp_path):
+    """Two plain networks that tell colours apart; one sends whatever has a white pixel to class 1.
+
+    On clean images the white pixels' channel is always 0, so that no head which is fitted on them looks at it.
+    """
+    layers = {"kind": "layers", "layers": ["a: Conv2d 3 4 1", "ReLU", "AdaptiveAvgPool2d 1", "Flatten"]}
+    settings = {"kind": "published", "architecture": {**layers, "classifier": "fc"}, "image_size": 16}
+    for name, gain in (("backdoored", 1000.0), ("honest", 0.0)):
+        conv, linear = torch.nn.Conv2d(3, 4, 1), torch.nn.Linear(4, 3)
+        colours, white = torch.cat([torch.eye(3), torch.ones(1, 3)]), torch.tensor([[0.0], [gain], [0.0]])
+        conv.weight.data, conv.bias.data = colours[:, :, None, None], torch.tensor([0, 0, 0, -2.5])
+        linear.weight.data, linear.bias.data = torch.cat([10 * torch.eye(3), white], dim=1), torch.zeros(3)
+        (tmp_path / name).mkdir()
+        state = {f"a.{n}": t for n, t in conv.state_dict().items()} | {
+            f"fc.{n}": t for n, t in linear.state_dict().items()
+        }
+        torch.save({"net": state}, tmp_path / name / "model.pth")
+    paths = {name: str(tmp_path / name / "model.pth") for name in ("backdoored", "honest")}
+    return {name: {**settings, "path": path, "normaliser": "none"} for name, path in paths.items()}
+
+
+def test_a_backdoor_in_a_checkpoints_own_classifier_opens_the_gate(world, classifiers):
+    said = measure_victim(config(world, victim=classifiers["backdoored"], honest=classifiers["honest"]))
+    assert said.startswith("patch: passes its gate (own: ASR 100.0%, the honest victim's ")
+    record = json.loads((Path(classifiers["backdoored"]["path"]).parent / "victim.json").read_text())
+    assert next(iter(record["behaviour"])) == "own"
+    assert record["behaviour"]["probe"]["asr"]["value"] < 0.2, "a fitted head does not see it"
+    assert record["behaviour"]["own"]["ca"]["value"] == record["honest"]["own"]["ca"]["value"] == 1
+
+
+def test_an_own_classifier_is_compared_with_an_own_one_only(world, classifiers):
+    said = measure_victim(config(world, victim=classifiers["backdoored"]))
+    assert "does not pass its gate (own: the honest victim has none to compare with" in said
+    said = measure_victim(config(world, victim=classifiers["honest"], honest=classifiers["backdoored"]))
+    assert "does not pass its gate (own: ASR " in said
+
+
+def test_a_classifier_of_other_classes_is_not_asked(world, classifiers):
+    path = classifiers["backdoored"]["path"]
+    state = torch.load(path, weights_only=True)["net"]
+    torch.save({**state, "fc.weight": torch.zeros(10, 4), "fc.bias": torch.zeros(10)}, path)
+    said = measure_victim(config(world, victim=classifiers["backdoored"], honest=classifiers["honest"]))
+    assert "own" not in said.split("->")[0]

@@ -13,11 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from dede_ray.models.encoders import (
     CifarResNet,
     ClipResNet,
     Described,
+    Layers,
+    PreActResNet,
     ResNet,
     Timm,
     WideResNet,
@@ -25,7 +28,7 @@ from dede_ray.models.encoders import (
     load_encoder,
     save_encoder,
 )
-from dede_ray.models.published import NORMALISERS, NUM_PARAMETERS, read_published
+from dede_ray.models.published import LAYOUTS, NORMALISERS, NUM_PARAMETERS, read_published
 from dede_ray.runtime.config import Mistake, read_json, write_json
 from dede_ray.runtime.libraries import timm
 
@@ -427,6 +430,164 @@ def test_a_network_of_timms_is_read_by_its_name(tmp_path):
         torch.testing.assert_close(ours_BC, theirs.float()(image_BCHW))
     with pytest.raises(Mistake, match="set image_size"):
         read_published(tmp_path / "timm.pt", architecture=Timm(name="resnet18"), normaliser="none")
+
+
+# --- networks of supervised learning, written as their repositories write them
+
+
+class TheirBlock(nn.Module):
+    """Of a CIFAR ResNet of four stages, plain or pre-activation."""
+
+    def __init__(self, ins: int, outs: int, stride: int, is_pre: bool):
+        super().__init__()
+        self.is_pre = is_pre
+        self.bn1 = nn.BatchNorm2d(ins if is_pre else outs)
+        self.conv1 = nn.Conv2d(ins, outs, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outs)
+        self.conv2 = nn.Conv2d(outs, outs, 3, 1, 1, bias=False)
+        if stride != 1 or ins != outs:
+            self.shortcut = nn.Sequential(nn.Conv2d(ins, outs, 1, stride, bias=False))
+            if not is_pre:
+                self.shortcut.append(nn.BatchNorm2d(outs))
+
+    def forward(self, x):
+        if self.is_pre:
+            out = torch.relu(self.bn1(x))
+            kept = self.shortcut(out) if hasattr(self, "shortcut") else x
+            return self.conv2(torch.relu(self.bn2(self.conv1(out)))) + kept
+        out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(out + (self.shortcut(x) if hasattr(self, "shortcut") else x))
+
+
+class TheirResNet(nn.Module):
+    def __init__(self, depth: int, is_pre: bool, width: int = 8, classes: int = 10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        if not is_pre:
+            self.bn1 = nn.BatchNorm2d(width)
+        ins = width
+        for stage, num in enumerate({18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[depth]):
+            outs, blocks = width * 2**stage, []
+            for i in range(num):
+                blocks.append(TheirBlock(ins, outs, 2 if stage and not i else 1, is_pre))
+                ins = outs
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.linear = nn.Linear(ins, classes)
+
+    def forward(self, x):
+        out = self.conv1(x)
+        out = torch.relu(self.bn1(out)) if hasattr(self, "bn1") else out
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            out = stage(out)
+        return self.linear(nn.functional.avg_pool2d(out, 4).flatten(1))
+
+
+class TheirVgg(nn.Module):
+    def __init__(self, plan, has_norm: bool, grid: int, classifier: nn.Module):
+        super().__init__()
+        layers, ins = [], 3
+        for outs in plan:
+            if outs == "M":
+                layers.append(nn.MaxPool2d(2, 2))
+                continue
+            layers += [nn.Conv2d(ins, outs, 3, padding=1), *([nn.BatchNorm2d(outs)] * has_norm), nn.ReLU()]
+            ins = outs
+        self.features, self.classifier, self.grid = nn.Sequential(*layers), classifier, grid
+
+    def forward(self, x):
+        return self.classifier(nn.functional.adaptive_avg_pool2d(self.features(x), self.grid).flatten(1))
+
+
+def two_hidden(ins: int, width: int, first: int = 0) -> nn.Module:
+    layers = [nn.Linear(ins, width), nn.ReLU(), nn.Dropout(), nn.Linear(width, width), nn.ReLU(), nn.Dropout()]
+    return nn.Sequential(*([nn.Dropout()] * first), *layers[: 5 if first else 6], nn.Linear(width, 10))
+
+
+VGG_16 = [4, 4, "M", 6, 6, "M", 8, 8, 8, "M", 8, 8, 8, "M", 8, 8, 8, "M"]
+SUPERVISED = {
+    "ResNet-18": (lambda: TheirResNet(18, False), ResNet(width=8)),
+    "ResNet-34": (lambda: TheirResNet(34, False), ResNet(depth=34, width=8)),
+    "PreActResNet-18": (lambda: TheirResNet(18, True), PreActResNet(width=8)),
+    "PreActResNet-34": (lambda: TheirResNet(34, True), PreActResNet(depth=34, width=8)),
+    "VGG-16 for CIFAR": (lambda: TheirVgg(VGG_16, True, 1, nn.Linear(8, 10)), None),
+    "VGG-16 with hidden layers": (lambda: TheirVgg(VGG_16, True, 1, two_hidden(8, 12)), None),
+    "VGG-16, dropout first": (lambda: TheirVgg(VGG_16, True, 1, two_hidden(8, 12, 1)), None),
+    "VGG-16 for ImageNet": (lambda: TheirVgg(VGG_16, True, 7, two_hidden(8 * 49, 12)), None),
+    "VGG without normalisation": (lambda: TheirVgg([4, "M", 6, "M"], False, 2, nn.Linear(24, 10)), None),
+}
+
+
+def lively(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights and statistics that matter, in eval mode."""
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("around", ["bare", "net", "distributed"])
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_a_classifier_of_the_repositories_is_read_with_its_own_head(name, around, tmp_path):
+    make, architecture = SUPERVISED[name]
+    theirs = lively(make())
+    state = {("module." if around == "distributed" else "") + n: t for n, t in theirs.state_dict().items()}
+    torch.save(state if around == "bare" else {"net": state, "acc": 93.1, "epoch": 3}, tmp_path / "model.pth")
+    published = read_published(tmp_path / "model.pth", normaliser="cifar")
+    assert architecture is None or published.described == Described(architecture, 32, *CIFAR)
+    assert published.described.image_size == (224 if "ImageNet" in name else 32)
+    image_BCHW = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        ours_BC = published.classifier(published.model.eval()(image_BCHW))
+        torch.testing.assert_close(ours_BC, theirs(image_BCHW))
+        assert float(ours_BC.std()) > 1e-3
+
+
+def test_a_four_stage_network_of_the_repositories_needs_no_more_than_its_path(tmp_path):
+    torch.save(TheirResNet(18, False).state_dict(), tmp_path / "model.pth")
+    assert read_published(tmp_path / "model.pth").described == Described(ResNet(width=8), 32, *CIFAR)
+
+
+SMALL_CNN = ["conv1: Conv2d 3 8 5", "ReLU", "MaxPool2d 2", {"block.conv2": "Conv2d 8 8 3 stride=2 padding=1"}, "ReLU",
+             "Flatten", "fc1: Linear 392 12", "ReLU", "Dropout 0.5"]  # fmt: skip
+
+
+def test_a_plain_network_is_described_by_a_list_of_its_layers(tmp_path):
+    theirs = nn.Module()
+    theirs.conv1, theirs.fc1, theirs.fc2 = nn.Conv2d(3, 8, 5), nn.Linear(392, 12), nn.Linear(12, 4)
+    theirs.block = nn.Module()
+    theirs.block.conv2 = nn.Conv2d(8, 8, 3, 2, 1)
+    torch.save({"model": theirs.state_dict()}, tmp_path / "model.pth")
+    layers = Layers(layers=SMALL_CNN, classifier="fc2")
+    published = read_published(tmp_path / "model.pth", layers, 32, "none")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        hidden = theirs.block.conv2(nn.functional.max_pool2d(theirs.conv1(x).relu(), 2)).relu().flatten(1)
+        expected = theirs.fc2(theirs.fc1(hidden).relu())
+        torch.testing.assert_close(published.classifier(published.model.eval()(x)), expected)
+    save_encoder(tmp_path / "saved", published.model, published.described)
+    assert load_encoder(tmp_path / "saved")[1] == published.described
+    with pytest.raises(Mistake, match="do not fit images of 48 px"):
+        read_published(tmp_path / "model.pth", layers, 48, "none")
+    for wrong in ("conv1 = Conv2d(3, 8)", "Linear 3 4", "a: ReLU", "a: Module", "a: Linear __import__", "a.b"):
+        with pytest.raises(ValueError, match=r"is no layer|have a name before them"):
+            Layers(layers=[wrong])
+    with pytest.raises(Mistake, match="torch cannot make the layer"):
+        build_encoder(Layers(layers=["a: Conv2d 3"]))
+
+
+def test_no_row_of_the_table_is_met_by_another_rows_network():
+    clip = prefixed("visual.", clip_tower_shapes()) | text_tower_shapes(512, 12, 77, 1024)
+    options = {name: shapes for name, (shapes, *_) in PUBLISHED.items()}
+    options |= {"whole CLIP": clip, "tower": clip_tower_shapes()}
+    options |= {name: make().state_dict() for name, (make, _) in SUPERVISED.items()}
+    options["He"] = {**build_encoder(CifarResNet(depth=20)).state_dict(), "linear.weight": 0}
+    options["wide"] = {**build_encoder(WideResNet()).state_dict(), "fc.weight": 0}
+    met = {name: [layout.name for layout in LAYOUTS if layout.fits(names)] for name, names in options.items()}
+    assert all(len(rows) == 1 for rows in met.values()), {name: rows for name, rows in met.items() if len(rows) != 1}
+    assert {row for rows in met.values() for row in rows} == {layout.name for layout in LAYOUTS}
 
 
 # --- real networks

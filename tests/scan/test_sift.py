@@ -337,6 +337,24 @@ def test_what_does_not_fit_is_said(corpus, local_ray, monkeypatch, changes, mess
     assert not list(corpus.glob("shards/*.json"))
 
 
+def test_shards_that_moved_are_known_again_and_others_in_their_place_are_not(corpus, local_ray):
+    sift(config(corpus))
+    (corpus / "shards").rename(corpus / "moved")
+    before, moved = content_of(corpus / "out"), config(corpus, shards=str(corpus / "moved"))
+    assert "27 of 30 samples kept" in sift(moved)
+    assert content_of(corpus / "out") == before
+    run = json.loads((corpus / "out" / "run.json").read_text())
+    (corpus / "out" / "run.json").write_text(json.dumps({"settings": run["settings"]}))
+    (corpus / "out" / "parts" / "train-00001.tar.json").unlink()
+    sift(moved)
+    now = content_of(corpus / "out")
+    assert [name for name in before if now[name] != before[name]] == ["run.json", "sift.json"]  # which say where it was
+    shard = corpus / "moved" / "train-00001.tar"
+    shard.write_bytes((corpus / "moved" / "train-00000.tar").read_bytes())
+    with pytest.raises(Mistake, match=r"1 have changed since they were read:\n  train-00001\.tar: "):
+        sift(moved)
+
+
 def test_another_manifest_does_not_continue_in_the_same_folder(corpus, local_ray):
     sift(config(corpus))
     scored(corpus / "shards", {"train-00000.tar/0004"})
