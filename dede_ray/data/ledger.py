@@ -40,6 +40,7 @@ BASE_SCHEMA = pa.schema(
         ("shard", pa.string()),
         ("index", pa.int64()),
         ("error", pa.string()),
+        ("notes", pa.list_(pa.string())),  # of `shards.NOTES`; null where there is none
     ]
 )
 

@@ -50,6 +50,7 @@ from dede_ray.data.shards import (
     CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
+    NOTES,
     REASONS,
     BadSample,
     Limits,
@@ -57,16 +58,15 @@ from dede_ray.data.shards import (
     Shard,
     ShardEnd,
     find_shards,
-    in_order,
+    in_sample,
     iter_samples,
     open_shard,
     sample_id,
-    split_name,
 )
-from dede_ray.data.tar import TarHeader, open_tar
+from dede_ray.data.tar import EMPTY, TarHeader, open_tar, why_no_tar
 from dede_ray.runtime.config import Config, Mistake, claim, finish, read_json, write_json
 from dede_ray.runtime.session import start_ray
-from dede_ray.runtime.store import ObjectPath
+from dede_ray.runtime.store import ObjectPath, is_url
 
 logger = logging.getLogger(__name__)
 
@@ -74,19 +74,23 @@ LEVELS = ("error", "warning", "note")
 
 FINDINGS: dict[str, tuple[str, str]] = {
     # error: every other job leaves this out, or refuses to start on it
-    **dict.fromkeys(REASONS, ("error", "an error row in every pass")),
-    "shard_unreadable": ("error", "not a tar, or an empty one; other jobs refuse to start on it"),
+    **dict.fromkeys([reason for reason in REASONS if reason not in NOTES], ("error", "an error row in every pass")),
+    "shard_unreadable": ("error", "not a tar; other jobs refuse to start on it"),
     "shard_ends_early": ("error", "stops within a member, or turns into rubbish; what followed is lost"),
     # warning: it is used, but perhaps not as intended
     "caption_missing": ("warning", "scored, but left out of CLIP training"),
-    "shard_empty": ("warning", "a tar without samples"),
+    "caption_unreadable": ("warning", "left aside: not UTF-8, or not the text it should be; scored without it"),
+    "caption_too_long": ("warning", "its beginning is used"),
+    "label_unreadable": ("warning", "left aside: not a plain integer; scored and trained on without it"),
+    "shard_empty": ("warning", "no samples; passed over where it has no members"),
     "shard_without_end": ("warning", "no end mark behind the last member; perhaps cut between two"),
     "shard_data_after_end": ("warning", "data behind the tar's end, never read (two tars joined?)"),
     "special_member": ("warning", "a link, device or the like; ignored"),
+    "stray_members": ("warning", "files of no sample: hidden, or with no dot in their name; no reader looks at them"),
     "dangerous_member": ("warning", "general loaders would unpickle or run it; never opened here"),
     "repeated_member": ("warning", "several images (the first is used), captions or labels (the last is)"),
     "interleaved_members": ("warning", "members of one sample are not adjacent; sort the tar by name"),
-    "key_empty": ("warning", "a name that begins with a dot"),
+    "key_empty": ("warning", "a name that begins with a dot, in a folder; readers make samples of those"),
     "key_not_utf8": ("warning", "bytes that are not UTF-8 are escaped"),
     "key_odd_characters": ("warning", "control or invisible characters"),
     "key_path_like": ("warning", "absolute, or with .. or backslashes; dangerous to unpack"),
@@ -226,7 +230,7 @@ def check(config: CheckConfig) -> str:
     """
     start_ray(config)
     output = Path(config.output).absolute()  # Ray's workers have another working folder
-    shards = _find_shards(config.shards)
+    shards = find_shards(config.shards)
     if str(output) in {str(Path(shard.url).parent) for shard in shards}:
         raise Mistake(f"output {config.output} is the folder of the shards, which stay as they are; choose another")
     num_classes, problem = _count_classes(shards)
@@ -255,21 +259,9 @@ def check(config: CheckConfig) -> str:
 # ------------------------------------------------------------------------------------------- all the shards
 
 
-def _find_shards(patterns: str | list[str]) -> list[Shard]:
-    """List shards as `list_shards` does, and also those that cannot be read: they are what this job is for."""
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    shards = [shard for pattern in patterns for shard in find_shards(pattern)]
-    if not shards:
-        raise Mistake(
-            f"no shards at {', '.join(patterns) or 'an empty list'} (looked from {Path.cwd()}); expected .tar or "
-            ".tar.gz files, a folder of them, or a pattern such as shards/train-*.tar"
-        )
-    return in_order(shards)
-
-
 def _version(shard: Shard) -> str:
     """A text that changes when a shard is repaired between two runs."""
-    if "://" in shard.url:
+    if is_url(shard.url):
         return f"{shard.url}, {ObjectPath(shard.url).version()}"
     return f"{shard.url}, {shard.num_bytes} bytes, {os.stat(shard.url).st_mtime_ns}"
 
@@ -414,7 +406,7 @@ class _Findings:
         row = (sample, shard, index, kind, FINDINGS[kind][0], printable(detail))
         self.write(dict(zip(FINDING_SCHEMA.names, row, strict=True)))
         self.counts[kind] += 1
-        self.first.setdefault(kind, sample or shard or "")
+        self.first.setdefault(kind, sample or ": ".join(filter(None, [shard, printable(detail)])))
 
 
 @contextlib.contextmanager
@@ -464,7 +456,7 @@ class _Walk:
 
     def __init__(self, stream: IO[bytes], max_key_bytes: int):
         self._stream, self._max_key_bytes = stream, max_key_bytes
-        self._is_gzipped = False
+        self._is_gzipped, self._start = False, b""
         self._last: str | None = None  # member
         self._position = 0
         self._problem = ""
@@ -473,6 +465,7 @@ class _Walk:
         )
         self._has_data_after_end = False
         self._special: list[str] = []
+        self._first_stray, self._num_strays = "", 0
         self._ignored: dict[str, list[int]] = {}  # suffix -> members, bytes
         self._suffixes_of: dict[int, frozenset[str]] = {}  # hash of a key -> suffixes so far
         self._interned: dict[frozenset[str], frozenset[str]] = {}
@@ -480,6 +473,8 @@ class _Walk:
     def __iter__(self) -> Iterator[_Group]:
         group: _Group | None = None
         try:
+            self._start = self._stream.read(NUM_BYTES)
+            self._stream.seek(0)
             tar = open_tar(self._stream)
             tar.tarinfo = _Header
             self._is_gzipped = tar.is_gzipped
@@ -489,7 +484,12 @@ class _Walk:
                     if not member.isdir() and len(self._special) < _MOST_PER_GROUP:
                         self._special.append(" -> ".join(filter(None, [member.name, member.linkname])))
                     continue
-                key, suffix = split_name(member.name)
+                place = in_sample(member.name)
+                if place is None:
+                    self._first_stray = self._first_stray or member.name
+                    self._num_strays += 1
+                    continue
+                key, suffix = place
                 if group is None or key != group.key:
                     if group is not None:
                         yield self._finish(group)
@@ -534,7 +534,8 @@ class _Walk:
         """Findings about the shard as a whole, in addition to what `iter_samples` found."""
         where = f"at byte {self._position:,}, in or behind {self._last}"
         if self._last is None:
-            yield "shard_unreadable", self._problem or "holds no members"
+            problem = why_no_tar(self._start) or self._problem or EMPTY
+            yield ("shard_empty" if problem == EMPTY else "shard_unreadable"), problem
         elif not end.is_complete:
             is_between = self._ending == "EmptyHeaderError"
             detail = f"{where}: {self._problem}" if self._problem else where
@@ -547,6 +548,8 @@ class _Walk:
             yield "shard_gzipped", ""
         for name in self._special:
             yield "special_member", name
+        if self._num_strays:
+            yield "stray_members", f"{self._first_stray}, {self._num_strays:,} in all"
         for suffix, (num, num_bytes) in sorted(self._ignored.items()):
             yield "ignored_members", f".{suffix}: {num:,} members, {num_bytes:,} bytes"
 
@@ -556,7 +559,7 @@ def _listing(suffixes: frozenset[str]) -> str:
 
 
 def _odd_key(key: str, name: str, max_bytes: int) -> Iterator[str]:
-    if not key or key.endswith("/"):
+    if key.endswith("/"):
         yield "key_empty"
     if any("\udc80" <= character <= "\udcff" for character in name):  # tarfile's way to hand over what is not UTF-8
         yield "key_not_utf8"
@@ -606,12 +609,13 @@ def _facts(
                 oddities += [(kind, what) for kind, is_it in is_so.items() if is_it]
     if facts["error"] is not None:
         oddities.insert(0, (facts["error"], what))
+    oddities += [(note, "") for note in sample.notes]
     if sample.caption is not None:
         text = sample.caption.strip()
         facts |= {"caption_chars": len(sample.caption), "caption_hash": _hash64(text)}
         facts["caption_start"] = printable(text, 80)
         oddities += [(kind, facts["caption_start"]) for kind in _odd_caption(sample.caption)]
-    elif config.captions and facts["error"] is None:
+    elif config.captions and facts["error"] is None and "caption_unreadable" not in sample.notes:
         oddities.append(("caption_missing", ""))
     if sample.label is not None and num_classes is not None and not 0 <= sample.label < num_classes:
         oddities.append(("label_without_name", f"{sample.label}; the classes are 0 to {num_classes - 1}"))
@@ -851,7 +855,7 @@ def _screen(output: str, summary: dict[str, Any]) -> str:
         kinds = [(kind, found) for kind, found in summary["findings"].items() if found["level"] == level]
         lines += [f"{level}s"] * bool(kinds)
         for kind, found in kinds[:10]:
-            example = f"; first {printable(found['first'], 60)}" if found["first"] else ""
+            example = f"; first {printable(found['first'], 80)}" if found["first"] else ""
             lines.append(f"{found['count']:>9,} {kind}: {FINDINGS[kind][1]}{example}")
         if len(kinds) > 10:
             lines.append(f"          and {len(kinds) - 10} more kinds")

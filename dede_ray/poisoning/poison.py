@@ -42,11 +42,11 @@ from dede_ray.data.shards import (
     Sample,
     Shard,
     ShardEnd,
+    in_sample,
     iter_samples,
     list_shards,
     open_shard,
     sample_id,
-    split_name,
 )
 from dede_ray.data.tar import add_member, write_whole
 from dede_ray.poisoning.corrupt_encoder import CorruptEncoder
@@ -256,7 +256,7 @@ def _survey(shard: Shard, limits: Limits) -> tuple[pa.Table, bool]:
     with open_shard(shard) as stream:
         for sample in iter_samples(stream, limits, end=end):
             height = width = None
-            if sample.error is None:
+            if sample.error is None and not sample.notes:
                 assert sample.image is not None
                 with contextlib.suppress(BadSample):
                     height, width, _ = decode_image(sample.image, limits).shape
@@ -495,13 +495,14 @@ def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: Poiso
             for member in tar:
                 if not member.isfile():
                     continue
-                this_key, suffix = split_name(member.name)
+                place = in_sample(member.name)
+                this_key, suffix = place or (key, "")
                 if this_key != key:  # the places of samples, counted as iter_samples counts
                     _add_samples(copy, change.added)
                     key, index = this_key, index + 1
                     change = changes.get(index, unchanged)
                     needs_stamp = change.backdoor is not None
-                if change.is_dropped:
+                if place is not None and change.is_dropped:
                     continue
                 content = tar.extractfile(member)
                 assert content is not None, member.name

@@ -97,7 +97,7 @@ def refuse_unfit(index: list[dataloader.ChunkRef], limits: Limits, with_captions
     samples = dataloader.read_samples(index[0], 0, index[0].num_samples, limits)
     if any(sample.image is not None and (not with_captions or sample.caption is not None) for sample in samples):
         return
-    reasons = Counter(one.error or ("no_image" if one.image is None else "caption_missing") for one in samples)
+    reasons = Counter(one.error or ("no_image" if one.image is None else one.why_no_caption) for one in samples)
     listing = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common())
     what, advice = "an image", ""
     if with_captions:

@@ -25,6 +25,7 @@ from dede_ray.data.ledger import read_parts
 from dede_ray.data.near_duplicates import first_near, hamming, perceptual_hash
 from dede_ray.data.passes import PassResources, run_pass
 from dede_ray.data.shards import (
+    NOTES,
     REASONS,
     BadSample,
     Limits,
@@ -107,7 +108,7 @@ def members_with(picture, bomb: bytes) -> dict[str, list[tuple[str, bytes]]]:
         "image_unreadable": with_image(b"<html>404</html>"),
         "image_truncated": with_image(saved(rgb, "JPEG")[:-80], "jpg"),
         "image_too_large": with_image(saved(Image.new("1", (400, 300)))),
-        "member_too_large": [*with_image(image), ("k.cls", b"1" * 400_000)],
+        "member_too_large": with_image(bytes(400_000)),
         "caption_unreadable": with_caption(b"\xff\xfe\x00"),
         "caption_too_long": with_caption("word " * 100),
         "label_unreadable": [*with_image(image), ("k.cls", b"cat")],
@@ -116,7 +117,7 @@ def members_with(picture, bomb: bytes) -> dict[str, list[tuple[str, bytes]]]:
         "dangerous_member": [*with_image(image), ("k.pyd", bomb)],
         "repeated_member": [*with_image(image), ("k.jpg", saved(rgb, "JPEG"))],
         "interleaved_members": [("k.png", image), *other, ("k.txt", b"a picture")],
-        "key_empty": [(".png", image), (".txt", b"a picture")],
+        "key_empty": [("a/.png", image), ("a/.txt", b"a picture")],
         "key_not_utf8": with_name("caf\udce9"),
         "key_odd_characters": with_name("a\u202eb\x1b[2J"),
         "key_path_like": with_name("../../etc/passwd"),
@@ -143,7 +144,7 @@ def members_with(picture, bomb: bytes) -> dict[str, list[tuple[str, bytes]]]:
 ABOUT_SAMPLES = sorted(members_with(lambda *_: np.zeros((8, 8, 3), np.uint8), b""))
 ABOUT_SHARDS = (
     "shard_unreadable", "shard_ends_early", "shard_without_end", "shard_data_after_end", "shard_gzipped", "shard_empty",
-    "special_member", "ignored_members", "shard_truncated",
+    "special_member", "ignored_members", "shard_truncated", "stray_members",
 )  # fmt: skip
 ACROSS_SHARDS = (
     "classes_unreadable", "exact_duplicate", "near_duplicate", "duplicate_relabelled", "key_in_other_shard",
@@ -169,6 +170,9 @@ def ward(picture, png, write_tar_in, local_ray, tmp_path_factory) -> Path:
     write_tar_in(shards / "shard_gzipped.tar.gz", three)
     (shards / "shard_gzipped.tar").unlink()
     write_tar_in(shards / "ignored_members.tar", [*three, ("good102.json", b"{}"), ("good102.npy", bomb)])
+    write_tar_in(
+        shards / "stray_members.tar", [("._good100.png", b"mac"), *three[:1], ("LICENSE", b"free"), *three[1:]]
+    )
     (shards / "shard_unreadable.tar").write_bytes(b"<html>not here</html>" * 100)
     content = (shards / "shard_ends_early.tar").read_bytes()
     third = content.index(b"good102.png")
@@ -229,7 +233,7 @@ def test_the_verdict_on_every_sample_is_that_of_the_score_pass(ward):
         checked = pq.read_table(ward / "checked" / "samples" / f"{name}.parquet", columns=columns)
         assert checked.select(columns).to_pylist() == scored.select(columns).to_pylist(), name
     errors = {row["error"] for row in samples(ward / "checked").values()}
-    assert errors == {None, *REASONS} & {None, *ABOUT_SAMPLES, "shard_truncated"} - {"caption_missing"}
+    assert errors == {None, *REASONS} & {None, *ABOUT_SAMPLES, "shard_truncated"} - {"caption_missing", *NOTES}
 
 
 class Nothing:
@@ -240,6 +244,16 @@ class Nothing:
 
     def __call__(self, chunk):
         return {}
+
+
+def test_strays_are_named_and_split_no_sample(ward):
+    [detail] = [row["detail"] for row in findings(ward / "checked") if row["kind"] == "stray_members"]
+    assert detail == "._good100.png, 2 in all"
+    assert [row["index"] for row in samples(ward / "checked").values() if row["shard"] == "stray_members.tar"] == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_what_stands_in_an_images_place_is_named(ward):
@@ -506,11 +520,11 @@ def test_only_what_has_changed_since_is_examined_again(write_pictures, write_tar
 def test_fail_on_makes_the_job_fail_once_all_is_written(write_tar, png, local_ray, tmp_path):
     write_tar("shards/s.tar", [("k.png", png()), ("k.txt", b"\xff")])
     settings = {"shards": str(tmp_path / "shards"), "output": str(tmp_path / "checked")}
-    for fail_on in (["caption_unreadable"], ["error"], ["warning", "error"]):
+    for fail_on in (["caption_unreadable"], ["warning"], ["warning", "error"]):
         with pytest.raises(Mistake, match=r"(?s)1 samples in 1 shards.*fail_on names .*: caption_unreadable$"):
             check(CheckConfig(**settings, fail_on=fail_on))
     assert (tmp_path / "checked" / "summary.json").is_file()
-    assert "caption_unreadable" in check(CheckConfig(**settings, fail_on=["warning", "near_duplicate"]))
+    assert "caption_unreadable" in check(CheckConfig(**settings, fail_on=["error", "near_duplicate"]))
     with pytest.raises(ValueError, match=r"no finding is called .near_duplicates.; did you mean near_duplicate"):
         CheckConfig(**settings, fail_on=["near_duplicates"])
 
