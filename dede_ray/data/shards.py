@@ -10,8 +10,8 @@ travel, are scored and are recovered is the *chunk*: `chunk_size` consecutive sa
 Nothing from a shard is ever unpickled or executed: by their suffix, captions and labels are decoded here, images in
 images.py, and every other member is ignored. Reasons belong to parts. Where an image cannot be used, the sample becomes
 an error with a reason from `REASONS`; it keeps its place, so that every sample of a shard appears exactly once in
-whatever is written about it. Where a caption or a label cannot, it is left aside with a note from `NOTES`, and the image
-is used as ever: other trainers do not look at a label, and cut a long caption.
+whatever is written about it. Where a caption or a label cannot, it is left aside with a note from `NOTES`, and the
+image is used as ever: other trainers do not look at a label, and cut a long caption.
 
 Time and memory are bounded by a shard's bytes on disk (tar.py); those of one sample by `Limits`.
 """
@@ -42,12 +42,16 @@ from dede_ray.runtime.store import ObjectPath, is_url
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp")
+OTHER_IMAGE_SUFFIXES = frozenset(
+    ["gif", "tif", "tiff", "jp2", "j2k", "jpx", "jxl", "avif", "heic", "heif", "ico", "svg", "psd", "tga", "exr", "dng"]
+) | {"ppm", "pgm", "pbm", "pnm"}  # fmt: skip
 CAPTION_SUFFIXES = ("txt", "caption")
 LABEL_SUFFIXES = ("cls", "label")
 
 Reason = L[
     "no_image",  # no member with an image suffix
+    "image_of_other_format",  # nor one, but a picture in a format that is not read, by its suffix: .gif, .tif, .avif
     "image_unreadable",  # not one of IMAGE_FORMATS, or damaged
     "image_truncated",  # the image data ends early
     "image_too_large",  # more pixels than `max_pixels`, or a JPEG that paints them `MAX_SCANS` times
@@ -181,17 +185,16 @@ def list_shards(patterns: str | Sequence[str]) -> list[Shard]:
     """
     shards = find_shards(patterns)
     problems = [*at_once(why_unreadable, shards)]
-    unreadable = [
-        f"{shard.url}: {why}" for shard, why in zip(shards, problems, strict=True) if why not in (None, EMPTY)
-    ]
+    looked_at = [*zip(shards, problems, strict=True)]
+    unreadable = [f"{shard.url}: {why}" for shard, why in looked_at if why not in (None, EMPTY)]
     if unreadable:
         listing = "\n  ".join([*unreadable[:10], *["..."][: len(unreadable) - 10]])
         raise Mistake(
             f"{len(unreadable)} of {len(shards)} shards cannot be read as tar:\n  {listing}\n"
             "repair or remove them, or name the readable ones"
         )
-    full = [shard for shard, why in zip(shards, problems, strict=True) if why is None]
-    empty = [shard.url for shard, why in zip(shards, problems, strict=True) if why is not None]
+    full = [shard for shard, why in looked_at if why is None]
+    empty = [shard.url for shard, why in looked_at if why is not None]
     if not full:
         raise Mistake(f"all {len(shards)} shards are empty, such as {empty[0]}; name shards with samples")
     if empty:
@@ -344,6 +347,8 @@ def iter_samples(
                     current.error = current.error or "duplicate_key"
                 suffixes.add(suffix)
                 _read_member(tar, member, suffix, current, limits)
+            if suffix in OTHER_IMAGE_SUFFIXES and current.image is None:
+                current.image_suffix = suffix  # until there is an image
         end.is_complete = tar.is_closed
     except tarfile.ReadError:
         pass  # the data stops, or turns into rubbish
@@ -507,7 +512,7 @@ def _finish(sample: Sample, seen: set[bytes]) -> Sample:
             sample.key = f"{sample.key}#{sample.index}"
     seen.add(_digest(sample.key))
     if sample.error is None and sample.image is None:
-        sample.error = "no_image"
+        sample.error = "image_of_other_format" if sample.image_suffix else "no_image"
     return sample
 
 

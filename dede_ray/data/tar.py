@@ -54,7 +54,7 @@ class Tar(tarfile.TarFile):
         return member
 
     def read(self, member: tarfile.TarInfo, most: int = MAX_MEMBER_SPAN) -> bytes:
-        """The content of a member that is not sparse, or its first `most` bytes; ReadError where the data end inside."""
+        """The content of a member that is not sparse, or its first `most` bytes; ReadError where they are not there."""
         stream: Any = self.fileobj
         size = min(member.size, most)
         try:

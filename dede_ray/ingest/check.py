@@ -44,13 +44,13 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from dede_ray.data.captions import read_classes
 from dede_ray.data.first_bytes import NUM_BYTES, what_is
-from dede_ray.data.images import IMAGE_FORMATS, decode_image, orientation, with_one_exif
+from dede_ray.data.images import IMAGE_FORMATS, decode_image, orientation, without_notes
 from dede_ray.data.near_duplicates import THUMBNAIL_PX, first_equal, first_near, hamming, perceptual_hash
 from dede_ray.data.shards import (
-    CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
     NOTES,
+    OTHER_IMAGE_SUFFIXES,
     REASONS,
     BadSample,
     Limits,
@@ -64,7 +64,8 @@ from dede_ray.data.shards import (
     sample_id,
 )
 from dede_ray.data.tar import EMPTY, TarHeader, open_tar, why_no_tar
-from dede_ray.runtime.config import Config, Mistake, claim, finish, read_json, write_json
+from dede_ray.data.unread import Unread
+from dede_ray.runtime.config import Config, Mistake, claim, finish, parse_json, read_json, write_json
 from dede_ray.runtime.session import start_ray
 from dede_ray.runtime.store import ObjectPath, is_url
 
@@ -87,6 +88,8 @@ FINDINGS: dict[str, tuple[str, str]] = {
     "shard_data_after_end": ("warning", "data behind the tar's end, never read (two tars joined?)"),
     "special_member": ("warning", "a link, device or the like; ignored"),
     "stray_members": ("warning", "files of no sample: hidden, or with no dot in their name; no reader looks at them"),
+    "image_elsewhere": ("warning", "samples without an image have members that look like one"),
+    "caption_elsewhere": ("warning", "samples without a caption have members that may hold it"),
     "dangerous_member": ("warning", "general loaders would unpickle or run it; never opened here"),
     "repeated_member": ("warning", "several images (the first is used), captions or labels (the last is)"),
     "interleaved_members": ("warning", "members of one sample are not adjacent; sort the tar by name"),
@@ -100,6 +103,7 @@ FINDINGS: dict[str, tuple[str, str]] = {
     "image_small": ("warning", "shorter side below min_side_px"),
     "image_elongated": ("warning", "beyond max_aspect; more of it is cropped away than kept"),
     "image_uniform": ("warning", "shows next to nothing"),
+    "caption_json": ("warning", "a JSON list or object; read and trained on as it stands, brackets and all"),
     "caption_empty": ("warning", "nothing but white space"),
     "caption_control_characters": ("warning", "control characters, or marks of a failed decoding"),
     "caption_hidden_characters": ("warning", "bidirectional or invisible characters"),
@@ -342,7 +346,7 @@ def _examine(shard: Shard, output: Path, config: CheckConfig, version: str, num_
         open_shard(shard) as stream,
         open_shard(shard) as headers,
     ):
-        walk = _Walk(headers, config.max_key_bytes)
+        walk = _Walk(headers, config.max_key_bytes, config.limits)
         groups = iter(walk)
         for sample in iter_samples(stream, config.limits, end=end):
             name = sample_id(shard.name, sample.key)
@@ -350,6 +354,8 @@ def _examine(shard: Shard, output: Path, config: CheckConfig, version: str, num_
             write_sample({**facts, "sample_id": name, "shard": shard.name})
             group = next(groups, None)
             for kind, detail in oddities + (group.oddities if group else []):
+                if kind in ("no_image", "image_of_other_format") and group and not detail:
+                    detail = _instead(group.suffixes)
                 findings.add(kind, detail, shard.name, name, sample.index)
             num_unusable += facts["error"] is not None
             formats[facts["format"] or "none"] += 1
@@ -451,11 +457,12 @@ class _Group:
 class _Walk:
     """A walk over a tar's headers: one `_Group` for each sample of `iter_samples`, in its order.
 
-    The content of no member is looked at.
+    Of the contents only small JSON is looked at, for captions.
     """
 
-    def __init__(self, stream: IO[bytes], max_key_bytes: int):
+    def __init__(self, stream: IO[bytes], max_key_bytes: int, limits: Limits):
         self._stream, self._max_key_bytes = stream, max_key_bytes
+        self._captions, self._unread = limits.caption.suffixes, Unread(limits)
         self._is_gzipped, self._start = False, b""
         self._last: str | None = None  # member
         self._position = 0
@@ -497,6 +504,8 @@ class _Walk:
                     for kind in _odd_key(key, member.name, self._max_key_bytes):
                         group.add(kind, member.name)
                 self._note(member, suffix, group)
+                if not member.issparse():
+                    self._unread.add(member.name, suffix, member.size, partial(tar.read, member))
             self._ending, self._position = getattr(tar, "ending", ""), tar.offset
             if self._ending == "EOFHeaderError":
                 rest: Any = tar.fileobj
@@ -507,7 +516,7 @@ class _Walk:
             yield self._finish(group)
 
     def _note(self, member: tarfile.TarInfo, suffix: str, group: _Group) -> None:
-        for what, suffixes in (("image", IMAGE_SUFFIXES), ("caption", CAPTION_SUFFIXES), ("label", LABEL_SUFFIXES)):
+        for what, suffixes in (("image", IMAGE_SUFFIXES), ("caption", self._captions), ("label", LABEL_SUFFIXES)):
             if suffix in suffixes:
                 if not group.suffixes.isdisjoint(suffixes):
                     group.add("repeated_member", f"another {what}: {member.name}")
@@ -523,6 +532,7 @@ class _Walk:
             group.suffixes.add(suffix)
 
     def _finish(self, group: _Group) -> _Group:
+        self._unread.end()
         key, here = _hash64(group.key), frozenset(group.suffixes)
         earlier = self._suffixes_of.get(key, frozenset())
         if earlier and earlier.isdisjoint(here):
@@ -550,12 +560,22 @@ class _Walk:
             yield "special_member", name
         if self._num_strays:
             yield "stray_members", f"{self._first_stray}, {self._num_strays:,} in all"
+        for part, sentence in itertools.islice(self._unread.sentences(), _MOST_PER_GROUP):
+            yield f"{part}_elsewhere", sentence
         for suffix, (num, num_bytes) in sorted(self._ignored.items()):
             yield "ignored_members", f".{suffix}: {num:,} members, {num_bytes:,} bytes"
 
 
 def _listing(suffixes: frozenset[str]) -> str:
     return ", ".join(f".{suffix}" for suffix in sorted(suffixes))
+
+
+def _instead(suffixes: set[str]) -> str:
+    """What a sample without an image has that looks like one."""
+    compound = sorted(suffix for suffix in suffixes if suffix.rpartition(".")[2] in IMAGE_SUFFIXES)
+    if compound:
+        return f"but .{compound[0]}: keys end at the first dot of a name, so this is no image's suffix"
+    return "; ".join(f"but .{suffix}, which is not read" for suffix in sorted(suffixes & OTHER_IMAGE_SUFFIXES)[:1])
 
 
 def _odd_key(key: str, name: str, max_bytes: int) -> Iterator[str]:
@@ -626,7 +646,7 @@ def _hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "bmp": "BMP"}
+_FORMATS = {**dict.fromkeys(("jpg", "jpeg", "jpe", "jfif"), "JPEG"), "png": "PNG", "webp": "WEBP", "bmp": "BMP"}
 _ABOUT_ROTATION = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 
 
@@ -635,7 +655,7 @@ def _header(content: bytes, suffix: str) -> tuple[dict[str, Any], list[tuple[str
     facts: dict[str, Any] = {}
     oddities: list[tuple[str, str]] = []
     try:
-        with Image.open(io.BytesIO(with_one_exif(content)), formats=IMAGE_FORMATS) as image:
+        with Image.open(io.BytesIO(without_notes(content)), formats=IMAGE_FORMATS) as image:
             kind = "JPEG" if image.format == "MPO" else image.format  # several JPEGs in one file
             mode, info = image.mode, image.info
             facts = {"format": kind, "mode": mode, "width": image.width, "height": image.height}
@@ -669,9 +689,18 @@ _HIDDEN = re.compile(
 _URL = re.compile(r"(?:https?|ftp)://|\bwww\.\w", re.IGNORECASE)
 
 
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(parse_json(io.BytesIO(text.encode())), list | dict)
+    except ValueError:
+        return False
+
+
 def _odd_caption(caption: str) -> Iterator[str]:
     if not caption.strip():
         yield "caption_empty"
+    if caption.lstrip().startswith(("[", "{")) and _is_json(caption):
+        yield "caption_json"
     if _CONTROL.search(caption):
         yield "caption_control_characters"
     if _HIDDEN.search(caption):
@@ -855,7 +884,7 @@ def _screen(output: str, summary: dict[str, Any]) -> str:
         kinds = [(kind, found) for kind, found in summary["findings"].items() if found["level"] == level]
         lines += [f"{level}s"] * bool(kinds)
         for kind, found in kinds[:10]:
-            example = f"; first {printable(found['first'], 80)}" if found["first"] else ""
+            example = f"; first {printable(found['first'], 100)}" if found["first"] else ""
             lines.append(f"{found['count']:>9,} {kind}: {FINDINGS[kind][1]}{example}")
         if len(kinds) > 10:
             lines.append(f"          and {len(kinds) - 10} more kinds")

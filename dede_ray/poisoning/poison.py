@@ -34,7 +34,6 @@ from pydantic import Field, ValidationError, model_validator
 from dede_ray.data.captions import Classes, class_captions, pick_caption, read_classes
 from dede_ray.data.images import decode_image, encode_image
 from dede_ray.data.shards import (
-    CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
     BadSample,
@@ -142,6 +141,8 @@ class PoisonConfig(Backdoor):
     def _choices_go_together(self) -> PoisonConfig:
         if self.chosen and (self.clean_label or self.also or self.composition):
             raise ValueError("chosen goes with neither clean_label nor also nor composition")
+        if self.limits.caption.field:
+            raise ValueError("captions are not poisoned within JSON; write them as .txt first (dede-ray ingest)")
         return self
 
     @property
@@ -498,7 +499,7 @@ def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: Poiso
                 place = in_sample(member.name)
                 this_key, suffix = place or (key, "")
                 if this_key != key:  # the places of samples, counted as iter_samples counts
-                    _add_samples(copy, change.added)
+                    _add_samples(copy, change.added, config.limits.caption.suffixes[0])
                     key, index = this_key, index + 1
                     change = changes.get(index, unchanged)
                     needs_stamp = change.backdoor is not None
@@ -515,7 +516,7 @@ def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: Poiso
                     add_member(copy, name[: len(name) - len(suffix)] + new_suffix, image)
                 elif suffix in LABEL_SUFFIXES and change.label is not None:
                     add_member(copy, name, str(change.label).encode())
-                elif suffix in CAPTION_SUFFIXES and change.caption is not None:
+                elif suffix in config.limits.caption.suffixes and change.caption is not None:
                     add_member(copy, name, change.caption.encode())
                 else:
                     header = tarfile.TarInfo(name)
@@ -524,15 +525,15 @@ def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: Poiso
         except (tarfile.ReadError, EOFError, OSError) as error:
             if is_complete or (isinstance(error, OSError) and error.errno is not None):
                 raise  # not what the survey found: the file has changed, or the disk fails
-        _add_samples(copy, change.added)
+        _add_samples(copy, change.added, config.limits.caption.suffixes[0])
 
 
-def _add_samples(tar: tarfile.TarFile, samples: list[Sample]) -> None:
+def _add_samples(tar: tarfile.TarFile, samples: list[Sample], caption_suffix: str) -> None:
     for sample in samples:
         assert sample.image is not None, sample.key
         add_member(tar, f"{sample.key}.{sample.image_suffix}", sample.image)
         if sample.caption is not None:
-            add_member(tar, f"{sample.key}.txt", sample.caption.encode())
+            add_member(tar, f"{sample.key}.{caption_suffix}", sample.caption.encode())
         if sample.label is not None:
             add_member(tar, f"{sample.key}.cls", str(sample.label).encode())
 

@@ -122,9 +122,9 @@ def sift(config: SiftConfig | dict[str, Any] | str | Path) -> str:
     """Copy shards without the samples to drop, and list those. A rerun does what remains.
 
     Kept samples keep their order and their bytes: tar headers, contents and members of unknown kinds. With a dropped
-    sample all of its members go, those that strayed from it included; files of no sample stay. A shard that is cut short stays cut short, a
-    gzipped one stays gzipped. What follows the end of a tar is not copied. One Ray task per shard, so manifest and
-    output must be folders that all machines see.
+    sample all of its members go, those that strayed from it included; files of no sample stay. A shard that is cut
+    short stays cut short, a gzipped one stays gzipped. What follows the end of a tar is not copied. One Ray task per
+    shard, so manifest and output must be folders that all machines see.
 
     Returns:
         One line: how many samples were kept and dropped, and where they are. A second one if the manifest's decision

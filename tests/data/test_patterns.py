@@ -76,11 +76,8 @@ def test_a_folder_that_exists_is_taken_as_it_is(tree, folder):
 
 
 def test_missing_numbers_of_a_range_are_named(tree):
-    tree("a/0.tar", "b/1.tar")
-    with pytest.raises(
-        Mistake, match=r"4 of the 6 names that a/\{0..5\}.tar .* not exist: a/1.tar, .*; name those"
-    ) as said:
-        tree("a/3.tar")
+    tree("a/0.tar", "a/3.tar", "b/1.tar")
+    with pytest.raises(Mistake, match=r"4 of the 6 names that a/\{0..5\}.tar .*: a/1.tar, .*; name those") as said:
         expand("a/{0..5}.tar")
     assert "a/5.tar" in str(said.value)
     with pytest.raises(Mistake, match=r"1 of the 2 names .* not exist: c/\*\.tar"):
@@ -96,15 +93,13 @@ def test_a_text_file_lists_shards(tree):
     Path("list.txt").write_text("\ufeffa/0.tar\r\n\n b/{0..1}.tar\n")
     assert found("list.txt") == ["a/0.tar", "b/0.tar", "b/1.tar"]
     Path("list.txt").write_text("a/0.tar\nc/0.tar\nb/7.tar\n")
-    with pytest.raises(
-        Mistake, match=r"2 of the 3 shards that list.txt lists do not exist: c/0.tar \(line 2\), b/7.tar"
-    ):
+    with pytest.raises(Mistake, match=r"2 of the 3 shards that list.txt lists .*: c/0.tar \(line 2\), b/7.tar"):
         expand("list.txt")
     Path("list.txt").write_text("list.txt\n")
     with pytest.raises(Mistake, match=r"names another list, list.txt, in line 1"):
         expand("list.txt")
     Path("list.txt").write_bytes(b"\xff\xfe\0")
-    with pytest.raises(Mistake, match="list.txt should list shards, one a line"):
+    with pytest.raises(Mistake, match=r"list.txt should list shards, one a line"):
         expand("list.txt")
 
 
@@ -160,5 +155,5 @@ def test_a_store_of_another_maker_that_fails_is_a_store_error(monkeypatch):
         raise ConnectError("no network")
 
     monkeypatch.setattr("dede_ray.runtime.store._filesystem", refuse)
-    with pytest.raises(StoreError, match="hf://datasets/org/name/0.tar: no network"):
+    with pytest.raises(StoreError, match=r"hf://datasets/org/name/0.tar: no network"):
         list_shards("hf://datasets/org/name/0.tar")

@@ -73,9 +73,9 @@ def test_a_key_is_the_name_up_to_the_first_dot_after_the_last_slash(name, key, s
 # What a trainer's reader makes of a name that somebody's system has packed: samples, or strays between them.
 NAMES = [
     "k.png", "k.txt", "./k.png", "./._k.png", "a/k.png", "a/._k.png", "a/.png", "v1.2/._k.png", "v1.2/k.png", "v1.2/k",
-    ".DS_Store", "a/.DS_Store", "LICENSE", "a/MANIFEST", "k.", "....", "/.x", "//.x", "a.b/c/.x", "PaxHeaders.123/k.png",
-    "__MACOSX/._k.png", "__meta__", "__meta__/k.png", "__a.b__", "k.input.jpg", "22.05.png", "22.10.png", "Thumbs.db",
-    "a\nb.png", "v.1\n/b.png", "v.1\nc/b.png", "__a__\n.png", "K.PNG",
+    ".DS_Store", "a/.DS_Store", "LICENSE", "a/MANIFEST", "k.", "....", "/.x", "//.x", "a.b/c/.x",
+    "PaxHeaders.123/k.png", "__MACOSX/._k.png", "__meta__", "__meta__/k.png", "__a.b__", "k.input.jpg", "22.05.png",
+    "22.10.png", "Thumbs.db", "a\nb.png", "v.1\n/b.png", "v.1\nc/b.png", "__a__\n.png", "K.PNG",
 ]  # fmt: skip
 
 

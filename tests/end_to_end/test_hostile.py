@@ -119,7 +119,7 @@ def test_a_hostile_shard_gives_these_samples_and_these_reasons_soon(folder, case
 @pytest.mark.parametrize("case", **named([case for case in SHARDS if case.is_refused]))
 def test_a_file_that_is_no_shard_is_named_in_a_mistake(tmp_path, case):
     (tmp_path / f"{case.name}.{case.suffix}").write_bytes(case.build())
-    with pytest.raises(Mistake, match=f"1 of 1 shards cannot be read as tar:\n.*{case.name}"):
+    with pytest.raises(Mistake, match=rf"1 shards (cannot be read as tar:\n|are empty).*{case.name}"):
         list_shards(str(tmp_path))
 
 

@@ -105,6 +105,7 @@ def members_with(picture, bomb: bytes) -> dict[str, list[tuple[str, bytes]]]:
 
     return {
         "no_image": [("k.txt", b"words")],
+        "image_of_other_format": [("k.gif", saved(rgb, "GIF")), ("k.txt", b"words")],
         "image_unreadable": with_image(b"<html>404</html>"),
         "image_truncated": with_image(saved(rgb, "JPEG")[:-80], "jpg"),
         "image_too_large": with_image(saved(Image.new("1", (400, 300)))),
@@ -127,6 +128,7 @@ def members_with(picture, bomb: bytes) -> dict[str, list[tuple[str, bytes]]]:
         "image_elongated": with_image(saved(picture(1000, 40, 170))),
         "image_uniform": with_image(saved(Image.new("RGB", (64, 64), (250, 250, 250)))),
         "caption_empty": with_caption(" \n"),
+        "caption_json": with_caption('["a photo", "of a thing"]'),
         "caption_control_characters": with_caption("a \x07 bell"),
         "caption_hidden_characters": with_caption("gpj\u202e.exe"),
         "label_without_name": [*with_image(image), ("k.cls", b"12")],
@@ -145,6 +147,7 @@ ABOUT_SAMPLES = sorted(members_with(lambda *_: np.zeros((8, 8, 3), np.uint8), b"
 ABOUT_SHARDS = (
     "shard_unreadable", "shard_ends_early", "shard_without_end", "shard_data_after_end", "shard_gzipped", "shard_empty",
     "special_member", "ignored_members", "shard_truncated", "stray_members",
+    "image_elsewhere", "caption_elsewhere",
 )  # fmt: skip
 ACROSS_SHARDS = (
     "classes_unreadable", "exact_duplicate", "near_duplicate", "duplicate_relabelled", "key_in_other_shard",
@@ -208,6 +211,7 @@ def test_what_is_odd_about_a_sample_is_found_there_and_nowhere_else(ward, kind):
     also = {  # what cannot come alone
         "interleaved_members": {"duplicate_key", "caption_missing"},
         "dangerous_member": {"ignored_members"},
+        "image_of_other_format": {"ignored_members"},
     }
     assert {this for this, name in found if name is None or "good" not in name} - across <= {kind, *also.get(kind, ())}
     assert {this for this, name in found if name is not None and "good" in name} <= across
@@ -256,6 +260,16 @@ def test_strays_are_named_and_split_no_sample(ward):
     ]
 
 
+def test_what_may_have_been_meant_is_named_on_the_screen(ward):
+    screen = read_json(ward / "checked" / "run.json", "run")["result"]["summary"]
+    assert "3 members .input.png, such as 0.input.png: a key ends at the first dot" in screen
+    assert "3 members .json with a field `caption`: set limits.caption.field" in screen
+    details = [row["detail"] for row in findings(ward / "checked") if row["kind"] == "no_image"]
+    assert details.count("but .input.png: keys end at the first dot of a name, so this is no image's suffix") == 3
+    [detail] = [row["detail"] for row in findings(ward / "checked") if row["kind"] == "image_of_other_format"]
+    assert detail == "but .gif, which is not read"
+
+
 def test_what_stands_in_an_images_place_is_named(ward):
     [detail] = [row["detail"] for row in findings(ward / "checked") if row["kind"] == "image_unreadable"]
     assert "web page" in detail
@@ -301,7 +315,8 @@ def test_a_job_over_rubbish_ends_with_a_report(local_ray, tmp_path):
     (tmp_path / "shards" / "classes.json").write_text("[" * 10_000)
     text = check(CheckConfig(shards=str(tmp_path / "shards"), output=str(tmp_path / "checked")))
     assert "0 samples in 5 shards" in text
-    assert [row["kind"] for row in findings(tmp_path / "checked")].count("shard_unreadable") == 5
+    kinds = [row["kind"] for row in findings(tmp_path / "checked")]
+    assert (kinds.count("shard_unreadable"), kinds.count("shard_empty")) == (3, 2)
     assert "classes_unreadable" in text
 
 
@@ -530,14 +545,14 @@ def test_fail_on_makes_the_job_fail_once_all_is_written(write_tar, png, local_ra
 
 
 @pytest.mark.ray
-def test_nothing_to_check_two_shards_of_one_name_and_an_output_among_the_shards_are_mistakes(write_tar, png, tmp_path):
+def test_nothing_to_check_a_shard_named_twice_and_an_output_among_the_shards_are_mistakes(write_tar, png, tmp_path):
     output = str(tmp_path / "checked")
     with pytest.raises(Mistake, match=r"no shards at .*train-\*\.tar"):
         check(CheckConfig(shards=str(tmp_path / "train-*.tar"), output=output))
     for folder in ("one", "two"):
         write_tar(f"{folder}/s.tar", [("k.png", png())])
-    with pytest.raises(Mistake, match=r"two shards are named s\.tar"):
-        check(CheckConfig(shards=[str(tmp_path / "one"), str(tmp_path / "two")], output=output))
+    with pytest.raises(Mistake, match=r"1 shards are named twice, such as .*s\.tar"):
+        check(CheckConfig(shards=[str(tmp_path / "one"), str(tmp_path / "one" / "*.tar")], output=output))
     with pytest.raises(Mistake, match="is the folder of the shards"):
         check(CheckConfig(shards=str(tmp_path / "one"), output=str(tmp_path / "one")))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
