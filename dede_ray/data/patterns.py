@@ -132,7 +132,8 @@ def _find(name: str) -> list[File]:
         first, *others = path.split("/")
         is_pattern = glob.has_magic(path)
         found = _walk(there.at(f"{scheme}://{first}"), others) if is_pattern else there.iterdir()
-        return [File(str(path), path.num_bytes(), False) for path in found if path.is_file()]
+        shown = (path for path in found if path.is_file() and not path.name.startswith("."))  # as on a disk
+        return [File(str(path), path.num_bytes(), False) for path in shown]
     if os.path.isfile(name):
         return [File(os.path.abspath(name), os.path.getsize(name), True)]
     if os.path.isdir(name):

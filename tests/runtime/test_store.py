@@ -58,6 +58,7 @@ def test_shards_are_found_by_folder_pattern_and_name(home, png, tmp_path):
         write_shard(tmp_path / "one.tar", [Sample("a", 0, png(number), "png")])
         write_atomically(home / f"train-{number:05d}.tar", (tmp_path / "one.tar").read_bytes())
     write_atomically(home / "classes.json", "[]")
+    write_atomically(home / "._train-00000.tar", "hidden, as macOS leaves them")
     names = [f"train-{number:05d}.tar" for number in range(3)]
     ways = (home, home / "train-*.tar", f"{home}/train-{{00000..00002}}.tar", f"{home.parent}/{home.name[:-1]}?/*.tar")
     for pattern in ways:
