@@ -88,8 +88,8 @@ FINDINGS: dict[str, tuple[str, str]] = {
     "shard_data_after_end": ("warning", "data behind the tar's end, never read (two tars joined?)"),
     "special_member": ("warning", "a link, device or the like; ignored"),
     "stray_members": ("warning", "files of no sample: hidden, or with no dot in their name; no reader looks at them"),
-    "image_elsewhere": ("warning", "samples without an image have members that look like one"),
-    "caption_elsewhere": ("warning", "samples without a caption have members that may hold it"),
+    "image_elsewhere": ("warning", "read as no image"),
+    "caption_elsewhere": ("warning", "read as no caption"),
     "dangerous_member": ("warning", "general loaders would unpickle or run it; never opened here"),
     "repeated_member": ("warning", "several images (the first is used), captions or labels (the last is)"),
     "interleaved_members": ("warning", "members of one sample are not adjacent; sort the tar by name"),
@@ -179,6 +179,7 @@ DUPLICATE_SCHEMA = pa.schema(
     ]
 )
 
+_SCREEN_CHARS = 160  # of a line, about
 _ROWS = 4096  # held, then written together
 _LISTED = 20  # groups listed in summary.json
 _MOST_PER_GROUP = 50  # findings about the members of one sample, or about the special members of one shard
@@ -884,8 +885,9 @@ def _screen(output: str, summary: dict[str, Any]) -> str:
         kinds = [(kind, found) for kind, found in summary["findings"].items() if found["level"] == level]
         lines += [f"{level}s"] * bool(kinds)
         for kind, found in kinds[:10]:
-            example = f"; first {printable(found['first'], 100)}" if found["first"] else ""
-            lines.append(f"{found['count']:>9,} {kind}: {FINDINGS[kind][1]}{example}")
+            line = f"{found['count']:>9,} {kind}: {FINDINGS[kind][1]}"
+            example = printable(found["first"], _SCREEN_CHARS - len(line))
+            lines.append(f"{line}; first {example}" if found["first"] else line)
         if len(kinds) > 10:
             lines.append(f"          and {len(kinds) - 10} more kinds")
     if groups := summary["look_alikes"]["largest"]:

@@ -173,6 +173,10 @@ def ward(picture, png, write_tar_in, local_ray, tmp_path_factory) -> Path:
     write_tar_in(shards / "shard_gzipped.tar.gz", three)
     (shards / "shard_gzipped.tar").unlink()
     write_tar_in(shards / "ignored_members.tar", [*three, ("good102.json", b"{}"), ("good102.npy", bomb)])
+    compound = [m for i in range(3) for m in ((f"{i}.input.png", png(200 + i)), (f"{i}.txt", b"words"))]
+    write_tar_in(shards / "image_elsewhere.tar", [*three, *compound])
+    in_json = [m for i in range(3) for m in ((f"{i}.png", png(210 + i)), (f"{i}.json", b'{"caption": "a thing"}'))]
+    write_tar_in(shards / "caption_elsewhere.tar", [*three, *in_json])
     write_tar_in(
         shards / "stray_members.tar", [("._good100.png", b"mac"), *three[:1], ("LICENSE", b"free"), *three[1:]]
     )
@@ -260,10 +264,11 @@ def test_strays_are_named_and_split_no_sample(ward):
     ]
 
 
-def test_what_may_have_been_meant_is_named_on_the_screen(ward):
-    screen = read_json(ward / "checked" / "run.json", "run")["result"]["summary"]
+def test_what_may_have_been_meant_is_named_on_the_screen(ward, local_ray, tmp_path):
+    shards = [str(ward / "shards" / f"{part}_elsewhere.tar") for part in ("image", "caption")]
+    screen = check(CheckConfig(shards=shards, output=str(tmp_path / "checked")))
     assert "3 members .input.png, such as 0.input.png: a key ends at the first dot" in screen
-    assert "3 members .json with a field `caption`: set limits.caption.field" in screen
+    assert "3 members .json with a field `caption`: set limits.caption.field to caption" in screen
     details = [row["detail"] for row in findings(ward / "checked") if row["kind"] == "no_image"]
     assert details.count("but .input.png: keys end at the first dot of a name, so this is no image's suffix") == 3
     [detail] = [row["detail"] for row in findings(ward / "checked") if row["kind"] == "image_of_other_format"]
