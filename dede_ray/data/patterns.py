@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from dede_ray.runtime.config import Mistake
 from dede_ray.runtime.store import ObjectPath, StoreError, is_url, place
@@ -115,7 +115,7 @@ def _names(pattern: str) -> list[str]:
         raise Mistake(f"{pattern} stands for more than {MAX_NAMES:,} names; name a part of them")
     try:
         names = [pattern[:start] + name for name in islice(braceexpand(rest, escape=False), MAX_NAMES + 1)]
-    except UnbalancedBracesError:
+    except ValueError:  # braces that are none
         return [pattern]
     if len(names) > MAX_NAMES:
         raise Mistake(f"{pattern} stands for more than {MAX_NAMES:,} names; name a part of them")

@@ -12,6 +12,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from dede_ray.data.shards import CAPTION_SUFFIXES, IMAGE_SUFFIXES, Limits, Shard, in_sample, open_shard
@@ -96,7 +97,7 @@ def hint(shard: Shard, limits: Limits, *parts: Part) -> str:
                     if place[0] != key:
                         found.end()
                     key = place[0]
-                    found.add(member.name, place[1], member.size, lambda member=member: tar.read(member))
+                    found.add(member.name, place[1], member.size, partial(tar.read, member))
     except (OSError, tarfile.ReadError):  # it is only a hint
         pass
     found.end()

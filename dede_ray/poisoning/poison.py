@@ -511,6 +511,7 @@ def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: Poiso
                 if needs_stamp and suffix in IMAGE_SUFFIXES:
                     needs_stamp = False  # the first image of a sample is its image
                     assert change.backdoor is not None
+                    assert key is not None
                     identity = sample_id(shard.name, key)
                     image, new_suffix = _stamped(content.read(), suffix, change.backdoor, identity, config)
                     add_member(copy, name[: len(name) - len(suffix)] + new_suffix, image)
