@@ -6,7 +6,8 @@
     to_unit_range(image_BHWC)                               what encoders take: float32 (B, 3, H, W) in [0, 1]
 
 Whatever a file says, decoding it costs bounded time and memory: only `IMAGE_FORMATS` are tried, and the number of
-pixels, JPEG scans and bytes of EXIF data is checked before anything is decoded. What cannot be used raises `BadSample`
+pixels, JPEG scans and bytes of EXIF data is checked before anything is decoded; a PNG's notes and colour profile are
+stepped over. What cannot be used raises `BadSample`
 with its reason. Processes that only read shards import this module, so it imports no torch.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import io
 import warnings
+import zlib
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # what Pillow may try, whatever the suffix says
 MAX_EXIF_BYTES = 65_536  # what a JPEG segment holds; Pillow before 13 unfolds EXIF data to some thousand times its size
+MAX_CHUNKS = 100_000  # of a PNG that are looked at
 MAX_SCANS = 32  # passes over all pixels that a JPEG of `max_pixels` may ask for
 
 # Pillow warns about damaged metadata with numbers from the file: a hostile corpus would fill memory and log with them.
@@ -56,7 +59,7 @@ def decode_image(
         BadSample: `image_unreadable`, `image_truncated` or `image_too_large`.
     """
     try:
-        with Image.open(io.BytesIO(with_one_exif(content)), formats=IMAGE_FORMATS) as image:
+        with Image.open(io.BytesIO(without_notes(content)), formats=IMAGE_FORMATS) as image:
             width, height = image.size
             if width * height > limits.max_pixels or _is_painted_over(content, width * height, limits):
                 raise BadSample("image_too_large")
@@ -81,7 +84,57 @@ def decode_image(
         raise BadSample("image_truncated" if "truncated" in str(error).lower() else "image_unreadable") from None
 
 
-def with_one_exif(content: bytes) -> bytes:
+def without_notes(content: bytes) -> bytes:
+    """Hide from Pillow what of a JPEG or PNG is no picture and might cost too much."""
+    if content.startswith(_PNG) and any(kind in content for kind in _PNG_NOTES):
+        return _png_without_notes(content)
+    return _with_one_exif(content)
+
+
+def _png_without_notes(content: bytes) -> bytes:
+    """A PNG without its texts, colour profile and large EXIF data; what says how it is turned stays.
+
+    Pillow refuses the whole image where a text or profile unfolds to more than 1 MB, or texts to more than 64.
+    """
+    kept, start = [_PNG], len(_PNG)
+    seen: set[bytes] = set()
+    for _ in range(MAX_CHUNKS):
+        size, kind = int.from_bytes(content[start : start + 4], "big"), content[start + 4 : start + 8]
+        end = start + 12 + size
+        if len(kind) < 4 or end > len(content):
+            break
+        name = kind if kind == b"eXIf" else content[start + 8 : start + 88].partition(b"\0")[0]
+        if kind not in _PNG_NOTES or (name not in seen and _says_turn(kind, name, content[start + 8 : end - 4])):
+            kept.append(content[start:end])
+            seen.add(name)
+        start = end
+        if kind == b"IEND":
+            break
+    return b"".join([*kept, content[start:]])
+
+
+def _says_turn(kind: bytes, name: bytes, data: bytes) -> bool:
+    """Whether a chunk with notes is small, and might hold an orientation."""
+    if len(data) > MAX_EXIF_BYTES:
+        return False
+    if kind == b"eXIf" or (kind == b"tEXt" and name in _ABOUT_TURN):
+        return True
+    if name not in _ABOUT_TURN or kind not in (b"zTXt", b"iTXt"):
+        return False
+    packed = data[len(name) + 2 :]
+    if kind == b"iTXt":
+        if data[len(name) + 1 : len(name) + 2] != b"\1":  # as it is
+            return True
+        packed = packed[1:].split(b"\0", 2)[-1]
+    try:
+        unfold = zlib.decompressobj()
+        unfold.decompress(packed, 2 * MAX_EXIF_BYTES)
+        return not unfold.unconsumed_tail
+    except zlib.error:
+        return False
+
+
+def _with_one_exif(content: bytes) -> bytes:
     """Hide all EXIF data of a JPEG but the first.
 
     Pillow joins the EXIF segments of a JPEG as it opens it, and before version 13 copies the whole for each of their
@@ -107,6 +160,9 @@ def orientation(image: Image.Image) -> Any:
 
 _BMP_RLE = (1, 2)  # compressed bitmaps: rare, and Pillow decodes them byte by byte in Python
 _EXIF = b"Exif\0\0"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf")
+_ABOUT_TURN = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 _TURNS = {  # by EXIF's orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -145,7 +201,7 @@ def _square(image: Image.Image, size_px: int) -> Image.Image:
 
 
 def encode_image(image_HWC: np.ndarray, suffix: str, quality: int = 95) -> bytes:
-    """Encode uint8 HWC RGB by suffix: `png` and `bmp` are exact, `jpg`, `jpeg` (4:2:0) and `webp` take `quality`."""
+    """Encode uint8 HWC RGB by suffix: `png` and `bmp` are exact, `jpg`, its like (4:2:0) and `webp` take `quality`."""
     buffer = io.BytesIO()
     image = Image.fromarray(image_HWC)
     if suffix == "png":
@@ -155,7 +211,7 @@ def encode_image(image_HWC: np.ndarray, suffix: str, quality: int = 95) -> bytes
     elif suffix == "webp":
         image.save(buffer, "WEBP", quality=quality)
     else:
-        assert suffix in ("jpg", "jpeg"), suffix
+        assert suffix in ("jpg", "jpeg", "jpe", "jfif"), suffix
         image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue()
 

@@ -17,10 +17,11 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dede_ray.data.identity import compare, identified, recorded_shards, require_same, shard_entry
@@ -41,6 +42,7 @@ BASE_SCHEMA = pa.schema(
         ("shard", pa.string()),
         ("index", pa.int64()),
         ("error", pa.string()),
+        ("notes", pa.list_(pa.string())),  # of `shards.NOTES`; null where there is none
     ]
 )
 
@@ -279,32 +281,45 @@ class PassSummary:
     num_samples: int
     errors: dict[str, int]
     truncated_shards: list[str]
+    notes: dict[str, int] = field(default_factory=dict)
+    """What was left aside of captions and labels."""
 
 
-def summarise(shards: list[Shard], folder: Place, max_error_fraction: float, name: str) -> PassSummary:
+Hint = Callable[[Counter[str]], str]
+"""Given the counts of reasons, what to add to a message about them."""
+
+
+def summarise(
+    shards: list[Shard], folder: Place, max_error_fraction: float, name: str, hint: Hint = lambda _: ""
+) -> PassSummary:
     """Count over all parts.
 
     Raises:
         Mistake: too many samples are unusable.
     """
-    errors: Counter[str] = Counter()
+    errors, notes = Counter[str](), Counter[str]()
     num_samples, truncated = 0, []
     for shard in shards:
-        column = read_parts(folder, shard.name, ["error"])["error"]
-        num_samples += len(column)
-        errors.update(column.drop_null().to_pylist())
+        table = read_parts(folder, shard.name, ["error", "notes"])
+        num_samples += len(table)
+        errors.update(table["error"].drop_null().to_pylist())
+        notes.update(pc.list_flatten(table["notes"]).to_pylist())
         if not read_end(folder, shard.name).is_complete:
             truncated.append(shard.name)
     if truncated:
         logger.warning("%s: %d shards end early, such as %s", name, len(truncated), ", ".join(truncated[:3]))
     if sum(errors.values()) > max_error_fraction * num_samples:
-        raise Mistake(too_many_errors(errors, num_samples, max_error_fraction, name))
-    return PassSummary(num_samples, dict(sorted(errors.items())), truncated)
+        raise Mistake(too_many_errors(errors, num_samples, max_error_fraction, name) + hint(errors))
+    return PassSummary(num_samples, dict(sorted(errors.items())), truncated, dict(sorted(notes.items())))
+
+
+def counted(reasons: dict[str, int]) -> str:
+    """`image_truncated 3, no_image 12`"""
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
 
 
 def too_many_errors(errors: dict[str, int], num_samples: int, allowed: float, name: str) -> str:
-    counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(errors.items()))
     return (
-        f"{name}: {sum(errors.values()):,} of {num_samples:,} samples cannot be used ({counts}), more than "
+        f"{name}: {sum(errors.values()):,} of {num_samples:,} samples cannot be used ({counted(errors)}), more than "
         f"max_error_fraction {allowed:g} allows; check the shards, or raise it"
     )

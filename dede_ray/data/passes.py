@@ -35,9 +35,11 @@ from ray.data import ActorPoolStrategy
 from ray.exceptions import OutOfMemoryError, RayActorError
 
 from dede_ray.data.ledger import (
+    Hint,
     PassSummary,
     Select,
     claim_parts,
+    counted,
     done_chunks,
     end_path,
     read_end,
@@ -46,6 +48,7 @@ from dede_ray.data.ledger import (
     unfinished,
 )
 from dede_ray.data.shards import Limits, Sample, Shard, ShardEnd
+from dede_ray.data.unread import why_no_image
 from dede_ray.data.workers import (
     TRIES,
     ChunkSource,
@@ -176,12 +179,13 @@ def run_pass(
     claim_parts(folder, made_with, shards)
     reading = Reading(folder, image_size, chunk_size, limits, select, resources.sample_timeout_s)
     todo = unfinished(folder, shards)
+    why = partial(why_no_image, shards, limits)
     if todo:
         skipped = len(shards) - len(todo)
         if skipped or any(todo.values()):
             logger.info("%s: resuming; %d of %d shards are done", name, skipped, len(shards))
         pool = resources.on(ray.cluster_resources())
-        progress = _Progress(name, len(todo), max_error_fraction, folder / "timing.json")
+        progress = _Progress(name, len(todo), max_error_fraction, folder / "timing.json", why)
         threads = pool.threads_per_actor or 1
         actor = partial(Worker, folder, work, work_arguments, threads, name, resources.sample_timeout_s)
         try:
@@ -195,7 +199,7 @@ def run_pass(
         if left:
             lacking = [shard.name for shard in left][:5]
             raise RuntimeError(f"{name}: chunks are missing in {lacking}; run the same command again")
-    return summarise(shards, folder, max_error_fraction, name)
+    return summarise(shards, folder, max_error_fraction, name, why)
 
 
 def run_over_parts(
@@ -299,11 +303,16 @@ def _receipts(data: ray.data.Dataset) -> Iterator[Receipt]:
 class _Progress:
     """Counts receipts, logs progress, and stops a pass that fails or is reading rubbish."""
 
-    def __init__(self, name: str, num_shards: int, max_error_fraction: float, timing: Place | None):
+    def __init__(
+        self, name: str, num_shards: int, max_error_fraction: float, timing: Place | None, hint: Hint = lambda _: ""
+    ):
+        """`hint` has more to say about reasons, see `summarise`."""
         self.name, self.num_shards, self.max_error_fraction, self.timing = name, num_shards, max_error_fraction, timing
+        self.hint = hint
         self.started = self.last = time.monotonic()
         self.num_samples = self.num_chunks = 0
         self.errors: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
 
     def follow(self, receipts: Iterable[Receipt]) -> None:
@@ -313,10 +322,12 @@ class _Progress:
             self.num_chunks += 1
             self.num_samples += receipt.num_samples
             self.errors.update(receipt.errors)
+            self.notes.update(receipt.notes)
             self.seconds.update(receipt.seconds)
             num_errors = sum(self.errors.values())
             if self.num_samples >= 1000 and num_errors > self.max_error_fraction * self.num_samples:
-                raise Mistake(too_many_errors(self.errors, self.num_samples, self.max_error_fraction, self.name))
+                said = too_many_errors(self.errors, self.num_samples, self.max_error_fraction, self.name)
+                raise Mistake(said + self.hint(self.errors))
             now = time.monotonic()
             if now - self.last > 5:
                 self.last = now
@@ -329,6 +340,8 @@ class _Progress:
     def report(self) -> None:
         """Log the last line, and write timing.json."""
         took_s = time.monotonic() - self.started
+        if self.notes:
+            logger.info("%s: left aside of captions and labels: %s", self.name, counted(self.notes))
         logger.info(
             "%s: %s samples done in %.1f s, %d unreadable; %s",
             self.name, f"{self.num_samples:,}", took_s, sum(self.errors.values()), stage_shares(self.seconds),

@@ -8,46 +8,58 @@ caption and label of key `000042` (the name up to the first dot after the last s
 travel, are scored and are recovered is the *chunk*: `chunk_size` consecutive samples of one shard.
 
 Nothing from a shard is ever unpickled or executed: by their suffix, captions and labels are decoded here, images in
-images.py, and every other member is ignored. What cannot be used becomes an error with a reason from `REASONS`; it
-keeps its place, so that every sample of a shard appears exactly once in whatever is written about it.
+images.py, and every other member is ignored. Reasons belong to parts. Where an image cannot be used, the sample becomes
+an error with a reason from `REASONS`; it keeps its place, so that every sample of a shard appears exactly once in
+whatever is written about it. Where a caption or a label cannot, it is left aside with a note from `NOTES`, and the
+image is used as ever: other trainers do not look at a label, and cut a long caption.
 
 Time and memory are bounded by a shard's bytes on disk (tar.py); those of one sample by `Limits`.
 """
 
 from __future__ import annotations
 
-import glob
+import codecs
 import hashlib
-import itertools
+import io
+import logging
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, get_args
 from typing import Literal as L
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from dede_ray.data.tar import Tar, add_member, open_tar, write_whole
-from dede_ray.runtime.config import Config, Mistake
-from dede_ray.runtime.store import ObjectPath
+from dede_ray.data.first_bytes import NUM_BYTES, what_is
+from dede_ray.data.patterns import File, at_once, expand
+from dede_ray.data.tar import EMPTY, Tar, add_member, open_tar, why_no_tar, write_whole
+from dede_ray.runtime.config import Config, Mistake, parse_json
+from dede_ray.runtime.store import ObjectPath, is_url
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp")
+OTHER_IMAGE_SUFFIXES = frozenset(
+    ["gif", "tif", "tiff", "jp2", "j2k", "jpx", "jxl", "avif", "heic", "heif", "ico", "svg", "psd", "tga", "exr", "dng"]
+) | {"ppm", "pgm", "pbm", "pnm"}  # fmt: skip
 CAPTION_SUFFIXES = ("txt", "caption")
 LABEL_SUFFIXES = ("cls", "label")
 
 Reason = L[
     "no_image",  # no member with an image suffix
+    "image_of_other_format",  # nor one, but a picture in a format that is not read, by its suffix: .gif, .tif, .avif
     "image_unreadable",  # not one of IMAGE_FORMATS, or damaged
     "image_truncated",  # the image data ends early
     "image_too_large",  # more pixels than `max_pixels`, or a JPEG that paints them `MAX_SCANS` times
     "member_too_large",  # a member longer than `max_member_bytes`, or copied members that are so together
     "member_sparse",  # a member stored with holes (tar -S), which might unfold to terabytes
     "caption_missing",  # no caption where training needs one
-    "caption_unreadable",  # not UTF-8
-    "caption_too_long",  # longer than `max_caption_chars`
+    "caption_unreadable",  # not UTF-8, or no text where `caption` says that it is
+    "caption_too_long",  # longer than `max_caption_chars`; its beginning is used
     "label_unreadable",  # not an integer of at most 31 bits in plain digits
     "duplicate_key",  # the key occurs earlier in this shard, or one of its members comes twice
     "shard_truncated",  # the shard ends inside this sample
@@ -55,6 +67,9 @@ Reason = L[
     "not_finite",  # what was computed of it, a score or an embedding, is not a number
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
+Note = L["caption_unreadable", "caption_too_long", "label_unreadable"]
+NOTES: tuple[Note, ...] = get_args(Note)
+"""Reasons that are about a caption or a label only: the image beside it is used all the same."""
 
 
 class BadSample(Exception):
@@ -65,15 +80,39 @@ class BadSample(Exception):
         self.reason = reason
 
 
+class CaptionFrom(Config):
+    """Where captions are, if not in a member .txt or .caption."""
+
+    member: str | None = None
+    """Suffix of the members that hold them, such as `text` or `json`; null: txt or caption, or json with a `field`."""
+    field: str | None = None
+    """They are JSON, and this is the field of the caption (`a.b`: within another); of a list the first text counts."""
+
+    @field_validator("member")
+    @classmethod
+    def _is_free(cls, member: str | None) -> str | None:
+        member = member and member.lower().lstrip(".")
+        if member in (*IMAGE_SUFFIXES, *LABEL_SUFFIXES):
+            raise ValueError(f"members .{member} are read as images or labels")
+        return member
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Suffixes of the members that hold captions."""
+        return (self.member,) if self.member else ("json",) if self.field else CAPTION_SUFFIXES
+
+
 class Limits(Config):
-    """Bounds on what one sample of an untrusted shard may cost."""
+    """What is read of one sample of an untrusted shard, and what that may cost."""
 
     max_pixels: int = Field(64_000_000, gt=0)
     """Largest image, in pixels, checked before anything is decoded."""
     max_member_bytes: int = Field(64_000_000, gt=0)
     """Largest member that is read into memory."""
     max_caption_chars: int = Field(10_000, gt=0)
-    """Longest caption."""
+    """Longest caption; of a longer one the beginning is used."""
+    caption: CaptionFrom = CaptionFrom()
+    """Where captions are."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +128,10 @@ class Shard:
 
 @dataclass
 class Sample:
-    """One sample as the shard holds it, its image not yet decoded; `error` says why it cannot be used."""
+    """One sample as the shard holds it, its image not yet decoded.
+
+    `error` says why the image cannot be used, `notes` what is left aside of caption and label.
+    """
 
     key: str
     index: int
@@ -98,12 +140,23 @@ class Sample:
     caption: str | None = None
     label: int | None = None
     error: Reason | None = None
+    notes: list[Note] = field(default_factory=list)
     others: dict[str, bytes] = field(default_factory=dict)
     others_bytes: int = field(default=0, repr=False, compare=False)
 
     def content_hash(self) -> str:
         """SHA-256 of the encoded image bytes, hexadecimal; empty without an image."""
         return hashlib.sha256(self.image).hexdigest() if self.image is not None else ""
+
+    def note(self, note: Note) -> None:
+        """Leave a part aside."""
+        if note not in self.notes:
+            self.notes.append(note)
+
+    @property
+    def why_no_caption(self) -> Reason:
+        """The reason to give where a caption is needed and there is none."""
+        return "caption_unreadable" if "caption_unreadable" in self.notes else "caption_missing"
 
 
 def sample_id(shard_name: str, key: str) -> str:
@@ -115,100 +168,129 @@ def sample_id(shard_name: str, key: str) -> str:
 
 
 def list_shards(patterns: str | Sequence[str]) -> list[Shard]:
-    """Expand folders, globs, `{00000..00004}` ranges and URLs to shards, sorted by name.
+    """Expand folders, patterns, ranges, lists and URLs (patterns.py) to shards, sorted by name.
+
+    Shards without a member, such as a download leaves whose links have all failed, are passed over and counted in the
+    log. Only the first block of each is looked at.
 
     Args:
         patterns: local paths, or URLs that pyarrow opens (`s3://bucket/prefix/train-00000.tar`).
 
     Raises:
-        Mistake: nothing found, two shards of one file name (their sample ids would clash), or a file that
-            cannot be opened as a tar.
+        Mistake: nothing found, a name of a range that does not exist, a shard named twice, one that is no tar, or all
+            of them are empty.
 
     Example:
         >>> import dede_ray
         >>> [shard.name for shard in dede_ray.list_shards("runs/digits/poisoned/train-*.tar")][:1]
         ['train-00000.tar']
     """
+    shards = find_shards(patterns)
+    problems = [*at_once(why_unreadable, shards)]
+    looked_at = [*zip(shards, problems, strict=True)]
+    unreadable = [f"{shard.url}: {why}" for shard, why in looked_at if why not in (None, EMPTY)]
+    if unreadable:
+        listing = "\n  ".join([*unreadable[:10], *["..."][: len(unreadable) - 10]])
+        raise Mistake(
+            f"{len(unreadable)} of {len(shards)} shards cannot be read as tar:\n  {listing}\n"
+            "repair or remove them, or name the readable ones"
+        )
+    full = [shard for shard, why in looked_at if why is None]
+    empty = [shard.url for shard, why in looked_at if why is not None]
+    if not full:
+        raise Mistake(f"all {len(shards)} shards are empty, such as {empty[0]}; name shards with samples")
+    if empty:
+        logger.warning("%d of %d shards are empty and passed over, such as %s", len(empty), len(shards), empty[0])
+    return full
+
+
+def find_shards(patterns: str | Sequence[str]) -> list[Shard]:
+    """List shards as `list_shards` does, and also those that cannot be read; nothing is opened.
+
+    Raises:
+        Mistake: nothing found, a name of a range that does not exist, or a shard named twice.
+    """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
         raise Mistake("the list of shards is empty; name .tar files, a folder of them, or a pattern")
     shards: list[Shard] = []
     for pattern in patterns:
-        found = find_shards(pattern)
+        found = [file for file in expand(pattern) if _is_shard(file)]
         if not found:
             raise Mistake(
                 f"no shards at {pattern} (looked from {Path.cwd()}); expected .tar or .tar.gz files, "
                 "a folder of them, or a pattern such as shards/train-*.tar"
             )
-        shards += found
-    shards = in_order(shards)
-    unreadable = [f"{shard.url}: {problem}" for shard in shards if (problem := why_unreadable(shard))]
-    if unreadable:
-        listing = "\n  ".join(unreadable[:10])
-        raise Mistake(
-            f"{len(unreadable)} of {len(shards)} shards cannot be read as tar:\n  {listing}\n"
-            "repair or remove them, or name the readable ones"
-        )
-    return shards
+        shards += [Shard(_name_of(file.url), file.url, file.num_bytes) for file in found]
+    return _named_apart(shards)
 
 
-def find_shards(pattern: str) -> list[Shard]:
-    """Expand one pattern as `list_shards` does; nothing is opened, and perhaps nothing found."""
-    return [shard for part in _expand_braces(pattern) for shard in _list_one(part)]
+# Compressed tars that are not read: refused by name, as passing them over would leave a corpus half unseen.
+_PACKED = (
+    ".tar.zst", ".tar.zstd", ".tar.bz2", ".tar.xz", ".tar.lz4", ".tar.lzma", ".tar.br", ".tar.z", ".tzst", ".tbz",
+    ".tbz2", ".txz",
+)  # fmt: skip
 
 
-def in_order(shards: Iterable[Shard]) -> list[Shard]:
-    """Sort shards by the ids of their samples.
+def _is_shard(file: File) -> bool:
+    name = _name_of(file.url)
+    if name.endswith((".tar", ".tar.gz", ".tgz")) or name.lower().endswith(_PACKED):
+        return True
+    if file.is_named:
+        kind = what_is(read_start(file.url)) or "of no known format"
+        raise Mistake(f"{file.url} is no shard by its name, and its content is {kind}; expected .tar, .tar.gz or .tgz")
+    return False
+
+
+def _name_of(url: str) -> str:
+    return ObjectPath(url).name if is_url(url) else os.path.basename(url)
+
+
+def _named_apart(shards: list[Shard]) -> list[Shard]:
+    """Sort shards by the ids of their samples; where names clash, folders come before them: `cc3m--00000.tar`.
+
+    Each takes as many of its folders as make it different, so that no id changes where nothing clashes.
 
     Raises:
-        Mistake: two have one name.
+        Mistake: one is named twice.
     """
-    ordered = sorted(shards, key=lambda shard: shard.name + "/")
-    for one, other in itertools.pairwise(ordered):
-        if one.name == other.name:
-            raise Mistake(
-                f"two shards are named {one.name}: {one.url} and {other.url}; sample ids are "
-                "<shard name>/<key>, so rename one or handle them in two runs"
-            )
-    return ordered
+    twice = [url for url, num in Counter(shard.url for shard in shards).items() if num > 1]
+    if twice:
+        raise Mistake(f"{len(twice)} shards are named twice, such as {twice[0]}; name each once")
+    depths = [0] * len(shards)
+    names = [shard.name for shard in shards]
+    while clashing := {name for name, num in Counter(names).items() if num > 1}:
+        for at, shard in enumerate(shards):
+            if names[at] in clashing:
+                depths[at] += 1
+                names[at] = _long_name(shard, depths[at])
+    named = [replace(shard, name=name) for shard, name in zip(shards, names, strict=True)]
+    return sorted(named, key=lambda shard: shard.name + "/")
 
 
-def _expand_braces(pattern: str) -> list[str]:
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not match:
-        return [pattern]
-    first, last = match.groups()
-    numbers = range(int(first), int(last) + 1)
-    return [pattern[: match.start()] + f"{n:0{len(first)}d}" + pattern[match.end() :] for n in numbers]
-
-
-def _list_one(pattern: str) -> list[Shard]:
-    if "://" in pattern:
-        there = ObjectPath(pattern)
-        if glob.has_magic(there.name):
-            found = list(there.parent.glob(there.name))
-        else:
-            found = list(there.iterdir()) if there.is_dir() else [there]
-        files = [(str(path), path.num_bytes()) for path in found if path.is_file()]
-    else:
-        if os.path.isdir(pattern):
-            pattern = os.path.join(glob.escape(pattern), "*")
-        paths = [path for path in glob.glob(pattern) if os.path.isfile(path)]
-        files = [(os.path.abspath(path), os.path.getsize(path)) for path in paths]
-    return [
-        Shard(name, url, size)
-        for url, size in files
-        if (name := url.partition("?")[0].rpartition("/")[2]).endswith((".tar", ".tar.gz", ".tgz"))
-    ]
+def _long_name(shard: Shard, depth: int) -> str:
+    """A shard's name behind so many of its folders; behind a digest of all where they are too few or too long."""
+    *folders, _ = (ObjectPath(shard.url).base if is_url(shard.url) else shard.url).strip("/").split("/")
+    name = "--".join([*filter(None, folders[-depth:]), shard.name])
+    if depth <= len(folders) and len(name.encode()) <= 200:
+        return name
+    return f"{hashlib.sha256(shard.url.encode()).hexdigest()[:16]}--{shard.name}"
 
 
 def why_unreadable(shard: Shard) -> str | None:
-    """What is wrong with the first header, or None; what is wrong further in is for the reader to count."""
+    """What is wrong with a shard as far as its first block shows, `EMPTY` where it has no member; None: nothing."""
     try:
-        with open_shard(shard) as stream:
-            return None if open_tar(stream).next() is not None else "holds no members"
-    except (tarfile.TarError, OSError) as error:
+        return why_no_tar(read_start(shard.url))
+    except OSError as error:
         return f"{type(error).__name__}: {error}"
+
+
+def read_start(url: str) -> bytes:
+    """The first bytes of a file, enough for `what_is` and for a tar's first header."""
+    if is_url(url):
+        return ObjectPath(url).read_start(NUM_BYTES)
+    with open(url, "rb", buffering=0) as stream:
+        return stream.read(NUM_BYTES)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -216,9 +298,9 @@ def why_unreadable(shard: Shard) -> str | None:
 
 def open_shard(shard: Shard) -> IO[bytes]:
     """Open a shard for reading from its start, local or remote."""
-    if "://" not in shard.url:
-        return open(shard.url, "rb")
-    return ObjectPath(shard.url).open()
+    if is_url(shard.url):
+        return ObjectPath(shard.url).open()
+    return open(shard.url, "rb")
 
 
 @dataclass
@@ -248,23 +330,27 @@ def iter_samples(
     seen: set[bytes] = set()
     current: Sample | None = None
     suffixes: set[str] = set()
+    decoded = frozenset((*IMAGE_SUFFIXES, *LABEL_SUFFIXES, *limits.caption.suffixes))
     index = 0
     try:
         tar = open_tar(stream)
         for member in tar:
-            if not member.isfile():
+            place = in_sample(member.name) if member.isfile() else None
+            if place is None:
                 continue
-            key, suffix = split_name(member.name)
+            key, suffix = place
             if current is None or key != current.key:
                 if current is not None:
                     yield _finish(current, seen)
                 current, suffixes = Sample(key, index), set()
                 index += 1
-            if suffix in _DECODED or keep_others:
+            if suffix in decoded or keep_others:
                 if suffix in suffixes:  # readers would differ on which of the two they take
                     current.error = current.error or "duplicate_key"
                 suffixes.add(suffix)
                 _read_member(tar, member, suffix, current, limits)
+            if suffix in OTHER_IMAGE_SUFFIXES and current.image is None:
+                current.image_suffix = suffix  # until there is an image
         end.is_complete = tar.is_closed
     except tarfile.ReadError:
         pass  # the data stops, or turns into rubbish
@@ -295,9 +381,27 @@ def split_name(name: str) -> tuple[str, str]:
     written to a file.
     """
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    folder, _, base = name.rpartition("/")
+    folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), suffix.lower()
+    return folder + slash + stem, suffix.lower()
+
+
+def in_sample(name: str) -> tuple[str, str] | None:
+    """Key and suffix of a regular file that belongs to a sample, by its name; None for one that belongs to none.
+
+    The rule is that of webdataset, and so of the trainers built on it: a name without a dot after its last slash, or
+    without anything before that dot (`LICENSE`, `.DS_Store`, `./._a.png`), and `__anything__`, stray among the samples;
+    they neither begin one nor end one. Everything that walks over a tar asks here.
+    """
+    key, suffix = split_name(name)
+    if "." not in name.rpartition("/")[2] or not key or _META.match(name):
+        return None
+    # What webdataset takes for the last part of the key has no dot. It begins behind a slash, on the first line.
+    start = key.partition("\n")[0].rfind("/", 0, len(key) - 1) + 1
+    return None if "." in key[start:] else (key, suffix)
+
+
+_META = re.compile(r"__[^/]*__($|/)")
 
 
 def count_samples(shards: list[Shard]) -> int:
@@ -308,17 +412,87 @@ def count_samples(shards: list[Shard]) -> int:
     return sum(ray.get([count.remote(shard) for shard in shards]))
 
 
-_DECODED = frozenset((*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, *LABEL_SUFFIXES))
 _LABEL = re.compile(rb"\s*([+-]?\d+)\s*")  # without what int() takes besides: 1_000
+_MAX_JSON_BYTES = 1_000_000  # of a member that holds a caption
 
 
 def _read_member(tar: Tar, member: tarfile.TarInfo, suffix: str, sample: Sample, limits: Limits) -> None:
     """Read one member into its sample."""
+    if suffix in limits.caption.suffixes:
+        sample.caption = None
+        try:
+            sample.caption = _caption(tar, member, sample, limits)
+        except (ValueError, tarfile.ReadError) as error:
+            sample.note("caption_unreadable")
+            if isinstance(error, tarfile.ReadError):
+                raise
+    elif suffix in LABEL_SUFFIXES:
+        sample.label = None
+        try:
+            digits = None if member.size > 32 or member.issparse() else _LABEL.fullmatch(tar.read(member))
+        except tarfile.ReadError:
+            sample.note("label_unreadable")
+            raise
+        if digits and abs(int(digits[1])) < 2**31:
+            sample.label = int(digits[1])
+        else:
+            sample.note("label_unreadable")
+    else:
+        _read_whole(tar, member, suffix, sample, limits)
+
+
+def _caption(tar: Tar, member: tarfile.TarInfo, sample: Sample, limits: Limits) -> str | None:
+    """The caption in a member, or its beginning where it is too long; None where the JSON has none.
+
+    Raises:
+        ValueError: it is no text.
+        tarfile.ReadError: the data end inside.
+    """
+    if member.issparse():
+        raise ValueError("stored with holes")
+    most = limits.max_caption_chars
+    text: str | None
+    if limits.caption.field is not None:
+        if member.size > _MAX_JSON_BYTES:
+            raise ValueError("too long")
+        text, is_whole = text_in_json(tar.read(member), limits.caption.field), True
+    else:
+        content = tar.read(member, 4 * most)  # bytes: as many as UTF-8 takes at most
+        is_whole = len(content) == member.size
+        text = codecs.getincrementaldecoder("utf-8")().decode(content, final=is_whole)
+    if text is None or (is_whole and len(text) <= most):
+        return text
+    sample.note("caption_too_long")
+    return text[:most]
+
+
+def text_in_json(content: bytes, name: str) -> str | None:
+    """The text in a field of a JSON object, or the first one of a list there; None where there is no such field.
+
+    Raises:
+        ValueError: no JSON object, or something else in the field.
+    """
+    value = parse_json(io.BytesIO(content))
+    for part in name.split("."):
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+        value = value.get(part)
+    if isinstance(value, list):
+        value = next((one for one in value if isinstance(one, str) and one.strip()), "" if not value else value[0])
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{type(value).__name__} where text is expected")
+    return value
+
+
+def _read_whole(tar: Tar, member: tarfile.TarInfo, suffix: str, sample: Sample, limits: Limits) -> None:
+    """Read an image, or a member that is kept as it is."""
     if member.issparse():
         sample.error = sample.error or "member_sparse"
         return
-    is_other = suffix not in _DECODED
-    if member.size + sample.others_bytes * is_other > limits.max_member_bytes:
+    is_image = suffix in IMAGE_SUFFIXES
+    if member.size + sample.others_bytes * (not is_image) > limits.max_member_bytes:
         sample.error = sample.error or "member_too_large"
         return
     try:
@@ -326,25 +500,11 @@ def _read_member(tar: Tar, member: tarfile.TarInfo, suffix: str, sample: Sample,
     except tarfile.ReadError:
         sample.error = "shard_truncated"
         raise
-    if suffix in IMAGE_SUFFIXES:
-        if sample.image is None:
-            sample.image, sample.image_suffix = content, suffix
-    elif suffix in CAPTION_SUFFIXES:
-        try:
-            sample.caption = content.decode("utf-8")
-        except UnicodeDecodeError:
-            sample.error = sample.error or "caption_unreadable"
-        else:
-            if len(sample.caption) > limits.max_caption_chars:
-                sample.caption, sample.error = None, sample.error or "caption_too_long"
-    elif suffix in LABEL_SUFFIXES:
-        digits = _LABEL.fullmatch(content) if len(content) <= 32 else None
-        sample.label = int(digits[1]) if digits else None
-        if sample.label is None or abs(sample.label) >= 2**31:
-            sample.label, sample.error = None, sample.error or "label_unreadable"
-    else:
+    if not is_image:
         sample.others[suffix] = content
         sample.others_bytes += len(content) + 128  # and what a dictionary needs for it
+    elif sample.image is None:
+        sample.image, sample.image_suffix = content, suffix
 
 
 def _finish(sample: Sample, seen: set[bytes]) -> Sample:
@@ -354,7 +514,7 @@ def _finish(sample: Sample, seen: set[bytes]) -> Sample:
             sample.key = f"{sample.key}#{sample.index}"
     seen.add(_digest(sample.key))
     if sample.error is None and sample.image is None:
-        sample.error = "no_image"
+        sample.error = "image_of_other_format" if sample.image_suffix else "no_image"
     return sample
 
 
@@ -368,8 +528,9 @@ def _count(shard: Shard) -> int:
     with open_shard(shard) as stream:
         try:
             for member in open_tar(stream):
-                if member.isfile() and split_name(member.name)[0] != key:
-                    count, key = count + 1, split_name(member.name)[0]
+                place = in_sample(member.name) if member.isfile() else None
+                if place is not None and place[0] != key:
+                    count, key = count + 1, place[0]
         except tarfile.ReadError:
             pass  # what comes before the damage counts, as `iter_samples` reads it
     return count

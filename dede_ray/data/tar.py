@@ -1,5 +1,6 @@
 """Tars that strangers made, read front to back at a bounded cost; and writing them whole.
 
+    why_no_tar(start)              what is wrong with it, by its first 512 bytes
     open_tar(stream) -> Tar        plain or gzipped; iterate over its members, `read` those you want
     write_whole(path, is_gzipped)  a file that is absent or complete, whatever is killed
     add_member(tar, name, content)
@@ -20,6 +21,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
+
+from dede_ray.data.first_bytes import what_is
 
 MAX_MEMBER_SPAN = 2**40  # a member that claims more bytes is rubbish; no file system would let us step over it
 MAX_UNFOLDING = 50  # where a gzipped shard exceeds 64 MB and this many times its own bytes, it ends, as rubbish
@@ -50,15 +53,16 @@ class Tar(tarfile.TarFile):
         self.members.clear()  # type: ignore[attr-defined]
         return member
 
-    def read(self, member: tarfile.TarInfo) -> bytes:
-        """The content of a member that is not sparse; ReadError where the data end inside."""
+    def read(self, member: tarfile.TarInfo, most: int = MAX_MEMBER_SPAN) -> bytes:
+        """The content of a member that is not sparse, or its first `most` bytes; ReadError where they are not there."""
         stream: Any = self.fileobj
+        size = min(member.size, most)
         try:
             stream.seek(member.offset_data)
-            content: bytes = stream.read(member.size)
+            content: bytes = stream.read(size)
         except OSError as error:
             raise _of_shard(error) from None
-        if len(content) < member.size:
+        if len(content) < size:
             raise tarfile.ReadError("unexpected end of data")
         return content
 
@@ -84,14 +88,45 @@ def open_tar(stream: IO[bytes], tap: Callable[[Any], Any] = lambda source: sourc
     """
     start = stream.read(tarfile.BLOCKSIZE)
     stream.seek(-len(start), os.SEEK_CUR)
-    is_gzipped = False
-    if start.startswith(b"\x1f\x8b"):  # as a name may, too
-        try:
-            tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
-        except tarfile.HeaderError:  # type: ignore[attr-defined]
-            is_gzipped = True
-    source: Any = _Unfolding(stream) if is_gzipped else stream
+    source: Any = _Unfolding(stream) if _is_gzip(start) else stream
     return Tar(fileobj=tap(source), tarinfo=TarHeader, encoding="utf-8", errors="surrogateescape")
+
+
+EMPTY = "holds no members"
+
+
+def why_no_tar(start: bytes) -> str | None:
+    """What is wrong with a tar that begins with these bytes: its first 512, or all; None where nothing is to be seen.
+
+    Where it is closed before its first member, or has no bytes, that is `EMPTY`. What is wrong further in is for the
+    reader to count.
+    """
+    kind = what_is(start)
+    if _is_gzip(start):
+        try:
+            unfolded = zlib.decompressobj(31).decompress(start, tarfile.BLOCKSIZE)
+        except zlib.error as error:
+            return f"bad gzip data: {error}"
+        if len(unfolded) < tarfile.BLOCKSIZE < len(start) + 1:
+            return None  # what is there of it says nothing yet
+        start, kind = unfolded, None
+    if not start.strip(b"\0"):
+        return EMPTY
+    try:
+        header = TarHeader.frombuf(start, "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError) as error:  # type: ignore[attr-defined]
+        return f"no tar: {error}" if kind in (None, "a tar") else f"no tar, but {kind}"
+    return None if 0 <= header.size <= MAX_MEMBER_SPAN else f"bad header: a member of {header.size} bytes"
+
+
+def _is_gzip(start: bytes) -> bool:
+    if not start.startswith(b"\x1f\x8b"):
+        return False
+    try:  # a member's name may begin so, too
+        tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:  # type: ignore[attr-defined]
+        return True
+    return False
 
 
 class TarHeader(tarfile.TarInfo):

@@ -35,6 +35,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray import cloudpickle
 from ray.data import Datasource, ReadTask
@@ -113,6 +114,8 @@ class Receipt:
     number: int
     num_samples: int = 0
     errors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What was left aside of captions and labels; no reason to stop."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By stage: of the reader that decoded it (read, decode) and of the actor (the others)."""
     failure: str | None = None
@@ -317,7 +320,7 @@ def decode(
             except BadSample as bad:
                 sample.error = bad.reason
         row = {name: getattr(sample, name) for name in ("index", "key", "caption", "error")}
-        rows.append({**row, "content_hash": sample.content_hash()})
+        rows.append({**row, "content_hash": sample.content_hash(), "notes": sample.notes or None})
         laps.mark("decode")
     return _row(shard.name, number, rows, images, seconds=laps.take())
 
@@ -333,6 +336,7 @@ def _row(
 ) -> pa.Table:
     """A chunk, or with `failure` what ended the reading, as one row."""
     kinds = {"index": pa.int64(), **dict.fromkeys(("key", "caption", "error", "content_hash"), pa.string())}
+    kinds["notes"] = pa.list_(pa.string())
     lists = {name: pa.array([[one[name] for one in samples]], pa.list_(kind)) for name, kind in kinds.items()}
     return pa.table(
         {
@@ -466,6 +470,7 @@ class Worker(_Actor):
                 "shard": [row["shard"]] * len(ids),
                 "index": row["index"],
                 "error": errors,
+                "notes": row["notes"],
             },
             schema=BASE_SCHEMA,
         )
@@ -500,6 +505,8 @@ class PartWorker(_Actor):
             self.laps.mark("read")
             good = stored.filter(stored["error"].is_null())
             columns = self.work(good) if len(good) else {}
+            if "notes" not in stored.column_names:  # of an earlier version
+                stored = stored.append_column(BASE_SCHEMA.field("notes"), pa.nulls(len(stored), pa.list_(pa.string())))
             table = _completed(stored.select(BASE_SCHEMA.names), columns, self.work.columns)
             self.laps.mark("work")
             receipt = _commit(table, part_path(self.folder, shard, number), receipt)
@@ -514,6 +521,7 @@ def _commit(table: pa.Table, path: Place, receipt: Receipt) -> Receipt:
     try:
         write_parquet(table, path)
         receipt.num_samples, receipt.errors = len(table), table["error"].drop_null().to_pylist()
+        receipt.notes = pc.list_flatten(table["notes"]).to_pylist()
     except Exception as error:
         logger.exception("writing %s", path)
         receipt.failure = packed(error)

@@ -14,20 +14,24 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, NamedTuple
 
+from dede_ray.data.first_bytes import NUM_BYTES, what_is
 from dede_ray.runtime.config import Mistake
 
 # Archives of images shrink little; one that grows more than this was made to fill a disk.
 MAX_EXPANSION = 200
 MAX_PICKLE_BYTES = 2**30
+ARCHIVES = ("a tar", "a ZIP archive", "compressed with gzip")
+"""What holds files, as `what_is` names it."""
 
 
 class Piece(NamedTuple):
@@ -162,8 +166,13 @@ def _copy(source: IO[bytes] | gzip.GzipFile, target: IO[bytes], allowed: int, ex
 
 
 @contextmanager
-def damage_is_a_mistake(path: str) -> Iterator[None]:
-    """Turn what readers of archives raise at damaged bytes into a `Mistake`; errors of the disk stay what they are."""
+def damage_is_a_mistake(path: str, *expected: str) -> Iterator[None]:
+    """Turn what readers of archives raise at damaged bytes into a `Mistake`; errors of the disk stay what they are.
+
+    Args:
+        path: the file, which is named by its first bytes if it is something else altogether.
+        expected: what it should be, as `what_is` says it; nothing: one of `ARCHIVES`.
+    """
     try:
         yield
     except Mistake:
@@ -171,15 +180,42 @@ def damage_is_a_mistake(path: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is not None:
             raise
-        raise Mistake(_damaged(path, error)) from None
+        raise Mistake(_damaged(path, error, expected)) from None
     except (
         tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError, RuntimeError, LookupError
     ) as error:  # fmt: skip
-        raise Mistake(_damaged(path, error)) from None
+        raise Mistake(_damaged(path, error, expected)) from None
 
 
-def _damaged(path: str, error: Exception) -> str:
+def _damaged(path: str, error: Exception, expected: Sequence[str] = ()) -> str:
+    if found := _something_else(path, expected or ARCHIVES):
+        return found
     return f"{path} is damaged, or not the file it should be ({type(error).__name__}: {error}); fetch it again"
+
+
+def not_text(start: bytes) -> str | None:
+    """Say what a file is that should be lines of text, by its first bytes; None if it may be.
+
+    Text may begin like many a format (`BMW ...`, `<person> ...`, `[a`): it counts where it could be no text.
+    """
+    what = what_is(start)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "UTF-16: save it as UTF-8"
+    is_binary = re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", start) is not None
+    is_page = what is not None and ("web page" in what or "Git LFS" in what or start.lstrip().startswith(b"<?xml"))
+    return what if is_page or is_binary else None
+
+
+def _something_else(path: str, expected: Sequence[str]) -> str | None:
+    """Say what stands in the place of a file, by its first bytes; None if it may be damaged, or is unfamiliar."""
+    try:
+        with open(path, "rb") as stream:
+            what = what_is(stream.read(NUM_BYTES))
+    except OSError:
+        return None
+    if what is None or what == "empty" or what.endswith("of zero") or what.startswith(tuple(expected)):
+        return None
+    return f"{path} is {what}; expected {' or '.join(expected)}"
 
 
 # ---------------------------------------------------------------------------------------------- pickles

@@ -44,12 +44,13 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from dede_ray.data.captions import read_classes
 from dede_ray.data.first_bytes import NUM_BYTES, what_is
-from dede_ray.data.images import IMAGE_FORMATS, decode_image, orientation, with_one_exif
+from dede_ray.data.images import IMAGE_FORMATS, decode_image, orientation, without_notes
 from dede_ray.data.near_duplicates import THUMBNAIL_PX, first_equal, first_near, hamming, perceptual_hash
 from dede_ray.data.shards import (
-    CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
+    NOTES,
+    OTHER_IMAGE_SUFFIXES,
     REASONS,
     BadSample,
     Limits,
@@ -57,16 +58,16 @@ from dede_ray.data.shards import (
     Shard,
     ShardEnd,
     find_shards,
-    in_order,
+    in_sample,
     iter_samples,
     open_shard,
     sample_id,
-    split_name,
 )
-from dede_ray.data.tar import TarHeader, open_tar
-from dede_ray.runtime.config import Config, Mistake, claim, finish, read_json, write_json
+from dede_ray.data.tar import EMPTY, TarHeader, open_tar, why_no_tar
+from dede_ray.data.unread import Unread
+from dede_ray.runtime.config import Config, Mistake, claim, finish, parse_json, read_json, write_json
 from dede_ray.runtime.session import start_ray
-from dede_ray.runtime.store import ObjectPath
+from dede_ray.runtime.store import ObjectPath, is_url
 
 logger = logging.getLogger(__name__)
 
@@ -74,19 +75,25 @@ LEVELS = ("error", "warning", "note")
 
 FINDINGS: dict[str, tuple[str, str]] = {
     # error: every other job leaves this out, or refuses to start on it
-    **dict.fromkeys(REASONS, ("error", "an error row in every pass")),
-    "shard_unreadable": ("error", "not a tar, or an empty one; other jobs refuse to start on it"),
+    **dict.fromkeys([reason for reason in REASONS if reason not in NOTES], ("error", "an error row in every pass")),
+    "shard_unreadable": ("error", "not a tar; other jobs refuse to start on it"),
     "shard_ends_early": ("error", "stops within a member, or turns into rubbish; what followed is lost"),
     # warning: it is used, but perhaps not as intended
     "caption_missing": ("warning", "scored, but left out of CLIP training"),
-    "shard_empty": ("warning", "a tar without samples"),
+    "caption_unreadable": ("warning", "left aside: not UTF-8, or not the text it should be; scored without it"),
+    "caption_too_long": ("warning", "its beginning is used"),
+    "label_unreadable": ("warning", "left aside: not a plain integer; scored and trained on without it"),
+    "shard_empty": ("warning", "no samples; passed over where it has no members"),
     "shard_without_end": ("warning", "no end mark behind the last member; perhaps cut between two"),
     "shard_data_after_end": ("warning", "data behind the tar's end, never read (two tars joined?)"),
     "special_member": ("warning", "a link, device or the like; ignored"),
+    "stray_members": ("warning", "files of no sample: hidden, or with no dot in their name; no reader looks at them"),
+    "image_elsewhere": ("warning", "read as no image"),
+    "caption_elsewhere": ("warning", "read as no caption"),
     "dangerous_member": ("warning", "general loaders would unpickle or run it; never opened here"),
     "repeated_member": ("warning", "several images (the first is used), captions or labels (the last is)"),
     "interleaved_members": ("warning", "members of one sample are not adjacent; sort the tar by name"),
-    "key_empty": ("warning", "a name that begins with a dot"),
+    "key_empty": ("warning", "a name that begins with a dot, in a folder; readers make samples of those"),
     "key_not_utf8": ("warning", "bytes that are not UTF-8 are escaped"),
     "key_odd_characters": ("warning", "control or invisible characters"),
     "key_path_like": ("warning", "absolute, or with .. or backslashes; dangerous to unpack"),
@@ -96,6 +103,7 @@ FINDINGS: dict[str, tuple[str, str]] = {
     "image_small": ("warning", "shorter side below min_side_px"),
     "image_elongated": ("warning", "beyond max_aspect; more of it is cropped away than kept"),
     "image_uniform": ("warning", "shows next to nothing"),
+    "caption_json": ("warning", "a JSON list or object; read and trained on as it stands, brackets and all"),
     "caption_empty": ("warning", "nothing but white space"),
     "caption_control_characters": ("warning", "control characters, or marks of a failed decoding"),
     "caption_hidden_characters": ("warning", "bidirectional or invisible characters"),
@@ -171,6 +179,7 @@ DUPLICATE_SCHEMA = pa.schema(
     ]
 )
 
+_SCREEN_CHARS = 160  # of a line, about
 _ROWS = 4096  # held, then written together
 _LISTED = 20  # groups listed in summary.json
 _MOST_PER_GROUP = 50  # findings about the members of one sample, or about the special members of one shard
@@ -226,7 +235,7 @@ def check(config: CheckConfig) -> str:
     """
     start_ray(config)
     output = Path(config.output).absolute()  # Ray's workers have another working folder
-    shards = _find_shards(config.shards)
+    shards = find_shards(config.shards)
     if str(output) in {str(Path(shard.url).parent) for shard in shards}:
         raise Mistake(f"output {config.output} is the folder of the shards, which stay as they are; choose another")
     num_classes, problem = _count_classes(shards)
@@ -255,21 +264,9 @@ def check(config: CheckConfig) -> str:
 # ------------------------------------------------------------------------------------------- all the shards
 
 
-def _find_shards(patterns: str | list[str]) -> list[Shard]:
-    """List shards as `list_shards` does, and also those that cannot be read: they are what this job is for."""
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    shards = [shard for pattern in patterns for shard in find_shards(pattern)]
-    if not shards:
-        raise Mistake(
-            f"no shards at {', '.join(patterns) or 'an empty list'} (looked from {Path.cwd()}); expected .tar or "
-            ".tar.gz files, a folder of them, or a pattern such as shards/train-*.tar"
-        )
-    return in_order(shards)
-
-
 def _version(shard: Shard) -> str:
     """A text that changes when a shard is repaired between two runs."""
-    if "://" in shard.url:
+    if is_url(shard.url):
         return f"{shard.url}, {ObjectPath(shard.url).version()}"
     return f"{shard.url}, {shard.num_bytes} bytes, {os.stat(shard.url).st_mtime_ns}"
 
@@ -350,7 +347,7 @@ def _examine(shard: Shard, output: Path, config: CheckConfig, version: str, num_
         open_shard(shard) as stream,
         open_shard(shard) as headers,
     ):
-        walk = _Walk(headers, config.max_key_bytes)
+        walk = _Walk(headers, config.max_key_bytes, config.limits)
         groups = iter(walk)
         for sample in iter_samples(stream, config.limits, end=end):
             name = sample_id(shard.name, sample.key)
@@ -358,6 +355,8 @@ def _examine(shard: Shard, output: Path, config: CheckConfig, version: str, num_
             write_sample({**facts, "sample_id": name, "shard": shard.name})
             group = next(groups, None)
             for kind, detail in oddities + (group.oddities if group else []):
+                if kind in ("no_image", "image_of_other_format") and group and not detail:
+                    detail = _instead(group.suffixes)
                 findings.add(kind, detail, shard.name, name, sample.index)
             num_unusable += facts["error"] is not None
             formats[facts["format"] or "none"] += 1
@@ -414,7 +413,7 @@ class _Findings:
         row = (sample, shard, index, kind, FINDINGS[kind][0], printable(detail))
         self.write(dict(zip(FINDING_SCHEMA.names, row, strict=True)))
         self.counts[kind] += 1
-        self.first.setdefault(kind, sample or shard or "")
+        self.first.setdefault(kind, sample or ": ".join(filter(None, [shard, printable(detail)])))
 
 
 @contextlib.contextmanager
@@ -459,12 +458,13 @@ class _Group:
 class _Walk:
     """A walk over a tar's headers: one `_Group` for each sample of `iter_samples`, in its order.
 
-    The content of no member is looked at.
+    Of the contents only small JSON is looked at, for captions.
     """
 
-    def __init__(self, stream: IO[bytes], max_key_bytes: int):
+    def __init__(self, stream: IO[bytes], max_key_bytes: int, limits: Limits):
         self._stream, self._max_key_bytes = stream, max_key_bytes
-        self._is_gzipped = False
+        self._captions, self._unread = limits.caption.suffixes, Unread(limits)
+        self._is_gzipped, self._start = False, b""
         self._last: str | None = None  # member
         self._position = 0
         self._problem = ""
@@ -473,6 +473,7 @@ class _Walk:
         )
         self._has_data_after_end = False
         self._special: list[str] = []
+        self._first_stray, self._num_strays = "", 0
         self._ignored: dict[str, list[int]] = {}  # suffix -> members, bytes
         self._suffixes_of: dict[int, frozenset[str]] = {}  # hash of a key -> suffixes so far
         self._interned: dict[frozenset[str], frozenset[str]] = {}
@@ -480,6 +481,8 @@ class _Walk:
     def __iter__(self) -> Iterator[_Group]:
         group: _Group | None = None
         try:
+            self._start = self._stream.read(NUM_BYTES)
+            self._stream.seek(0)
             tar = open_tar(self._stream)
             tar.tarinfo = _Header
             self._is_gzipped = tar.is_gzipped
@@ -489,7 +492,12 @@ class _Walk:
                     if not member.isdir() and len(self._special) < _MOST_PER_GROUP:
                         self._special.append(" -> ".join(filter(None, [member.name, member.linkname])))
                     continue
-                key, suffix = split_name(member.name)
+                place = in_sample(member.name)
+                if place is None:
+                    self._first_stray = self._first_stray or member.name
+                    self._num_strays += 1
+                    continue
+                key, suffix = place
                 if group is None or key != group.key:
                     if group is not None:
                         yield self._finish(group)
@@ -497,6 +505,8 @@ class _Walk:
                     for kind in _odd_key(key, member.name, self._max_key_bytes):
                         group.add(kind, member.name)
                 self._note(member, suffix, group)
+                if not member.issparse():
+                    self._unread.add(member.name, suffix, member.size, partial(tar.read, member))
             self._ending, self._position = getattr(tar, "ending", ""), tar.offset
             if self._ending == "EOFHeaderError":
                 rest: Any = tar.fileobj
@@ -507,7 +517,7 @@ class _Walk:
             yield self._finish(group)
 
     def _note(self, member: tarfile.TarInfo, suffix: str, group: _Group) -> None:
-        for what, suffixes in (("image", IMAGE_SUFFIXES), ("caption", CAPTION_SUFFIXES), ("label", LABEL_SUFFIXES)):
+        for what, suffixes in (("image", IMAGE_SUFFIXES), ("caption", self._captions), ("label", LABEL_SUFFIXES)):
             if suffix in suffixes:
                 if not group.suffixes.isdisjoint(suffixes):
                     group.add("repeated_member", f"another {what}: {member.name}")
@@ -523,6 +533,7 @@ class _Walk:
             group.suffixes.add(suffix)
 
     def _finish(self, group: _Group) -> _Group:
+        self._unread.end()
         key, here = _hash64(group.key), frozenset(group.suffixes)
         earlier = self._suffixes_of.get(key, frozenset())
         if earlier and earlier.isdisjoint(here):
@@ -534,7 +545,8 @@ class _Walk:
         """Findings about the shard as a whole, in addition to what `iter_samples` found."""
         where = f"at byte {self._position:,}, in or behind {self._last}"
         if self._last is None:
-            yield "shard_unreadable", self._problem or "holds no members"
+            problem = why_no_tar(self._start) or self._problem or EMPTY
+            yield ("shard_empty" if problem == EMPTY else "shard_unreadable"), problem
         elif not end.is_complete:
             is_between = self._ending == "EmptyHeaderError"
             detail = f"{where}: {self._problem}" if self._problem else where
@@ -547,6 +559,10 @@ class _Walk:
             yield "shard_gzipped", ""
         for name in self._special:
             yield "special_member", name
+        if self._num_strays:
+            yield "stray_members", f"{self._first_stray}, {self._num_strays:,} in all"
+        for part, sentence in itertools.islice(self._unread.sentences(), _MOST_PER_GROUP):
+            yield f"{part}_elsewhere", sentence
         for suffix, (num, num_bytes) in sorted(self._ignored.items()):
             yield "ignored_members", f".{suffix}: {num:,} members, {num_bytes:,} bytes"
 
@@ -555,8 +571,16 @@ def _listing(suffixes: frozenset[str]) -> str:
     return ", ".join(f".{suffix}" for suffix in sorted(suffixes))
 
 
+def _instead(suffixes: set[str]) -> str:
+    """What a sample without an image has that looks like one."""
+    compound = sorted(suffix for suffix in suffixes if suffix.rpartition(".")[2] in IMAGE_SUFFIXES)
+    if compound:
+        return f"but .{compound[0]}: keys end at the first dot of a name, so this is no image's suffix"
+    return "; ".join(f"but .{suffix}, which is not read" for suffix in sorted(suffixes & OTHER_IMAGE_SUFFIXES)[:1])
+
+
 def _odd_key(key: str, name: str, max_bytes: int) -> Iterator[str]:
-    if not key or key.endswith("/"):
+    if key.endswith("/"):
         yield "key_empty"
     if any("\udc80" <= character <= "\udcff" for character in name):  # tarfile's way to hand over what is not UTF-8
         yield "key_not_utf8"
@@ -606,12 +630,13 @@ def _facts(
                 oddities += [(kind, what) for kind, is_it in is_so.items() if is_it]
     if facts["error"] is not None:
         oddities.insert(0, (facts["error"], what))
+    oddities += [(note, "") for note in sample.notes]
     if sample.caption is not None:
         text = sample.caption.strip()
         facts |= {"caption_chars": len(sample.caption), "caption_hash": _hash64(text)}
         facts["caption_start"] = printable(text, 80)
         oddities += [(kind, facts["caption_start"]) for kind in _odd_caption(sample.caption)]
-    elif config.captions and facts["error"] is None:
+    elif config.captions and facts["error"] is None and "caption_unreadable" not in sample.notes:
         oddities.append(("caption_missing", ""))
     if sample.label is not None and num_classes is not None and not 0 <= sample.label < num_classes:
         oddities.append(("label_without_name", f"{sample.label}; the classes are 0 to {num_classes - 1}"))
@@ -622,7 +647,7 @@ def _hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "bmp": "BMP"}
+_FORMATS = {**dict.fromkeys(("jpg", "jpeg", "jpe", "jfif"), "JPEG"), "png": "PNG", "webp": "WEBP", "bmp": "BMP"}
 _ABOUT_ROTATION = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 
 
@@ -631,7 +656,7 @@ def _header(content: bytes, suffix: str) -> tuple[dict[str, Any], list[tuple[str
     facts: dict[str, Any] = {}
     oddities: list[tuple[str, str]] = []
     try:
-        with Image.open(io.BytesIO(with_one_exif(content)), formats=IMAGE_FORMATS) as image:
+        with Image.open(io.BytesIO(without_notes(content)), formats=IMAGE_FORMATS) as image:
             kind = "JPEG" if image.format == "MPO" else image.format  # several JPEGs in one file
             mode, info = image.mode, image.info
             facts = {"format": kind, "mode": mode, "width": image.width, "height": image.height}
@@ -665,9 +690,18 @@ _HIDDEN = re.compile(
 _URL = re.compile(r"(?:https?|ftp)://|\bwww\.\w", re.IGNORECASE)
 
 
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(parse_json(io.BytesIO(text.encode())), list | dict)
+    except ValueError:
+        return False
+
+
 def _odd_caption(caption: str) -> Iterator[str]:
     if not caption.strip():
         yield "caption_empty"
+    if caption.lstrip().startswith(("[", "{")) and _is_json(caption):
+        yield "caption_json"
     if _CONTROL.search(caption):
         yield "caption_control_characters"
     if _HIDDEN.search(caption):
@@ -851,8 +885,9 @@ def _screen(output: str, summary: dict[str, Any]) -> str:
         kinds = [(kind, found) for kind, found in summary["findings"].items() if found["level"] == level]
         lines += [f"{level}s"] * bool(kinds)
         for kind, found in kinds[:10]:
-            example = f"; first {printable(found['first'], 60)}" if found["first"] else ""
-            lines.append(f"{found['count']:>9,} {kind}: {FINDINGS[kind][1]}{example}")
+            line = f"{found['count']:>9,} {kind}: {FINDINGS[kind][1]}"
+            example = printable(found["first"], _SCREEN_CHARS - len(line))
+            lines.append(f"{line}; first {example}" if found["first"] else line)
         if len(kinds) > 10:
             lines.append(f"          and {len(kinds) - 10} more kinds")
     if groups := summary["look_alikes"]["largest"]:

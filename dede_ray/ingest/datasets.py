@@ -12,10 +12,13 @@ import glob
 import importlib.util
 import io
 import json
+import logging
 import os
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal
@@ -26,6 +29,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from pydantic import Field
 
+from dede_ray.data.first_bytes import NUM_BYTES
 from dede_ray.data.images import encode_image
 from dede_ray.data.shards import BadSample, Limits, Sample
 from dede_ray.ingest.archives import (
@@ -34,14 +38,38 @@ from dede_ray.ingest.archives import (
     damage_is_a_mistake,
     find_pieces,
     kept,
+    not_text,
     read_pickled_arrays,
     tar_pieces,
+)
+from dede_ray.ingest.columns import (
+    CAPTIONS,
+    FILES,
+    LABELS,
+    NO_CAPTIONS,
+    PICTURES,
+    SUFFIXES,
+    as_bytes,
+    holds_bytes,
+    holds_numbers,
+    holds_text,
+    is_text,
+    number_of,
+    picture_of,
+    plain,
+    text_of,
+    texts,
+    usual,
 )
 from dede_ray.ingest.sources import Dataset, Digits, Each, Item, Listing
 from dede_ray.runtime.config import Mistake, read_json
 
+logger = logging.getLogger(__name__)
+
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".gif", ".tif", ".tiff")
 SIGNATURES = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"), (b"BM", "bmp"))  # and WEBP, in two parts
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+TABLES = ("a Parquet file", "an Arrow file")  # as `what_is` names them
 OTHER_FORMATS = ("PPM", "GIF", "TIFF")  # what Pillow may try before it is written anew as PNG
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -131,14 +159,11 @@ def _set_caption(sample: Sample, caption: bytes | str | None, limits: Limits) ->
 
 def _items(found: Iterable[tuple[str, Piece, int | None, str | Piece | None]]) -> list[Item]:
     """Make items of (name, piece, label, caption); their keys are the names without dots, slashes and the like."""
-    used: Counter[str] = Counter()
-    items = []
-    for name, piece, label, caption in found:
-        key = re.sub(r"[^\w-]+", "_", name.rpartition(".")[0]).strip("_") or "image"
-        used[key] += 1
-        key = key if used[key] == 1 else f"{key}@{used[key]}"  # `a.jpg` beside `a.png`
-        items.append(Item(key, piece.file, piece.offset, piece.num_bytes, label, caption))
-    return items
+    used: Counter[str] = Counter()  # `a.jpg` beside `a.png`
+    return [
+        Item(_plain_key(_stem(name), used), piece.file, piece.offset, piece.num_bytes, label, caption)
+        for name, piece, label, caption in found
+    ]
 
 
 def _is_image(piece: Piece) -> bool:
@@ -149,7 +174,9 @@ class Folders(_Pictures):
     """Folders, tars or zips of pictures: with a sub-folder for each class, or flat, or both.
 
     A picture's class is the first sub-folder it lies in. Its caption is the text file beside it (`x.jpg`, `x.txt`), or
-    the line for it in the file of captions; pictures may have class and caption, one of them or neither.
+    the line for it in a file of captions: the named one, or as in Hugging Face's ImageFolder any metadata.csv,
+    metadata.jsonl or metadata.parquet, with columns such as `file_name` (seen from there) and `text`. Pictures may have
+    class and caption, one of them or neither.
     """
 
     kind: Literal["folders"] = "folders"
@@ -158,8 +185,8 @@ class Folders(_Pictures):
     classes: bool = True
     """Whether sub-folders are classes; false: they mean nothing."""
     captions: str | None = None
-    """A file in each split's folder, of lines `file,caption` or `file<tab>caption` (as of Flickr8k); a header does no
-    harm, and of several captions for one picture the first is taken."""
+    """A file in each split's folder: .csv, .tsv or any other name, .jsonl or .parquet, with columns as above or lines
+    `file,caption` or `file<tab>caption` (as of Flickr8k); of several captions for one picture the first is taken."""
 
     def _find(self, seed: int, limits: Limits, scratch: Path, each: Each) -> Listing:
         found = {split: find_pieces(_existing(path), scratch) for split, path in self.splits.items()}
@@ -169,38 +196,110 @@ class Folders(_Pictures):
                 raise Mistake(f"no pictures in {path} (split {split}); expected files named *{', *'.join(IMAGE_FILES)}")
         classes = sorted({c for pieces in pictures.values() for c in map(self._class_of, pieces) if c is not None})
         label_of = {name: label for label, name in enumerate(classes)}
-        splits = {}
+        splits, notes = {}, Counter[str]()
         for split, pieces in pictures.items():
-            captions = self._captions(split, found[split])
+            captions, said = self._captions(split, found[split])
+            notes.update(said)
             splits[split] = _items(
-                (p.name, p, label_of.get(self._class_of(p) or ""), captions.get(_stem(p.name))) for p in pieces
+                (p.name, p, label_of.get(self._class_of(p) or ""), captions.get(name, captions.get(_stem(name))))
+                for p in pieces
+                for name in [posixpath.normpath(p.name)]
             )
-        return Listing(self._mixed(splits, seed), [_spaced(name) for name in classes] or None)
+        return Listing(self._mixed(splits, seed), [_spaced(name) for name in classes] or None, [*notes])
 
     def _class_of(self, piece: Piece) -> str | None:
         parts = [part for part in piece.name.split("/") if part not in (".", "")]
         return parts[0] if self.classes and len(parts) > 1 else None
 
-    def _captions(self, split: str, pieces: list[Piece]) -> dict[str, str | Piece]:
-        """Captions by the picture's name without its suffix."""
+    def _captions(self, split: str, pieces: list[Piece]) -> tuple[dict[str, str | Piece], list[str]]:
+        """Captions by the picture's name, or by its name without the suffix; and what to say of them."""
+        named = {posixpath.normpath(piece.name): piece for piece in pieces}
+        beside: dict[str, str | Piece] = {}
         if self.captions is None:
-            return {_stem(piece.name): piece for piece in pieces if piece.name.lower().endswith(".txt")}
-        file = next((piece for piece in pieces if piece.name == self.captions), None)
-        if file is None:
-            raise Mistake(f"no {self.captions} in {self.splits[split]}; correct `captions`, or set it to null")
+            beside = {_stem(name): piece for name, piece in named.items() if name.lower().endswith(".txt")}
+            tables = [p for p in pieces if p.base.lower() in METADATA and "__MACOSX" not in p.name]
+        elif self.captions in named:
+            tables = [named[self.captions]]
+        else:
+            tables = [piece for name, piece in named.items() if name.lower() == self.captions.lower()][:1]
+            if not tables:
+                raise Mistake(f"no {self.captions} in {self.splits[split]}; correct `captions`, or set it to null")
+        names = {one for name, piece in named.items() if _is_image(piece) for one in (name, _stem(name))}
+        captions, notes = dict[str, str | Piece](), list[str]()
+        for table in tables:
+            folder, num_before = table.name[: -len(table.base)], len(captions)
+            where = f"{table.name} in {self.splits[split]}"
+            lines, said = _caption_lines(table, where, has_header=self.captions is None)
+            for file, caption in lines:
+                name = posixpath.normpath(folder + file.replace("\\", "/"))
+                for one in {name, _stem(name)} & names:
+                    captions.setdefault(one, caption)
+            notes.append(said)
+            if len(captions) == num_before and self.captions is not None:
+                raise Mistake(
+                    f"{self.captions} in {self.splits[split]} has no line for any picture; expected `file,caption`, or "
+                    "columns such as `file_name` and `text`"
+                )
+            if lines and len(captions) == num_before:
+                notes[-1] = f"{table.name} names none of the pictures: no captions are taken from it"
+                logger.warning("%s", notes[-1])
+        return beside | captions, notes
+
+
+def _caption_lines(table: Piece, where: str, has_header: bool) -> tuple[list[tuple[str, str]], str]:
+    """File and caption of each line of a table that has both, and what to say of its columns.
+
+    Raises:
+        Mistake: the table cannot be read.
+    """
+    content = table.read()
+    if what := not_text(content[:NUM_BYTES]):
+        if what not in TABLES or not content.startswith(b"PAR1"):
+            raise Mistake(f"{where} is {what}; expected lines of text")
+        with damage_is_a_mistake(table.file, *TABLES):
+            wanted = [n for n in pq.read_schema(pa.BufferReader(content)).names if plain(n) in (*FILES, *CAPTIONS)]
+            rows = pq.read_table(pa.BufferReader(content), columns=wanted).to_pylist()
+    else:
         try:
-            lines = file.read().decode("utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise Mistake(f"{self.captions} in {self.splits[split]} is not UTF-8: {error}") from None
-        captions: dict[str, str | Piece] = {}
-        for row in csv.reader(lines, delimiter="\t" if lines and "\t" in lines[0] else ","):
-            if len(row) > 1:
-                captions.setdefault(_stem(row[0]), row[1].strip())
-        if not captions.keys() & {_stem(piece.name) for piece in pieces if _is_image(piece)}:
-            raise Mistake(
-                f"{self.captions} in {self.splits[split]} has no line for any picture; expected `file,caption`"
-            )
-        return captions
+            lines = list(io.StringIO(content.decode("utf-8-sig"), newline=""))
+            rows = _lines_of(lines, table.name, where, has_header)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise Mistake(f"{where} cannot be read as text: {error}") from None
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    found = []
+    files = usual(names, FILES) + [name for name in names if plain(name).endswith("filename")]
+    captions = [name for name in usual(names, CAPTIONS) if any(text_of(row.get(name)) for row in rows)]
+    for row in rows if files and captions else []:
+        caption = text_of(row.get(captions[0]))
+        if isinstance(row.get(files[0]), str) and caption is not None:
+            found.append((row[files[0]], caption.decode("utf-8", "surrogateescape").strip()))
+    unused = [name for name in names if name not in (*files[:1], *captions[:1])]
+    said = f"captions from `{captions[0]}` of {table.name}" if found else f"no captions in {table.name}"
+    return found, f"{said}; unused: {', '.join(unused)}" if unused else said
+
+
+def _lines_of(lines: list[str], name: str, where: str, has_header: bool) -> list[dict[str, Any]]:
+    """The rows of JSON lines, or of CSV or TSV; where there need be no header, lines are `file,caption`."""
+    if name.lower().endswith((".json", ".jsonl")):
+        return list(_json_lines(lines, where))
+    fields = [row for row in csv.reader(lines, delimiter="\t" if lines and "\t" in lines[0] else ",") if row]
+    header = fields[0] if fields else []
+    if not (has_header or (usual(header, FILES) and usual(header, CAPTIONS))):
+        return [{"file": row[0], "caption": row[1]} for row in fields if len(row) > 1]
+    return [dict(zip(header, row, strict=False)) for row in fields[1:]]
+
+
+def _json_lines(lines: list[str], where: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise Mistake(
+                    f"line {number} of {where} is no JSON: {error}; expected one object in each line"
+                ) from None
+            if isinstance(row, dict):
+                yield row
 
 
 def _stem(name: str) -> str:
@@ -654,82 +753,149 @@ def _read_mat(stream: IO[bytes], *names: str) -> dict[str, np.ndarray]:
 # -------------------------------------------------------------------------------------------------- tables
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns of a table are used, and for what."""
+
+    images: list[str]
+    caption: str | None
+    label: str | None
+    key: str | None
+    said: str
+    """Of these and the others, for the summary."""
+    warned: str | None
+
+
 class _Table(Dataset):
     """Sources whose items are rows: encoded images in one column, captions and labels in others."""
 
     image: str | None = None
-    """Column of encoded images (bytes, or `bytes` within a struct); null: the first that holds such."""
+    """Column of encoded images (bytes, or `bytes` within a struct); null: the first of a usual name, or the first that
+    holds such. Of several named as files are (jpg, png) a row has one."""
     caption: str | None = None
-    """Column of captions; null: one named caption, text or captions, if there is one. Of a list the first is taken."""
+    """Column of captions; null: one of a usual name (caption, text, TXT, alt_text, prompt ...), if there is one. Of a
+    list the first that is not empty is taken."""
     label: str | None = None
-    """Column of integer labels; null: the first of Hugging Face's type ClassLabel, or one named label, if any."""
+    """Column of labels, whole numbers; null: the first of Hugging Face's type ClassLabel, or one of a usual name
+    (label, cls, class, target, fine_label ...), if any."""
 
     def _rows(self, splits: dict[str, list[str]], names: list[str] | None) -> Listing:
         """List the rows of the files of each split; class names are what the files say, unless given."""
+        columns: dict[str, _Columns] = {}
+        for file in (file for files in splits.values() for file in files):  # all, before the first row is read
+            with damage_is_a_mistake(file, *TABLES):
+                schema = _schema(file)
+                columns[file] = self._columns(schema, file)
+                names = names or _class_names(schema, columns[file].label)
+        notes = Counter(note for one in columns.values() for note in (one.said, one.warned) if note is not None)
+        for warning in {one.warned for one in columns.values()} - {None}:
+            logger.warning("%s", warning)
         found: dict[str, list[Item]] = {}
         for split, files in splits.items():
             found[split] = []
+            keys: Counter[str] = Counter()
             for file in files:
-                with damage_is_a_mistake(file):
-                    schema = _schema(file)
-                    _, _, column = self._columns(schema, file)
-                    names = names or _class_names(schema, column)
-                    labels = _labels(file, column)
-                for row, label in enumerate(labels):
+                with damage_is_a_mistake(file, *TABLES):
+                    labels, row_keys = _listed(file, columns[file])
+                if columns[file].label is not None and labels and set(labels) <= {None, _NO_NUMBER}:
+                    if self.label is not None and _NO_NUMBER in labels:
+                        kind = _short(_schema(file).field(self.label).type)
+                        raise Mistake(
+                            f"{file}: the column {self.label!r} holds {kind}, expected integers; no row has one"
+                        )
+                    if _NO_NUMBER in labels:
+                        notes[f"`{columns[file].label}` holds no whole numbers: no labels are taken from it"] += 1
+                        labels = [None] * len(labels)
+                for row, (label, row_key) in enumerate(zip(labels, row_keys, strict=True)):
                     label = None if label == -1 else label  # Hugging Face's "no label"
                     is_bad = label is not None and not 0 <= label < (2**31 if names is None else len(names))
-                    item = Item(f"{split}_{len(found[split]):08d}", file, row, label=None if is_bad else label)
+                    key = _plain_key(row_key, keys) if row_key else f"{split}_{len(found[split]):08d}"
+                    item = Item(key, file, row, label=None if is_bad else label)
                     found[split].append(item._replace(error="label_unreadable") if is_bad else item)
-        return Listing(found, names)
+        several = len({one.said for one in columns.values()}) > 1
+        return Listing(found, names, [f"{note} ({n:,} files)" if several else note for note, n in notes.items()])
 
-    def _columns(self, schema: pa.Schema, file: str) -> tuple[str, str | None, str | None]:
-        """The columns of image, caption and label."""
+    def _columns(self, schema: pa.Schema, file: str) -> _Columns:
+        """The columns of image, caption, label and key."""
+        kinds = dict(zip(schema.names, schema.types, strict=True))
         for name in (self.image, self.caption, self.label):
-            if name is not None and name not in schema.names:
+            if name is not None and name not in kinds:
                 raise Mistake(f"{file} has no column {name!r}; it has {', '.join(schema.names)}")
         features = _features(schema)
-        image = self.image or next((n for n in schema.names if features.get(n) == "Image"), None)
-        image = image or next((n for n in schema.names if _is_bytes(schema.field(n).type)), None)
-        if image is None or not _is_bytes(schema.field(image).type):
-            raise Mistake(f"{file} has no column of encoded images, only {', '.join(schema.names)}; name it as `image`")
-        caption = self.caption or next((n for n in ("caption", "text", "captions") if n in schema.names), None)
-        label = self.label or next((n for n in schema.names if features.get(n) == "ClassLabel"), None)
-        label = label or ("label" if "label" in schema.names else None)
-        if label is not None and not pa.types.is_integer(schema.field(label).type):
-            if self.label is not None:
-                raise Mistake(f"{file}: the column {label!r} holds {schema.field(label).type}, expected integers")
-            label = None
-        return image, caption, label
+        images = self._images(kinds, features, file)
+        rest = {name: kind for name, kind in kinds.items() if name not in images}
+        caption = self.caption or next((n for n in usual(rest, CAPTIONS) if holds_text(rest[n])), None)
+        if caption is not None and not holds_text(kinds[caption]):
+            raise Mistake(f"{file}: the column {caption!r} holds {_short(kinds[caption])}, expected text")
+        labels = [name for name in schema.names if features.get(name) == "ClassLabel"] + usual(rest, LABELS)
+        label = self.label or next((n for n in labels if n != caption and holds_numbers(kinds[n])), None)
+        if label is not None and not holds_numbers(kinds[label]):
+            raise Mistake(f"{file}: the column {label!r} holds {_short(kinds[label])}, expected integers")
+        key = next((name for name in rest if name.lower() == "__key__" and is_text(rest[name])), None)
+        used = {"images": images, "keys": [key], "captions": [caption], "labels": [label]}
+        said = ", ".join(f"{what} from `{'`, `'.join(map(str, n))}`" for what, n in used.items() if n != [None])
+        taken = {name for columns in used.values() for name in columns}
+        if unused := [name for name in schema.names if name not in taken]:
+            said += f"; unused: {', '.join(unused)}"
+        with_text = [n for n in unused if is_text(kinds[n]) and plain(n) not in NO_CAPTIONS and not n.startswith("__")]
+        warned = f"no captions, although `{'`, `'.join(with_text)}` holds text: name it as `caption`"
+        for name in taken - {None}:
+            if schema.names.count(str(name)) > 1:
+                raise Mistake(f"{file} has several columns named {name!r}; rename them, or name another")
+        return _Columns(images, caption, label, key, said, warned if caption is None and with_text else None)
+
+    def _images(self, kinds: dict[str, pa.DataType], features: dict[str, Any], file: str) -> list[str]:
+        """The column of pictures; several where each is named as a file's suffix."""
+        listing = ", ".join(f"{name} ({_short(kind)})" for name, kind in kinds.items())
+        if self.image is not None:
+            if not holds_bytes(kinds[self.image]):
+                kind = _short(kinds[self.image])
+                raise Mistake(
+                    f"{file}: the column {self.image!r} holds {kind}, expected encoded images; it has {listing}"
+                )
+            return [self.image]
+        noted = [name for name in kinds if features.get(name) == "Image"]
+        found = [n for n in dict.fromkeys([*noted, *usual(kinds, PICTURES), *kinds]) if holds_bytes(kinds[n])]
+        if not found:
+            raise Mistake(f"{file} has no column of encoded images, only {listing}; name it as `image`")
+        return [name for name in found if plain(name) in SUFFIXES] if plain(found[0]) in SUFFIXES else found[:1]
 
     def load(self, items: Sequence[Item], limits: Limits) -> Iterator[Sample]:
         """Yield the rows' images and captions."""
         for file, group in groupby(items, key=lambda item: item.file):
             wanted = {item.place: item for item in group}
-            with damage_is_a_mistake(file):
-                image, caption, _ = self._columns(_schema(file), file)
-                columns = [image] if caption is None else [image, caption]
-                for start, batch in _batches(file, columns, min(wanted), max(wanted) + 1):
-                    for row in range(start, start + len(batch)):
-                        if item := wanted.get(row):
-                            values = [batch.column(name)[row - start].as_py() for name in columns]
-                            yield self._sample(item, values, limits)
+            with damage_is_a_mistake(file, *TABLES):
+                columns = self._columns(_schema(file), file)
+                names = [*columns.images, *([columns.caption] if columns.caption is not None else [])]
+                for start, batch in _batches(file, names, min(wanted), max(wanted) + 1):
+                    for row in range(len(batch)):
+                        if item := wanted.get(start + row):
+                            values = {name: batch[name][row].as_py() for name in names}
+                            yield self._sample(item, values, columns, limits)
 
-    def _sample(self, item: Item, values: list[Any], limits: Limits) -> Sample:
+    def _sample(self, item: Item, values: dict[str, Any], columns: _Columns, limits: Limits) -> Sample:
         sample = Sample(item.key, 0, label=item.label, error=item.error)
         if sample.error is None:
-            content = values[0].get("bytes") if isinstance(values[0], dict) else values[0]
-            caption = values[1] if len(values) > 1 else None
-            caption = caption[0] if isinstance(caption, list) and caption else caption
-            _set_caption(sample, caption if isinstance(caption, str) else None, limits)
-            if sample.error is None:
-                _set_image(sample, content, limits)  # a path instead of bytes is nothing that we follow
+            _set_caption(sample, text_of(values.get(columns.caption or "")), limits)
+        if sample.error is None:
+            found = (picture_of(values[name]) for name in columns.images)
+            _set_image(sample, next((content for content in found if content is not None), None), limits)
         return sample
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return any(kind.field(i).name == "bytes" and _is_bytes(kind.field(i).type) for i in range(kind.num_fields))
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+_NO_NUMBER = -2
+"""In place of a label that is none."""
+
+
+def _short(kind: pa.DataType) -> str:
+    return text if len(text := str(kind)) < 80 else text[:77] + "..."
+
+
+def _plain_key(text: str, used: Counter[str]) -> str:
+    """A key without dots, slashes and the like; one that is there already is numbered."""
+    key = re.sub(r"[^\w-]+", "_", text).strip("_") or "image"
+    used[key] += 1
+    return key if used[key] == 1 else f"{key}@{used[key]}"
 
 
 def _is_parquet(file: str) -> bool:
@@ -753,8 +919,7 @@ def _batches(file: str, columns: list[str], start: int, stop: int) -> Iterator[t
                 if first < stop and first + num_rows > start:
                     at = first
                     for batch in table.iter_batches(64, [group], columns, use_threads=False):
-                        batch.validate(full=True)
-                        yield at, batch
+                        yield at, _checked(batch)
                         at += len(batch)
                 first += num_rows
         return
@@ -763,20 +928,37 @@ def _batches(file: str, columns: list[str], start: int, stop: int) -> Iterator[t
             if first >= stop:
                 return
             if first + len(whole) > start:
-                batch = whole.select(columns)
-                batch.validate(full=True)  # offsets of a hostile file may point anywhere
-                yield first, batch
+                yield first, _checked(whole.select(columns))
             first += len(whole)
 
 
-def _labels(file: str, column: str | None) -> list[int | None]:
-    columns = [column] if column is not None else []
+def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """With text as bytes; offsets of a hostile file may point anywhere."""
+    if not batch.num_columns:  # made anew it would forget how many rows it has
+        return batch
+    return pa.RecordBatch.from_arrays([as_bytes(column) for column in batch.columns], names=batch.schema.names)
+
+
+def _listed(file: str, columns: _Columns) -> tuple[list[int | None], list[str | None]]:
+    """Labels and keys of all rows; `_NO_NUMBER` for a label that is none."""
+    names = [name for name in (columns.label, columns.key) if name is not None]
     labels: list[int | None] = []
-    if column is None and _is_parquet(file):
-        return [None] * pq.read_metadata(file).num_rows
-    for _, batch in _batches(file, columns, 0, 2**63):
-        labels += batch.column(0).to_pylist() if column is not None else [None] * batch.num_rows
-    return labels
+    keys: list[str | None] = []
+    if not names and _is_parquet(file):
+        num_rows = pq.read_metadata(file).num_rows
+        return [None] * num_rows, [None] * num_rows
+    for _, batch in _batches(file, names, 0, 2**63):
+        nothing = [None] * batch.num_rows
+        labels += nothing if columns.label is None else map(_label_of, batch[columns.label].to_pylist())
+        keys += nothing if columns.key is None else texts(batch[columns.key])
+    return labels, keys
+
+
+def _label_of(value: Any) -> int | None:
+    try:
+        return number_of(value)
+    except (ValueError, TypeError):
+        return _NO_NUMBER
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:

@@ -126,6 +126,8 @@ def ingest(config: IngestConfig) -> str:
     each = partial(_each, workers=config.workers)
     listing = source.find(config.seed, config.limits, state / "unpacked", each)
     _plan(state, run, listing)
+    for note in listing.notes:
+        logger.info("%s", note)
 
     slices = [
         (output, f"{split}-{number:05d}", items[start : start + config.samples_per_shard])
@@ -148,7 +150,8 @@ def ingest(config: IngestConfig) -> str:
         raise Mistake(f"not one sample of the source can be used: {_listing(left_out) or 'it has none'}")
     if listing.class_names is not None:
         write_json(output / "classes.json", Classes(names=listing.class_names, templates=config.templates).model_dump())
-    summary = f"{_listing(counts)} samples in {config.output}; left out: {_listing(left_out) or 'none'}"
+    said = "".join(f"; {note}" for note in listing.notes)
+    summary = f"{_listing(counts)} samples in {config.output}{said}; left out: {_listing(left_out) or 'none'}"
     finish(output, run, {"counts": dict(counts), "left_out": dict(left_out), "summary": summary})
     shutil.rmtree(state, ignore_errors=True)
     return summary

@@ -23,12 +23,13 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import tarfile
 import urllib.request
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import quote, urlsplit
@@ -38,10 +39,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from dede_ray.data.first_bytes import NUM_BYTES
 from dede_ray.data.images import IMAGE_FORMATS, decode_image, encode_image
 from dede_ray.data.shards import IMAGE_SUFFIXES, BadSample, Limits, Sample, split_name, write_shard
+from dede_ray.ingest.archives import not_text
+from dede_ray.ingest.columns import CAPTIONS, LINKS, holds_text, plain, texts, usual
 from dede_ray.ingest.web import Browser, Failure, Web
 from dede_ray.runtime.config import Config, Mistake, read_json, to_install, write_json
 from dede_ray.runtime.store import filesystem_of
@@ -77,6 +81,9 @@ ACCOUNT = pa.schema(
 )
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}  # MPO: a JPEG with more behind it
 FORMATS = (".tsv", ".tsv.gz", ".csv", ".csv.gz", ".parquet")
+SAMPLE_CHARS = 1_000_000  # how much of a text file is looked at before it is read
+LINES_PER_ROW = 100  # as far as a quote that opens is followed
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
 HASHES_PER_PASS = 10_000_000  # how many images are compared at once: about 1 GB of memory
 
 Row = tuple[str | None, str | None, str | None]
@@ -86,7 +93,8 @@ Row = tuple[str | None, str | None, str | None]
 class UrlList(Config):
     """A list of links with captions: TSV, CSV or Parquet, fetched with img2dataset.
 
-    A TSV has one row per line and no quotes, a CSV has quotes; both may be gzipped.
+    Text is UTF-8, and may be gzipped. In a CSV, fields with commas, quotes or line ends stand in quotes; a TSV may have
+    quotes or be raw (`quotes`).
     """
 
     kind: Literal["urls"] = "urls"
@@ -95,9 +103,14 @@ class UrlList(Config):
     columns: list[str] | None = None
     """Names of the columns where the first line does not name them: [caption, url] for Train_GCC-training.tsv."""
     url_column: str = "url"
-    """Column of the links."""
+    """Column of the links, in any case; where there is no `url`, one of a usual name (image_url, link ...) is taken."""
     caption_column: str | None = "caption"
-    """Column of the captions; null: images without captions."""
+    """Column of the captions, in any case; where there is no `caption`, one of a usual name (TEXT, alt_text ...) is
+    taken. null: images without captions."""
+    quotes: Literal["auto", "yes", "no"] = "auto"
+    """Whether quotes hold a field with tabs, quotes (doubled) or line ends together, as pandas and spreadsheets write
+    it, or are text like any other, as in Conceptual Captions. `auto`: a CSV has quotes, of a TSV the first rows decide,
+    and the summary says what they were taken for."""
     hash_column: str | None = None
     """Column of hashes (hexadecimal) of the files behind the links. What has since changed is left out: a buyer of a
     link's expired domain can put other images there (Carlini et al., arXiv:2302.10149). Empty ones are not checked."""
@@ -122,6 +135,12 @@ class UrlList(Config):
     """How links are followed."""
     retry_failed: bool = Field(False, exclude=True)
     """Follow once more the links that failed, of a run that is finished; its good samples stay."""
+
+    @field_validator("quotes", mode="before")
+    @classmethod
+    def _yes_is_a_word(cls, value: Any) -> Any:
+        """YAML takes a bare `yes` for true."""
+        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
 @dataclass(frozen=True)
@@ -150,7 +169,11 @@ def ingest_urls(source: UrlList, output: Path, limits: Limits, links_per_shard: 
     _recover(output, source.split)
     if source.retry_failed and "result" in (run := read_json(output / "run.json", "record of a run")):
         write_json(output / "run.json", {"settings": run["settings"]})  # no longer finished
-    accounts = _fetch(source, output, limits, links_per_shard)
+    lists = [_look(path, source) for path in _list_files(source.path)]  # all, before the first link is followed
+    notes = Counter(note for one in lists for note in one.notes)
+    for note in notes:
+        logger.info("%s", note)
+    accounts = _fetch(source, lists, output, limits, links_per_shard)
     num_duplicates = _mark_duplicates(source, accounts)
     counts: Counter[str] = Counter()
     for path in accounts:
@@ -161,7 +184,9 @@ def ingest_urls(source: UrlList, output: Path, limits: Limits, links_per_shard: 
     listing = ", ".join(f"{error} {count:,}" for error, count in left_out.items()) or "none"
     if not num_good:
         raise Mistake(f"not one of {num_links:,} links gave an image that can be used: {listing}")
-    summary = f"{source.split} {num_good:,} samples in {output}, of {num_links:,} links; left out: {listing}"
+    notes |= Counter(one.warning for one in lists if one.warning)
+    said = "".join(f"; {note}" + f" ({n:,} of {len(lists):,} lists)" * (n < len(lists)) for note, n in notes.items())
+    summary = f"{source.split} {num_good:,} samples in {output}, of {num_links:,} links{said}; left out: {listing}"
     if num_duplicates and source.duplicates == "keep":
         summary += f"; {num_duplicates:,} samples repeat the image of an earlier one"
     return {
@@ -173,7 +198,7 @@ def ingest_urls(source: UrlList, output: Path, limits: Limits, links_per_shard: 
     }
 
 
-def _fetch(source: UrlList, output: Path, limits: Limits, links_per_shard: int) -> list[Path]:
+def _fetch(source: UrlList, lists: list[_List], output: Path, limits: Limits, links_per_shard: int) -> list[Path]:
     """Have Ray tasks fetch the pieces that remain, a few at a time as the list is read; return all accounts."""
     import ray  # here and below: importing ray or img2dataset takes seconds that other sources need not pay
 
@@ -191,7 +216,7 @@ def _fetch(source: UrlList, output: Path, limits: Limits, links_per_shard: int) 
             ready, pending = ray.wait(pending, num_returns=1)
             logger.info("%s", ray.get(ready[0]))
 
-    rows = _read_rows(source)
+    rows = _read_rows(lists)
     while chunk := list(itertools.islice(rows, links_per_shard)):
         piece, first = _Piece(folder, f"{source.split}-{len(accounts):05d}"), len(accounts) * links_per_shard
         digest = hashlib.sha256(repr(chunk).encode()).hexdigest()
@@ -222,13 +247,83 @@ def _has_account(piece: _Piece, digest: str) -> bool:
 # ------------------------------------------------------------------------------------------- reading lists
 
 
-def _read_rows(source: UrlList) -> Iterator[Row]:
+@dataclass
+class _List:
+    """One file of a list, and how it is read."""
+
+    path: str
+    names: list[str]
+    places: list[int | None]
+    """Of link, caption and hash among the columns."""
+    has_header: bool = False
+    delimiter: str = ""
+    """What parts the fields of a line; empty: a Parquet file."""
+    has_quotes: bool = False
+    num_stray: int = 0
+    """Quotes that were read and hold nothing together: rows that would have to be read as they stand."""
+    notes: list[str] = field(default_factory=list)
+    warning: str = ""
+    """What turned out while it was read."""
+
+    def is_row(self, fields: list[str]) -> bool:
+        return len(fields) == len(self.names) and _is_link(fields[self.places[0] or 0])
+
+    def split(self, line: str) -> list[str]:
+        return line.rstrip("\r\n").split(self.delimiter)
+
+    def records(self, lines: Iterator[str]) -> Iterator[list[str]]:
+        """Yield the fields of each row, header and all; a stray quote costs its own row at most.
+
+        A quote that opens is followed over at most `LINES_PER_ROW` lines. Where it does not close as quotes do, or
+        holds what are rows of their own, it is text: its line is read as it stands, the lines behind it once more.
+        """
+        back: deque[str] = deque()
+        while (line := back.popleft() if back else next(lines, None)) is not None:
+            if not line.strip("\r\n"):
+                continue
+            if not self.has_quotes or '"' not in line:
+                yield self.split(line)
+                continue
+            taken = [line]
+            try:
+                fields = next(csv.reader(_taking(taken, back, lines), delimiter=self.delimiter, strict=True))
+                is_stray = len(taken) > 1 and sum(self.is_row(self.split(one)) for one in taken) > 1
+            except csv.Error:
+                is_stray = True
+            if is_stray:
+                self.num_stray += 1
+                back.extendleft(reversed(taken[1:]))
+                fields = self._read_alone(line, is_alone=len(taken) == 1)
+            yield fields
+
+    def _read_alone(self, line: str, is_alone: bool) -> list[str]:
+        """A line with a stray quote: as lenient readers take it (`"a" b` is `a b`), or as it stands, or nothing."""
+        with contextlib.suppress(csv.Error):
+            if is_alone and self.is_row(fields := next(csv.reader([line], delimiter=self.delimiter))):
+                return fields
+        return fields if self.is_row(fields := self.split(line)) else []
+
+
+def _taking(taken: list[str], back: deque[str], lines: Iterator[str]) -> Iterator[str]:
+    yield taken[0]
+    while len(taken) < LINES_PER_ROW and (line := back.popleft() if back else next(lines, None)) is not None:
+        taken.append(line)
+        yield line
+
+
+def _read_rows(lists: list[_List]) -> Iterator[Row]:
     """Yield the rows of all files, in order, however many there are; a malformed row holds only None."""
-    for path in _list_files(source.path):
-        try:
-            yield from _parquet_rows(path, source) if path.endswith(".parquet") else _text_rows(path, source)
-        except (pa.ArrowException, OSError, EOFError) as error:
-            raise Mistake(f"the list {path} cannot be read: {error}") from None
+    for one in lists:
+        with _is_readable(one.path):
+            yield from _text_rows(one) if one.delimiter else _parquet_rows(one)
+
+
+@contextlib.contextmanager
+def _is_readable(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise Mistake(f"the list {path} cannot be read: {error}") from None
 
 
 def _list_files(patterns: str | list[str]) -> list[str]:
@@ -248,74 +343,163 @@ def _list_files(patterns: str | list[str]) -> list[str]:
     return found
 
 
-def _places(source: UrlList, names: list[str], path: str) -> list[int | None]:
-    """Find the columns of link, caption and hash."""
-    columns = [source.url_column, source.caption_column, source.hash_column]
-    for column in columns:
-        if column is not None and column not in names:
-            raise Mistake(
-                f"{path} has no column {column!r}; it has {', '.join(map(repr, names))}. Correct url_column, "
-                "caption_column or hash_column, or name the columns in `columns` if the first line does not"
-            )
-    return [None if column is None else names.index(column) for column in columns]
+def _look(path: str, source: UrlList) -> _List:
+    """Look at the beginning of a file: is it what its name says, has it the columns, has it quotes?
 
-
-def _text_rows(path: str, source: UrlList) -> Iterator[Row]:
+    Raises:
+        Mistake: one of the former two is not so.
+    """
     filesystem, inner = filesystem_of(path)
-    with filesystem.open_input_stream(inner, compression="detect") as stream:
-        text = io.TextIOWrapper(io.BufferedReader(stream), "utf-8-sig", "surrogateescape", newline="\n")
-        lines = iter(lambda: text.readline(2**20), "")  # a file without line ends does not fill the memory
-        if path.removesuffix(".gz").endswith(".csv"):
-            table = _csv_rows(lines)
-        else:
-            table = (line.rstrip("\r\n").split("\t") for line in lines if line.strip("\r\n"))
-        names = source.columns or next(table, [])
-        url, caption, hash_ = _places(source, names, path)
-        assert url is not None
-        for fields in table:
-            if len(fields) != len(names):
-                yield None, None, None
-            else:
-                yield (
-                    fields[url],
-                    None if caption is None else fields[caption],
-                    None if hash_ is None else fields[hash_],
-                )
+    with _is_readable(path):
+        with filesystem.open_input_stream(inner, compression=None) as stream:
+            start = stream.read(NUM_BYTES)
+        if path.endswith(".parquet"):
+            if (what := not_text(start)) and not what.startswith("a Parquet file"):
+                raise Mistake(f"the list {path} is {what}; expected a Parquet file")
+            return _look_at_parquet(path, source)
+        with _lines(path) as lines:
+            sample, num_chars = [], 0
+            while num_chars < SAMPLE_CHARS and (line := next(lines, "")):
+                sample.append(line)
+                num_chars += len(line)
+    start = "".join(sample[:20]).encode("utf-8", "surrogateescape")[:NUM_BYTES]
+    if what := not_text(start) or ("JSON" if re.match(rb'\s*(\{\s*"|\[\s*[{"\[])', start) else None):
+        raise Mistake(f"the list {path} is {what}; expected lines of text, as its name says")
+    return _look_at_text(path, source, sample)
 
 
-def _csv_rows(lines: Iterator[str]) -> Iterator[list[str]]:
-    reader = csv.reader(lines)
-    while True:
-        try:
-            if fields := next(reader):
-                yield fields
-        except csv.Error:  # a stray quote that swallowed line after line
-            yield []
-        except StopIteration:
-            return
-
-
-def _parquet_rows(path: str, source: UrlList) -> Iterator[Row]:
+def _look_at_parquet(path: str, source: UrlList) -> _List:
     filesystem, inner = filesystem_of(path)
     with filesystem.open_input_file(inner) as stream:
-        file = pq.ParquetFile(stream)
-        places = _places(source, file.schema_arrow.names, path)
-        names = [file.schema_arrow.names[place] for place in places if place is not None]
-        for batch in file.iter_batches(batch_size=8192, columns=names):
+        schema = pq.ParquetFile(stream).schema_arrow
+    places = _places(source, schema.names, path)
+    for place in places:
+        if place is not None and not holds_text(schema.field(place).type):
+            kind = str(schema.field(place).type)[:80]
+            raise Mistake(
+                f"{path}: the column {schema.names[place]!r} holds {kind}, expected text; name another column"
+            )
+    return _List(path, schema.names, places, notes=[_columns_said(schema.names, places)])
+
+
+def _look_at_text(path: str, source: UrlList, sample: list[str]) -> _List:
+    is_csv = path.removesuffix(".gz").endswith(".csv")
+    first = next((line for line in sample if line.strip("\r\n")), "")
+    readings: dict[bool, _List] = {}
+    problem: Mistake | None = None
+    for has_quotes in (False, True):
+        one = _List(path, [], [], source.columns is None, "," if is_csv else "\t", has_quotes)
+        with contextlib.suppress(csv.Error):
+            header = next(csv.reader([first], delimiter=one.delimiter), []) if has_quotes else one.split(first)
+            one.names = source.columns or header
+        try:
+            one.places = _places(source, one.names, path)
+            readings[has_quotes] = one
+        except Mistake as mistake:
+            problem = problem or mistake
+    wanted = {"yes": True, "no": False, "auto": is_csv}[source.quotes]
+    is_open = source.quotes == "auto" and not is_csv
+    if is_open and len(readings) == 2:
+        wanted = _are_quoted(readings[False], readings[True], sample)
+    elif is_open and readings:
+        (wanted,) = readings
+    if wanted not in readings:
+        assert problem is not None
+        raise problem
+    chosen = replace(readings[wanted], num_stray=0)
+    chosen.notes = [_columns_said(chosen.names, chosen.places)] if chosen.has_header else []
+    if is_open:
+        chosen.notes.append(f"quotes: {'yes' if wanted else 'no'}, by the first {len(sample):,} lines of the TSV")
+    return chosen
+
+
+def _are_quoted(raw: _List, quoted: _List, sample: list[str]) -> bool:
+    """Whether quotes hold the fields of a TSV together: by the rows that are whole only so, and by doubled quotes.
+
+    What speaks against it is a quote that opens and does not close; a caption that stands in quotes does not say.
+    """
+    rows = [fields for fields in raw.records(iter(sample)) if raw.is_row(fields)]
+    with_quotes = [fields for fields in rows if any(QUOTED.fullmatch(text) for text in fields)]
+    num_doubled = sum(any(QUOTED.fullmatch(text) and '""' in text[1:-1] for text in row) for row in with_quotes)
+    num_lines = sum(
+        1 + sum(text.count("\n") for text in fields) for fields in quoted.records(iter(sample)) if quoted.is_row(fields)
+    )
+    gained = num_lines - len(rows)
+    return gained + num_doubled > quoted.num_stray or 2 * len(with_quotes) > len(rows)
+
+
+def _places(source: UrlList, names: list[str], path: str) -> list[int | None]:
+    """Find the columns of link, caption and hash; a default name stands for the usual ones."""
+    usually = {"url_column": LINKS, "caption_column": CAPTIONS, "hash_column": ()}
+    places: list[int | None] = []
+    for setting, others in usually.items():
+        wanted = getattr(source, setting)
+        if wanted is None:
+            places.append(None)
+            continue
+        found = [name for name in names if name == wanted] or usual(names, [plain(wanted)])
+        if not found and wanted == UrlList.model_fields[setting].default:
+            found = usual(names, others)
+        if not found:
+            raise Mistake(
+                f"{path} has no column {wanted!r}; it has {', '.join(map(repr, names))}. Correct url_column, "
+                "caption_column or hash_column, or name the columns in `columns` if the first line does not"
+            )
+        if names.count(found[0]) > 1:
+            raise Mistake(f"{path} has several columns {found[0]!r}; rename them, or name another as {setting}")
+        places.append(names.index(found[0]))
+    return places
+
+
+def _columns_said(names: list[str], places: list[int | None]) -> str:
+    names = [str(_printable(name)) for name in names]
+    used = zip(("links", "captions", "hashes"), places, strict=True)
+    said = ", ".join(f"{what} from `{names[place]}`" for what, place in used if place is not None)
+    unused = [name for place, name in enumerate(names) if place not in places]
+    return f"{said}; unused: {', '.join(unused)}" if unused else said
+
+
+@contextlib.contextmanager
+def _lines(path: str) -> Iterator[Iterator[str]]:
+    """The lines of a text file, gzipped or not, whatever its name says; bytes that are not UTF-8 as lone surrogates."""
+    filesystem, inner = filesystem_of(path)
+    with filesystem.open_input_stream(inner, compression=None) as stream:
+        compression = "gzip" if stream.read(2) == b"\x1f\x8b" else None
+    with filesystem.open_input_stream(inner, compression=compression) as stream:
+        text = io.TextIOWrapper(io.BufferedReader(stream), "utf-8-sig", "surrogateescape", newline="\n")
+        yield iter(lambda: text.readline(2**20), "")  # a file without line ends does not fill the memory
+
+
+def _text_rows(one: _List) -> Iterator[Row]:
+    url, caption, hash_ = one.places
+    assert url is not None
+    num_doubled = 0
+    with _lines(one.path) as lines:
+        records = one.records(lines)
+        if one.has_header:
+            next(records, None)
+        for fields in records:
+            if len(fields) != len(one.names):
+                yield None, None, None
+                continue
+            text = None if caption is None else fields[caption]
+            yield fields[url], text, None if hash_ is None else fields[hash_]
+            if not one.has_quotes and text and text[0] == '"' and '""' in text[1:-1] and QUOTED.fullmatch(text):
+                num_doubled += 1
+    if num_doubled:
+        one.warning = f"{num_doubled:,} captions look quoted, and were taken as they stand: `quotes: yes` reads them"
+        logger.warning("%s: %s", one.path, one.warning)
+
+
+def _parquet_rows(one: _List) -> Iterator[Row]:
+    filesystem, inner = filesystem_of(one.path)
+    with filesystem.open_input_file(inner) as stream:
+        names = [one.names[place] for place in one.places if place is not None]
+        for batch in pq.ParquetFile(stream).iter_batches(batch_size=8192, columns=names):
             columns = [
-                itertools.repeat(None) if place is None else _texts(batch[file.schema_arrow.names[place]], path)
-                for place in places
+                itertools.repeat(None) if place is None else texts(batch[one.names[place]]) for place in one.places
             ]
             yield from zip(*columns, strict=False)
-
-
-def _texts(column: pa.Array, path: str) -> list[str | None]:
-    if isinstance(column, pa.DictionaryArray):
-        column = column.dictionary_decode()
-    if not any(is_kind(column.type) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)):
-        raise Mistake(f"{path} holds {column.type} where text is needed; name other columns")
-    contents = column.cast(pa.large_binary()).to_pylist()  # as text it might not be UTF-8, and fail as a whole
-    return [None if content is None else content.decode("utf-8", "surrogateescape") for content in contents]
 
 
 # ------------------------------------------------------------------------------------------------ one piece

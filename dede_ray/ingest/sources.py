@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -48,6 +48,8 @@ class Listing:
 
     splits: dict[str, list[Item]]
     class_names: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
+    """What the summary should say of how the source was read."""
 
 
 class Each(Protocol):
@@ -111,7 +113,8 @@ class Dataset(Config):
             drawn = {usable[i].key for i in draw_by_class(labels, self.calibration, seed)}
             splits["calibration"] = [item for item in splits[giver] if item.key in drawn]
             splits[giver] = [item for item in splits[giver] if item.key not in drawn]
-        return Listing(splits, None if listing.class_names is None else [*map(_writable, listing.class_names)])
+        names = None if listing.class_names is None else [*map(_writable, listing.class_names)]
+        return Listing(splits, names, [*map(_writable, listing.notes)])
 
     def _find(self, seed: int, limits: Limits, scratch: Path, each: Each) -> Listing:
         raise NotImplementedError
@@ -243,7 +246,7 @@ def _list_shard(shard: Shard, limits: Limits, limit: int | None, is_decoded: boo
         return [
             Item(
                 sample.key, shard.url, sample.index, label=sample.label,
-                error=why_unusable(sample, limits) if is_decoded else sample.error,
+                error=why_unusable(sample, limits) if is_decoded else sample.error or next(iter(sample.notes), None),
             )
             for sample in islice(iter_samples(stream, limits), limit)
         ]  # fmt: skip
@@ -251,8 +254,8 @@ def _list_shard(shard: Shard, limits: Limits, limit: int | None, is_decoded: boo
 
 def why_unusable(sample: Sample, limits: Limits) -> Reason | None:
     """Say why a sample's image cannot be used: its error, or what decoding meets; None where it can."""
-    if sample.error is not None:
-        return sample.error
+    if reason := sample.error or next(iter(sample.notes), None):
+        return reason
     assert sample.image is not None, sample.key
     try:  # at 32 pixels: reads all of the file, at a fraction of the work for large JPEGs
         decode_image(sample.image, limits, size_px=32)

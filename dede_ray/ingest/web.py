@@ -33,7 +33,7 @@ Failure = Literal[
     "bad_redirect",  # in a circle, more than ten times, or to something that is not http(s)
     "timeout",  # no byte for `timeout_s`, or not all of them in `link_timeout_s`
     "connection_failed",  # no such host, refused, broken off, no valid certificate, not HTTP
-    "private_address",  # a host of this machine or network
+    "private_address",  # a host of this machine or network, or of nowhere
     "opted_out",  # X-Robots-Tag forbids the use
     "image_too_large",  # more bytes than allowed
     "image_truncated",  # fewer bytes than announced
@@ -205,10 +205,40 @@ class _Http(urllib.request.AbstractHTTPHandler):
         return connection
 
 
+NO_PUBLIC_NETWORKS = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "168.63.129.16/32",  # Azure's services for the machine itself, at an address that is public elsewhere
+        "192.0.0.0/24",  # Oracle's metadata, and protocols; Python knows parts of it
+        "192.88.99.0/24",  # what were relays of 6to4
+        "2001::/23",  # Teredo, benchmarks and other protocols
+        "2001:db8::/32",
+        "3fff::/20",  # documentation, since 2024
+    )
+)
+NAT64, GLOBAL_UNICAST = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2000::/3")
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is one of the public internet; an IPv4 address within an IPv6 one decides for it."""
+    one = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(one, ipaddress.IPv6Address):
+        inner = one.ipv4_mapped or one.sixtofour
+        if one in NAT64 or one.packed[8:12] in (b"\0\0\x5e\xfe", b"\2\0\x5e\xfe"):  # the latter two: ISATAP
+            inner = ipaddress.IPv4Address(one.packed[12:])
+        if inner is not None:
+            return is_public(str(inner))
+        if one not in GLOBAL_UNICAST:  # all that has been given out; old and future private ranges are elsewhere
+            return False
+    # Python calls multicast and, by version, some reserved networks global.
+    is_special = one.is_multicast or one.is_reserved or any(one in network for network in NO_PUBLIC_NETWORKS)
+    return one.is_global and not is_special
+
+
 def _connect_publicly(address: tuple[str, int], timeout: float, source_address: Any = None) -> socket.socket:
     """Connect to an address of the public internet; the name is looked up once, so that it cannot change between."""
     found = {info[4][0] for info in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)}
-    public = sorted(str(one) for one in found if ipaddress.ip_address(one).is_global)
+    public = sorted(str(one) for one in found if is_public(str(one)))
     if not public:
         raise Failed("private_address")
     for one in public[:-1]:

@@ -132,9 +132,11 @@ class Origin:
 
     def located(self) -> str:
         """The name for other processes, whose working folder may be another: an absolute path, or a repository with
-        the commit that this process sees."""
+        the commit that this process sees and, after a `#`, its folder here, for those to whom the hub's cache, or the
+        hub, is not where it is for this process."""
         if self.path is None:
-            return pinned(self.name)
+            folder = _snapshot(self)
+            return f"{self.name.partition('@')[0]}@{folder.name}#{folder}" if folder else self.name
         return self.name if is_url(self.name) else str(self.path.absolute())
 
     def hint(self) -> str:
@@ -148,6 +150,9 @@ def origin(name: str | Path) -> Origin:
     which may be an object on a store."""
     text = str(name)
     if text.startswith(HUB):
+        text, _, folder = text.partition("#")
+        if folder and Path(folder).is_dir():
+            return Origin(text, Path(folder))
         repository, _, revision = text.removeprefix(HUB).partition("@")
         return Origin(text, None, repository, revision or None)
     text = text.removeprefix("local-dir:")
@@ -159,10 +164,14 @@ def pinned(name: str) -> str:
     place = origin(name)
     if place.path is not None or place.revision is not None:
         return name
+    folder = _snapshot(place)
+    return f"{name}@{folder.name}" if folder else name
+
+
+def _snapshot(place: Origin) -> Path | None:
+    """The folder of a repository in the hub's cache, named by its commit."""
     found = place.find(CONFIG_FILE, "config.json", *OPEN_CLIP_WEIGHTS)
-    parts = found.parts if found else ()
-    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
-    return f"{name}@{commit}" if commit else name
+    return next((one for one in found.parents if one.parent.name == "snapshots"), None) if found else None
 
 
 def resolve_weights(init: str | Path) -> Path:

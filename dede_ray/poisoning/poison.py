@@ -34,7 +34,6 @@ from pydantic import Field, ValidationError, model_validator
 from dede_ray.data.captions import Classes, class_captions, pick_caption, read_classes
 from dede_ray.data.images import decode_image, encode_image
 from dede_ray.data.shards import (
-    CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
     BadSample,
@@ -42,11 +41,11 @@ from dede_ray.data.shards import (
     Sample,
     Shard,
     ShardEnd,
+    in_sample,
     iter_samples,
     list_shards,
     open_shard,
     sample_id,
-    split_name,
 )
 from dede_ray.data.tar import add_member, write_whole
 from dede_ray.poisoning.corrupt_encoder import CorruptEncoder
@@ -142,6 +141,8 @@ class PoisonConfig(Backdoor):
     def _choices_go_together(self) -> PoisonConfig:
         if self.chosen and (self.clean_label or self.also or self.composition):
             raise ValueError("chosen goes with neither clean_label nor also nor composition")
+        if self.limits.caption.field:
+            raise ValueError("captions are not poisoned within JSON; write them as .txt first (dede-ray ingest)")
         return self
 
     @property
@@ -256,7 +257,7 @@ def _survey(shard: Shard, limits: Limits) -> tuple[pa.Table, bool]:
     with open_shard(shard) as stream:
         for sample in iter_samples(stream, limits, end=end):
             height = width = None
-            if sample.error is None:
+            if sample.error is None and not sample.notes:
                 assert sample.image is not None
                 with contextlib.suppress(BadSample):
                     height, width, _ = decode_image(sample.image, limits).shape
@@ -495,13 +496,14 @@ def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: Poiso
             for member in tar:
                 if not member.isfile():
                     continue
-                this_key, suffix = split_name(member.name)
+                place = in_sample(member.name)
+                this_key, suffix = place or (key, "")
                 if this_key != key:  # the places of samples, counted as iter_samples counts
-                    _add_samples(copy, change.added)
+                    _add_samples(copy, change.added, config.limits.caption.suffixes[0])
                     key, index = this_key, index + 1
                     change = changes.get(index, unchanged)
                     needs_stamp = change.backdoor is not None
-                if change.is_dropped:
+                if place is not None and change.is_dropped:
                     continue
                 content = tar.extractfile(member)
                 assert content is not None, member.name
@@ -509,12 +511,13 @@ def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: Poiso
                 if needs_stamp and suffix in IMAGE_SUFFIXES:
                     needs_stamp = False  # the first image of a sample is its image
                     assert change.backdoor is not None
+                    assert key is not None
                     identity = sample_id(shard.name, key)
                     image, new_suffix = _stamped(content.read(), suffix, change.backdoor, identity, config)
                     add_member(copy, name[: len(name) - len(suffix)] + new_suffix, image)
                 elif suffix in LABEL_SUFFIXES and change.label is not None:
                     add_member(copy, name, str(change.label).encode())
-                elif suffix in CAPTION_SUFFIXES and change.caption is not None:
+                elif suffix in config.limits.caption.suffixes and change.caption is not None:
                     add_member(copy, name, change.caption.encode())
                 else:
                     header = tarfile.TarInfo(name)
@@ -523,15 +526,15 @@ def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: Poiso
         except (tarfile.ReadError, EOFError, OSError) as error:
             if is_complete or (isinstance(error, OSError) and error.errno is not None):
                 raise  # not what the survey found: the file has changed, or the disk fails
-        _add_samples(copy, change.added)
+        _add_samples(copy, change.added, config.limits.caption.suffixes[0])
 
 
-def _add_samples(tar: tarfile.TarFile, samples: list[Sample]) -> None:
+def _add_samples(tar: tarfile.TarFile, samples: list[Sample], caption_suffix: str) -> None:
     for sample in samples:
         assert sample.image is not None, sample.key
         add_member(tar, f"{sample.key}.{sample.image_suffix}", sample.image)
         if sample.caption is not None:
-            add_member(tar, f"{sample.key}.txt", sample.caption.encode())
+            add_member(tar, f"{sample.key}.{caption_suffix}", sample.caption.encode())
         if sample.label is not None:
             add_member(tar, f"{sample.key}.cls", str(sample.label).encode())
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 import re
 import reprlib
 import shlex
@@ -20,7 +21,7 @@ from typing import IO, Annotated, Any, ClassVar, TypeVar
 
 import tyro
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dede_ray.runtime.store import Named, StoreError, place, write_atomically
 
@@ -70,6 +71,20 @@ class Config(BaseModel):
 
     writes_to_stores: ClassVar[bool] = False
     """Whether a job with these settings can write to a store: `output` may be a URL."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _at_home(cls, values: Any) -> Any:
+        """`~/shards` means what a shell makes of it, in every setting."""
+        return {name: _expanded(value) for name, value in values.items()} if isinstance(values, dict) else values
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value.startswith("~") else value
+    if isinstance(value, dict):
+        return {name: _expanded(one) for name, one in value.items()}
+    return [_expanded(one) for one in value] if type(value) is list else value
 
 
 def load(kind: type[C], argv: list[str], program: str = "") -> C:

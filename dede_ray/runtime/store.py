@@ -16,6 +16,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,11 +56,19 @@ def filesystem_of(where: Named) -> tuple[fs.FileSystem, str]:
     """
     if not is_url(where):
         return fs.LocalFileSystem(), str(place(where))
-    parts = urlsplit(url := str(where))
+    there = ObjectPath(str(where))
+    scheme, _, path = there.base.partition("://")  # not by urlsplit: a key may hold `#` and `?`
     try:
-        return _filesystem(parts.scheme, parts.netloc, parts.query), f"{parts.netloc}{parts.path}".rstrip("/")
-    except (OSError, ValueError, TypeError) as error:
-        raise StoreError(f"{url}: {error}") from None
+        return _filesystem(scheme, path.partition("/")[0], there.query), path.rstrip("/")
+    except Exception as error:  # some come from libraries that raise errors of their own: httpx, huggingface_hub
+        raise StoreError(f"{where}: {_in_words(error)}") from None
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+_QUERY = re.compile(r"\?(?=\w+=)")  # any other question mark is part of a name
 
 
 class ObjectPath:
@@ -67,7 +76,7 @@ class ObjectPath:
 
     def __init__(self, url: str, info: fs.FileInfo | None = None):
         """`info` is what a listing said of it."""
-        base, _, query = url.partition("?")
+        base, query, _ = [*_QUERY.split(url, 1), "", ""][:3]
         self._base, self._query, self._listed = base.rstrip("/"), query, info
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -90,6 +99,20 @@ class ObjectPath:
 
     def _like(self, base: str, info: fs.FileInfo | None = None) -> ObjectPath:
         return ObjectPath(base + (f"?{self._query}" if self._query else ""), info)
+
+    def at(self, base: str) -> ObjectPath:
+        """Another place on the same store."""
+        return self._like(base)
+
+    @property
+    def base(self) -> str:
+        """The URL without its query."""
+        return self._base
+
+    @property
+    def query(self) -> str:
+        """How the store is to be asked: `region=eu-west-1`."""
+        return self._query
 
     @property
     def name(self) -> str:
@@ -117,8 +140,10 @@ class ObjectPath:
             return question(*filesystem_of(str(self)))
         except FileNotFoundError:
             raise FileNotFoundError(f"nothing at {self}") from None
-        except OSError as error:
-            raise StoreError(f"{self}: {error}") from None
+        except StoreError:
+            raise
+        except Exception as error:  # pyarrow's are OSErrors, those of other makers' stores are not
+            raise StoreError(f"{self}: {_in_words(error)}") from None
 
     def is_file(self) -> bool:
         return self._info().type == fs.FileType.File
@@ -161,6 +186,16 @@ class ObjectPath:
     def read_bytes(self) -> bytes:
         with self.open() as stream:
             return stream.read()
+
+    def read_start(self, num_bytes: int) -> bytes:
+        """The first bytes, in one small request."""
+
+        def read(store: fs.FileSystem, name: str) -> bytes:
+            with store.open_input_file(name) as stream:
+                return stream.read(num_bytes)
+
+        content: bytes = self._ask(read)
+        return content
 
     def read_text(self) -> str:
         return self.read_bytes().decode()

@@ -844,6 +844,7 @@ class _Deciding:
                 "scored": self.summary.num_samples - sum(self.summary.errors.values()),
                 "unreadable": self.summary.errors,
                 "flagged": int(judged.verdict.flagged.sum()),
+                "notes": self.summary.notes,
                 "truncated_shards": self.summary.truncated_shards,
                 "duplicated_images": sum(name is not None for name in judged.group_id),
                 "findings": len(judged.findings),

@@ -47,7 +47,16 @@ from pydantic import Field
 from dede_ray.data.captions import read_classes
 from dede_ray.data.identity import identified, shard_entry
 from dede_ray.data.ledger import read_parquet, write_parquet
-from dede_ray.data.shards import IMAGE_SUFFIXES, Limits, Shard, list_shards, open_shard, sample_id, split_name
+from dede_ray.data.shards import (
+    IMAGE_SUFFIXES,
+    Limits,
+    Shard,
+    in_sample,
+    list_shards,
+    open_shard,
+    sample_id,
+    split_name,
+)
 from dede_ray.data.tar import Tar, open_tar, write_whole
 from dede_ray.runtime.config import (
     Config,
@@ -117,9 +126,9 @@ def sift(config: SiftConfig | dict[str, Any] | str | Path) -> str:
     """Copy shards without the samples to drop, and list those. A rerun does what remains.
 
     Kept samples keep their order and their bytes: tar headers, contents and members of unknown kinds. With a dropped
-    sample all of its members go, those that strayed from it included. A shard that is cut short stays cut short, a
-    gzipped one stays gzipped. What follows the end of a tar is not copied. One Ray task per shard, so manifest and
-    output must be folders that all machines see.
+    sample all of its members go, those that strayed from it included; files of no sample stay. A shard that is cut
+    short stays cut short, a gzipped one stays gzipped. What follows the end of a tar is not copied. One Ray task per
+    shard, so manifest and output must be folders that all machines see.
 
     Returns:
         One line: how many samples were kept and dropped, and where they are. A second one if the manifest's decision
@@ -368,9 +377,12 @@ class _Judge:
 
     def keeps(self, member: _Member) -> bool:
         """Decide about the next member."""
-        key, suffix = split_name(member.name)
         if not member.is_file:  # a link, a folder: of no sample, but it may name one
-            return key not in self._dropped_keys
+            return split_name(member.name)[0] not in self._dropped_keys
+        place = in_sample(member.name)
+        if place is None:
+            return True
+        key, suffix = place
         if key != self._key:
             self._close()
             self._key, self._index = key, self._index + 1

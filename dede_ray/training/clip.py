@@ -16,7 +16,7 @@ from torch import nn
 
 from dede_ray.data.images import decode_image
 from dede_ray.data.sampling import sample_generator
-from dede_ray.data.shards import BadSample, Limits, Sample, list_shards
+from dede_ray.data.shards import BadSample, Limits, Sample, find_shards, list_shards
 from dede_ray.models import clip
 from dede_ray.models.victims import OpenClipVictim
 from dede_ray.runtime.config import Mistake
@@ -110,11 +110,12 @@ def _index(section: ClipTrain) -> tuple[list[dataloader.ChunkRef], list[float] |
             f"clip.weights {section.weights} must hold one number above 0 for each of the {len(entries)} entries of "
             "clip.shards"
         )
-    list_shards(entries)  # refuses names that clash
+    shards = list_shards(entries)  # named apart, and looked at once
     index: list[dataloader.ChunkRef] = []
     weights: list[float] = []
     for entry, weight in zip(entries, section.weights, strict=True):
-        index += dataloader.index_of(entry)
+        urls = {shard.url for shard in find_shards(entry)}
+        index += dataloader.index_shards([shard for shard in shards if shard.url in urls])
         weights += [weight] * (len(index) - len(weights))
     return index, weights
 
@@ -154,7 +155,7 @@ class _ClipRecipe(Recipe):
 
         def read_one(sample: Sample, content: bytes, name: str) -> dict[str, Any]:
             if sample.caption is None:
-                raise BadSample("caption_missing")
+                raise BadSample(sample.why_no_caption)
             image_HWC = decode_image(content, self.limits, enough_px=enough_px)
             rng = sample_generator(name, self.seed, epoch)
             kept = {"image": augmentation.apply(image_HWC, size, rng), "caption": sample.caption}

@@ -37,11 +37,11 @@ from dede_ray.data.shards import (
     Reason,
     Sample,
     Shard,
+    in_sample,
     iter_samples,
     list_shards,
     open_shard,
     sample_id,
-    split_name,
 )
 from dede_ray.data.tar import open_tar
 from dede_ray.runtime.config import Mistake
@@ -100,9 +100,10 @@ def _index_one(shard: Shard, chunk_size: int) -> list[ChunkRef]:
             if tar.is_gzipped:
                 raise _compressed(shard)
             for member in tar:
-                if not member.isfile() or split_name(member.name)[0] == key:
+                place = in_sample(member.name) if member.isfile() else None
+                if place is None or place[0] == key:
                     continue
-                key = split_name(member.name)[0]
+                key = place[0]
                 if count == chunk_size:
                     refs.append(ChunkRef(shard, len(refs), offset, count))
                     count = 0

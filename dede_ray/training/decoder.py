@@ -23,7 +23,7 @@ from dede_ray.data.images import decode_image, encode_image
 from dede_ray.data.ledger import read_part
 from dede_ray.data.passes import PassResources, run_pass
 from dede_ray.data.sampling import sample_keys
-from dede_ray.data.shards import Limits, Sample, Shard, in_order, list_shards, write_shards
+from dede_ray.data.shards import Limits, Sample, Shard, list_shards, write_shards
 from dede_ray.models.decoder import MaskedDecoder, save_decoder
 from dede_ray.models.embedding import EmbedWork, Encoding, matrix
 from dede_ray.models.victims import OptionalVictimConfig, Victim, VictimConfig, load_victim
@@ -129,7 +129,8 @@ def train_decoder(config: SectionSettings, section: DecoderTrain, trained: Victi
         noise: list[Shard] = []
         if preset.ood_fill == "noise":
             noise = _noise_shards(folder / "noise", preset, index, victim.image_size, config.seed)
-            in_order([*shards, *noise])  # refuses names that clash
+            if clashing := {shard.name for shard in shards} & {shard.name for shard in noise}:
+                raise Mistake(f"a shard is called {min(clashing)}, as one of noise will be; rename it")
             index += dataloader.index_shards(noise)
         plan = config.plan(index, preset.batch_size, preset.epochs, shuffle=preset.shuffle)
         held_index = dataloader.index_shards(holdout)

@@ -18,7 +18,7 @@ import numpy as np
 import ray
 from PIL import Image
 
-from dede_ray.data.images import IMAGE_FORMATS, Stamp, square
+from dede_ray.data.images import IMAGE_FORMATS, Stamp, square, without_notes
 from dede_ray.data.sampling import draw
 from dede_ray.data.shards import BadSample, Limits, Shard, iter_samples, open_shard, sample_id
 from dede_ray.runtime.config import Mistake
@@ -88,7 +88,7 @@ def _drawn(pictures: list[Picture], num: int | None, seed: int) -> list[Picture]
 
 def _size_px(content: bytes) -> tuple[int, int] | None:
     try:
-        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+        with Image.open(io.BytesIO(without_notes(content)), formats=IMAGE_FORMATS) as image:
             return image.size
     except Exception:  # whatever is wrong with it, decoding will find and count it
         return None

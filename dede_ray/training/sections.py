@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dede_ray.data.shards import Limits
+from dede_ray.data.unread import hint
 from dede_ray.models.victims import VictimConfig
 from dede_ray.runtime.config import Mistake, claim, finish
 from dede_ray.runtime.session import start_ray
@@ -97,10 +98,14 @@ def refuse_unfit(index: list[dataloader.ChunkRef], limits: Limits, with_captions
     samples = dataloader.read_samples(index[0], 0, index[0].num_samples, limits)
     if any(sample.image is not None and (not with_captions or sample.caption is not None) for sample in samples):
         return
-    reasons = Counter(one.error or ("no_image" if one.image is None else "caption_missing") for one in samples)
+    reasons = Counter(one.error or ("no_image" if one.image is None else one.why_no_caption) for one in samples)
     listing = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common())
-    what, advice = "an image", ""
+    what, advice = "an image", hint(index[0].shard, limits, "image")
     if with_captions:
         what = "an image and a caption"
-        advice = "; CLIP trains on images with a .txt beside them, which jobs/ingest.py writes, also from labels"
+        advice = (
+            advice
+            or hint(index[0].shard, limits, "caption")
+            or ("; CLIP trains on images with a .txt beside them, which jobs/ingest.py writes, also from labels")
+        )
     raise Mistake(f"none of the first {len(samples)} samples of {index[0].shard.name} has {what} ({listing}){advice}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -81,3 +83,52 @@ def test_an_image_is_encoded_as_what_its_suffix_says(picture, suffix, tolerance)
     content = encode_image(picture(), suffix)
     assert Image.open(io.BytesIO(content)).format == {"jpg": "JPEG"}.get(suffix, suffix.upper())
     assert np.abs(decode_image(content, LIMITS).astype(int) - picture()).mean() <= tolerance
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+NOTES = {
+    "tEXt": chunk(b"tEXt", b"Comment\0" + b"a" * 2_000_000),
+    "zTXt": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 1_500_000)),
+    "iTXt": chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(b"a" * 1_500_000)),
+    "XMP": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"a" * 1_500_000)),
+    "profile": chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(2_000_000))),
+    "eXIf": chunk(b"eXIf", bytes(100_000)),
+    "EXIF in a text": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"0" * 3_000_000)),
+    "wrong checksum": chunk(b"tEXt", b"Comment\0a")[:-4] + b"abcd",
+    "a hundred": b"".join(chunk(b"zTXt", b"c%d\0\0" % i + zlib.compress(bytes(900_000))) for i in range(100)),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_long_notes_and_large_profiles_of_a_png_are_stepped_over(picture, png, name):
+    for place in (33, len(png()) - 12):  # behind the header, before the end
+        content = png()[:place] + NOTES[name] + png()[place:]
+        np.testing.assert_array_equal(decode_image(content, LIMITS), picture())
+
+
+@pytest.mark.parametrize("how", ["eXIf", "zTXt", "xmp"])
+def test_what_says_how_a_png_is_turned_stays(picture, how):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = saved(Image.fromarray(picture(height=20, width=30)), "PNG")
+    profile = b"\nexif\n%8d\n" % len(exif.tobytes()) + exif.tobytes().hex().encode() + b"\n"
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    turn = {
+        "eXIf": chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")),
+        "zTXt": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile)),
+        "xmp": chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+    }[how]
+    bare = content[:33] + turn + content[33:]
+    np.testing.assert_array_equal(decode_image(bare, LIMITS), np.rot90(picture(height=20, width=30), -1))
+    noted = content[:33] + turn + NOTES["zTXt"] + NOTES["profile"] + content[33:]
+    np.testing.assert_array_equal(decode_image(noted, LIMITS), np.rot90(picture(height=20, width=30), -1))
+
+
+def test_a_png_that_is_damaged_is_handed_over_as_it_is(png):
+    whole = png()[:33] + NOTES["tEXt"] + png()[33:]
+    for content in (whole[:40], whole[:1000], whole[:-30], whole[:33] + b"\xff\xff\xff\xfftEXt" + whole[41:]):
+        with pytest.raises(BadSample):
+            decode_image(content, LIMITS)

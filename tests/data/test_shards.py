@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import pickle
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from tars import read, saved, triple
+from tars import packed, read, saved, triple
 
-from dede_ray.data.images import decode_image
+from dede_ray.data.images import decode_image, encode_image
 from dede_ray.data.shards import (
+    NOTES,
     REASONS,
     BadSample,
+    CaptionFrom,
     Limits,
     Sample,
+    Shard,
     ShardEnd,
+    in_sample,
     iter_chunks,
+    iter_samples,
     list_shards,
+    read_start,
     split_name,
     write_shard,
     write_shards,
 )
+from dede_ray.data.workers import Reading, decode
 from dede_ray.runtime.config import Mistake
 
 LIMITS = Limits()
@@ -55,6 +70,48 @@ def test_a_key_is_the_name_up_to_the_first_dot_after_the_last_slash(name, key, s
     assert split_name(name) == (key, suffix)
 
 
+# What a trainer's reader makes of a name that somebody's system has packed: samples, or strays between them.
+NAMES = [
+    "k.png", "k.txt", "./k.png", "./._k.png", "a/k.png", "a/._k.png", "a/.png", "v1.2/._k.png", "v1.2/k.png", "v1.2/k",
+    ".DS_Store", "a/.DS_Store", "LICENSE", "a/MANIFEST", "k.", "....", "/.x", "//.x", "a.b/c/.x",
+    "PaxHeaders.123/k.png", "__MACOSX/._k.png", "__meta__", "__meta__/k.png", "__a.b__", "k.input.jpg", "22.05.png",
+    "22.10.png", "Thumbs.db", "a\nb.png", "v.1\n/b.png", "v.1\nc/b.png", "__a__\n.png", "K.PNG",
+]  # fmt: skip
+
+
+def by_webdataset(content: bytes) -> list[tuple[str, set[str]]]:
+    """Key and suffixes of the samples that its reader finds."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    files = tar_file_expander([{"url": "s.tar", "stream": io.BytesIO(content)}])
+    return [(s["__key__"], set(s) - {"__key__", "__url__"}) for s in group_by_keys(files)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(NAMES) | st.text("ab./_\n", min_size=1, max_size=9), max_size=6, unique_by=str.lower))
+def test_samples_are_those_of_webdatasets_reader(names):
+    content = packed([(name, name.encode()) for name in names if not name.endswith("/")])
+    expected = by_webdataset(content)
+    found = [*iter_samples(io.BytesIO(content), Limits(), keep_others=True)]
+    assert [s.key.removesuffix(f"#{s.index}") for s in found] == [key for key, _ in expected]
+    for sample, (_, suffixes) in zip(found, expected, strict=True):
+        assert set(sample.others) <= suffixes
+
+
+def test_strays_neither_begin_a_sample_nor_end_one(write_tar, png):
+    strays = [(name, b"stray") for name in ("LICENSE", "./._k.png", ".DS_Store", "__meta__")]
+    members = [*strays[:1], ("./k.png", png()), *strays[1:], ("./k.txt", b"a photo"), ("./k.cls", b"3")]
+    [sample] = read(write_tar("s.tar", members))
+    assert (sample.key, sample.error, sample.caption, sample.label) == ("./k", None, "a photo", 3)
+
+
+@pytest.mark.parametrize("name", ["/" * 15_000 + ".", "a." * 8_000 + "/b", "a/" * 8_000 + "."])
+def test_a_long_name_costs_little(name):
+    started = time.monotonic()
+    in_sample(name)
+    assert time.monotonic() - started < 0.1
+
+
 def test_members_of_other_kinds_belong_to_their_sample_but_are_not_its_image(write_tar, png):
     [sample] = read(write_tar("s.tar", [("k.seg.png", b"mask"), *triple("k", png())]), keep_others=True)
     assert (sample.image, sample.others) == (png(), {"seg.png": b"mask"})
@@ -75,18 +132,42 @@ def test_a_sample_without_an_image_says_so(write_tar):
     ("member", "limits", "reason"),
     [
         (("k.txt", b"\xff\xfe\x00"), LIMITS, "caption_unreadable"),
+        (("k.txt", "caf\u00e9".encode("latin-1")), LIMITS, "caption_unreadable"),
         (("k.txt", b"word " * 10), Limits(max_caption_chars=20), "caption_too_long"),
+        (("k.txt", "\u732b".encode() * 30), Limits(max_caption_chars=20, max_member_bytes=4500), "caption_too_long"),
         (("k.cls", b"cat"), LIMITS, "label_unreadable"),
         (("k.cls", b""), LIMITS, "label_unreadable"),
         (("k.cls", b"99999999999"), LIMITS, "label_unreadable"),
-        (("k.txt", b"x" * 5000), Limits(max_member_bytes=4500), "member_too_large"),
+        (("k.cls", b"3.0"), LIMITS, "label_unreadable"),
+        (("k.cls", b"[3]"), LIMITS, "label_unreadable"),
+        (("k.cls", b'{"label": 3}'), LIMITS, "label_unreadable"),
+        (("k.cls", b"1" * 5000), Limits(max_member_bytes=4500), "label_unreadable"),
     ],
 )
-def test_a_bad_member_is_a_reason_and_its_neighbours_are_read(write_tar, png, member, limits, reason):
+def test_a_bad_caption_or_label_is_a_note_and_the_image_is_used(write_tar, png, member, limits, reason):
     members = [*triple("before", png()), ("k.png", png()), member, *triple("z", png())]
     samples = read(write_tar("s.tar", members), limits)
-    assert [s.error for s in samples] == [None, reason, None]
-    assert reason in REASONS
+    assert [(s.error, s.notes, s.image) for s in samples] == [(None, n, png()) for n in ([], [reason], [])]
+    assert reason in NOTES
+    assert set(NOTES) < set(REASONS)
+    [_, sample, _] = samples
+    assert sample.label is None
+    if reason == "caption_too_long":
+        assert (len(sample.caption), sample.caption) == (20, member[1].decode()[:20])
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.dictionaries(st.sampled_from(["cls", "txt", "json", "caption", "label"]), st.binary(max_size=60)), st.data())
+def test_whatever_stands_beside_a_good_image_it_is_read_and_counted(beside, data):
+    image = encode_image(np.zeros((8, 8, 3), np.uint8), "png")
+    members = data.draw(st.permutations([("k.png", image), *((f"k.{name}", text) for name, text in beside.items())]))
+    source = data.draw(st.sampled_from([CaptionFrom(), CaptionFrom(field="caption"), CaptionFrom(member="json")]))
+    limits = Limits(max_caption_chars=20, caption=source)
+    [sample] = iter_samples(io.BytesIO(packed(members)), limits)
+    reading = Reading(Path("nowhere"), 8, 8, limits, None)
+    [row] = decode(Shard("s.tar", "s.tar", 0), 0, [sample], reading).to_pylist()
+    assert (row["error"], row["key"], len(row["pixels"])) == ([None], ["k"], 8 * 8 * 3)
+    assert set(row["notes"][0] or ()) == set(sample.notes) <= set(NOTES)
 
 
 def test_a_pickle_in_a_shard_is_never_opened(write_tar, png, tmp_path):
@@ -140,7 +221,7 @@ def test_every_sample_is_read_or_has_a_reason_from_the_closed_list(write_tar, pn
         "image_truncated",
         "image_unreadable",
         "image_unreadable",
-        "label_unreadable",
+        (32, 32, 3),
         "duplicate_key",
     ]
     assert {reason for reason in outcome if isinstance(reason, str)} <= set(REASONS)
@@ -174,18 +255,96 @@ def test_nothing_found_is_a_mistake_that_names_the_pattern(tmp_path):
         list_shards(str(tmp_path / "train-*.tar"))
 
 
-def test_two_shards_of_one_name_are_a_mistake(write_tar, png):
-    paths = [str(write_tar(f"{folder}/s.tar", triple("k", png()))) for folder in ("one", "two")]
-    with pytest.raises(Mistake, match=r"two shards are named s\.tar"):
-        list_shards(paths)
+def test_where_names_clash_as_much_of_the_folders_as_makes_them_unique_comes_before(write_tar, png, tmp_path):
+    names = ["cc3m/0.tar", "cc12m/0.tar", "cc12m/1.tar", "x/train/2.tar", "y/train/2.tar", "x/test/2.tar"]
+    for name in names:
+        write_tar(name, triple("k", png()))
+    shards = list_shards([str(tmp_path / folder) for folder in ("cc3m", "cc12m", "x/train", "y/train", "x/test")])
+    assert [shard.name for shard in shards] == [
+        "1.tar", "cc12m--0.tar", "cc3m--0.tar", "test--2.tar", "x--train--2.tar", "y--train--2.tar"
+    ]  # fmt: skip
+    assert [Path(shard.url).relative_to(tmp_path).as_posix() for shard in shards] == [
+        names[i] for i in (2, 1, 0, 5, 3, 4)
+    ]
+    with pytest.raises(Mistake, match=r"1 shards are named twice, such as .*cc3m/0\.tar"):
+        list_shards([str(tmp_path / "cc3m"), str(tmp_path / "cc3m" / "0.tar")])
 
 
-@pytest.mark.parametrize("content", [b"", b"not a tar" * 200, b"\x1f\x8b rubbish"])
-def test_a_file_that_is_no_tar_is_a_mistake_that_names_it(write_tar, png, tmp_path, content):
+def test_names_that_clash_stay_file_names(write_tar, png, tmp_path):
+    long = ["a" * 240 + "/s.tar", "b" * 240 + "/s.tar", "a/b--s.tar", "a--b/s.tar"]
+    shards = list_shards([str(write_tar(name, triple("k", png()))) for name in long])
+    names = [shard.name for shard in shards]
+    assert len(set(names)) == 4
+    assert all(len(name.encode()) <= 200 and "/" not in name and name.endswith("s.tar") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"not a tar" * 200, "no tar"),
+        (b"\x1f\x8b rubbish", "bad gzip data"),
+        (gzip.compress(b"not a tar" * 200), "no tar"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html>sign in</html>", "a web page"),
+        (b"\x28\xb5\x2f\xfd rest", "compressed with Zstandard: unpack it first"),
+        (bz2.compress(bytes(2000)), "compressed with bzip2"),
+        (lzma.compress(bytes(2000)), "compressed with xz"),
+        (b"PK\x03\x04 rest", "a ZIP archive"),
+    ],
+)
+def test_a_file_that_is_no_tar_is_named_with_what_it_is(write_tar, png, tmp_path, content, what):
     write_tar("good.tar", triple("k", png()))
     (tmp_path / "bad.tar").write_bytes(content)
-    with pytest.raises(Mistake, match=r"1 of 2 shards.*\n.*bad\.tar"):
+    with pytest.raises(Mistake, match=rf"1 of 2 shards.*\n.*bad\.tar: .*{what}"):
         list_shards(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.tar.zst", "a.tar.bz2", "a.tar.xz", "a.txz", "a.TAR.ZST"])
+def test_a_compressed_tar_is_found_and_refused_by_name(write_tar, png, tmp_path, name):
+    write_tar("good.tar", triple("k", png()))
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd rest")
+    for pattern in (tmp_path, tmp_path / "*", tmp_path / name):
+        with pytest.raises(Mistake, match=rf"{name}: no tar, but compressed with Zstandard"):
+            list_shards(str(pattern))
+    assert len(list_shards(str(tmp_path / "*.tar"))) == 1
+
+
+def test_a_file_named_that_is_no_shard_is_refused_with_what_it_is(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and so on")
+    with pytest.raises(Mistake, match=r"a\.parquet is no shard by its name, and its content is a Parquet file"):
+        list_shards(str(tmp_path / "a.parquet"))
+
+
+def test_empty_shards_are_passed_over_and_counted(write_tar, png, tmp_path, caplog):
+    write_tar("c.tar", triple("k", png()))
+    write_tar("a.tar", [])
+    write_tar("e.tar.gz", [])
+    (tmp_path / "b.tar").write_bytes(b"")
+    (tmp_path / "d.tar").write_bytes((tmp_path / "c.tar").read_bytes()[:700])  # a cut one is for the reader to count
+    assert [shard.name for shard in list_shards(str(tmp_path))] == ["c.tar", "d.tar"]
+    assert "3 of 5 shards are empty and passed over, such as" in caplog.text
+    with pytest.raises(Mistake, match=r"all 2 shards are empty, such as .*a\.tar"):
+        list_shards(str(tmp_path / "[ab].tar"))
+
+
+def test_shards_are_looked_at_sixteen_at_a_time_and_a_block_each(monkeypatch, write_tar, png, tmp_path):
+    import dede_ray.data.shards
+
+    path = write_tar("s.tar", triple("k", png()))
+    for number in range(64):
+        (tmp_path / f"{number}.tar").hardlink_to(path)
+    asked = []
+
+    def slow(url):
+        time.sleep(0.02)
+        asked.append(len(read_start(url)))
+        return read_start(url)
+
+    monkeypatch.setattr(dede_ray.data.shards, "read_start", slow)
+    started = time.monotonic()
+    assert len(list_shards(str(tmp_path))) == 65
+    assert time.monotonic() - started < 65 * 0.02
+    assert asked == [512] * 65
 
 
 # --- writing

@@ -25,6 +25,7 @@ from dede_ray.data.ledger import read_parts
 from dede_ray.data.near_duplicates import first_near, hamming, perceptual_hash
 from dede_ray.data.passes import PassResources, run_pass
 from dede_ray.data.shards import (
+    NOTES,
     REASONS,
     BadSample,
     Limits,
@@ -104,10 +105,11 @@ def members_with(picture, bomb: bytes) -> dict[str, list[tuple[str, bytes]]]:
 
     return {
         "no_image": [("k.txt", b"words")],
+        "image_of_other_format": [("k.gif", saved(rgb, "GIF")), ("k.txt", b"words")],
         "image_unreadable": with_image(b"<html>404</html>"),
         "image_truncated": with_image(saved(rgb, "JPEG")[:-80], "jpg"),
         "image_too_large": with_image(saved(Image.new("1", (400, 300)))),
-        "member_too_large": [*with_image(image), ("k.cls", b"1" * 400_000)],
+        "member_too_large": with_image(bytes(400_000)),
         "caption_unreadable": with_caption(b"\xff\xfe\x00"),
         "caption_too_long": with_caption("word " * 100),
         "label_unreadable": [*with_image(image), ("k.cls", b"cat")],
@@ -116,7 +118,7 @@ def members_with(picture, bomb: bytes) -> dict[str, list[tuple[str, bytes]]]:
         "dangerous_member": [*with_image(image), ("k.pyd", bomb)],
         "repeated_member": [*with_image(image), ("k.jpg", saved(rgb, "JPEG"))],
         "interleaved_members": [("k.png", image), *other, ("k.txt", b"a picture")],
-        "key_empty": [(".png", image), (".txt", b"a picture")],
+        "key_empty": [("a/.png", image), ("a/.txt", b"a picture")],
         "key_not_utf8": with_name("caf\udce9"),
         "key_odd_characters": with_name("a\u202eb\x1b[2J"),
         "key_path_like": with_name("../../etc/passwd"),
@@ -126,6 +128,7 @@ def members_with(picture, bomb: bytes) -> dict[str, list[tuple[str, bytes]]]:
         "image_elongated": with_image(saved(picture(1000, 40, 170))),
         "image_uniform": with_image(saved(Image.new("RGB", (64, 64), (250, 250, 250)))),
         "caption_empty": with_caption(" \n"),
+        "caption_json": with_caption('["a photo", "of a thing"]'),
         "caption_control_characters": with_caption("a \x07 bell"),
         "caption_hidden_characters": with_caption("gpj\u202e.exe"),
         "label_without_name": [*with_image(image), ("k.cls", b"12")],
@@ -143,7 +146,8 @@ def members_with(picture, bomb: bytes) -> dict[str, list[tuple[str, bytes]]]:
 ABOUT_SAMPLES = sorted(members_with(lambda *_: np.zeros((8, 8, 3), np.uint8), b""))
 ABOUT_SHARDS = (
     "shard_unreadable", "shard_ends_early", "shard_without_end", "shard_data_after_end", "shard_gzipped", "shard_empty",
-    "special_member", "ignored_members", "shard_truncated",
+    "special_member", "ignored_members", "shard_truncated", "stray_members",
+    "image_elsewhere", "caption_elsewhere",
 )  # fmt: skip
 ACROSS_SHARDS = (
     "classes_unreadable", "exact_duplicate", "near_duplicate", "duplicate_relabelled", "key_in_other_shard",
@@ -169,6 +173,13 @@ def ward(picture, png, write_tar_in, local_ray, tmp_path_factory) -> Path:
     write_tar_in(shards / "shard_gzipped.tar.gz", three)
     (shards / "shard_gzipped.tar").unlink()
     write_tar_in(shards / "ignored_members.tar", [*three, ("good102.json", b"{}"), ("good102.npy", bomb)])
+    compound = [m for i in range(3) for m in ((f"{i}.input.png", png(200 + i)), (f"{i}.txt", b"words"))]
+    write_tar_in(shards / "image_elsewhere.tar", [*three, *compound])
+    in_json = [m for i in range(3) for m in ((f"{i}.png", png(210 + i)), (f"{i}.json", b'{"caption": "a thing"}'))]
+    write_tar_in(shards / "caption_elsewhere.tar", [*three, *in_json])
+    write_tar_in(
+        shards / "stray_members.tar", [("._good100.png", b"mac"), *three[:1], ("LICENSE", b"free"), *three[1:]]
+    )
     (shards / "shard_unreadable.tar").write_bytes(b"<html>not here</html>" * 100)
     content = (shards / "shard_ends_early.tar").read_bytes()
     third = content.index(b"good102.png")
@@ -204,6 +215,7 @@ def test_what_is_odd_about_a_sample_is_found_there_and_nowhere_else(ward, kind):
     also = {  # what cannot come alone
         "interleaved_members": {"duplicate_key", "caption_missing"},
         "dangerous_member": {"ignored_members"},
+        "image_of_other_format": {"ignored_members"},
     }
     assert {this for this, name in found if name is None or "good" not in name} - across <= {kind, *also.get(kind, ())}
     assert {this for this, name in found if name is not None and "good" in name} <= across
@@ -229,7 +241,7 @@ def test_the_verdict_on_every_sample_is_that_of_the_score_pass(ward):
         checked = pq.read_table(ward / "checked" / "samples" / f"{name}.parquet", columns=columns)
         assert checked.select(columns).to_pylist() == scored.select(columns).to_pylist(), name
     errors = {row["error"] for row in samples(ward / "checked").values()}
-    assert errors == {None, *REASONS} & {None, *ABOUT_SAMPLES, "shard_truncated"} - {"caption_missing"}
+    assert errors == {None, *REASONS} & {None, *ABOUT_SAMPLES, "shard_truncated"} - {"caption_missing", *NOTES}
 
 
 class Nothing:
@@ -240,6 +252,27 @@ class Nothing:
 
     def __call__(self, chunk):
         return {}
+
+
+def test_strays_are_named_and_split_no_sample(ward):
+    [detail] = [row["detail"] for row in findings(ward / "checked") if row["kind"] == "stray_members"]
+    assert detail == "._good100.png, 2 in all"
+    assert [row["index"] for row in samples(ward / "checked").values() if row["shard"] == "stray_members.tar"] == [
+        0,
+        1,
+        2,
+    ]
+
+
+def test_what_may_have_been_meant_is_named_on_the_screen(ward, local_ray, tmp_path):
+    shards = [str(ward / "shards" / f"{part}_elsewhere.tar") for part in ("image", "caption")]
+    screen = check(CheckConfig(shards=shards, output=str(tmp_path / "checked")))
+    assert "3 members .input.png, such as 0.input.png: a key ends at the first dot" in screen
+    assert "3 members .json with a field `caption`: set limits.caption.field to caption" in screen
+    details = [row["detail"] for row in findings(ward / "checked") if row["kind"] == "no_image"]
+    assert details.count("but .input.png: keys end at the first dot of a name, so this is no image's suffix") == 3
+    [detail] = [row["detail"] for row in findings(ward / "checked") if row["kind"] == "image_of_other_format"]
+    assert detail == "but .gif, which is not read"
 
 
 def test_what_stands_in_an_images_place_is_named(ward):
@@ -287,7 +320,8 @@ def test_a_job_over_rubbish_ends_with_a_report(local_ray, tmp_path):
     (tmp_path / "shards" / "classes.json").write_text("[" * 10_000)
     text = check(CheckConfig(shards=str(tmp_path / "shards"), output=str(tmp_path / "checked")))
     assert "0 samples in 5 shards" in text
-    assert [row["kind"] for row in findings(tmp_path / "checked")].count("shard_unreadable") == 5
+    kinds = [row["kind"] for row in findings(tmp_path / "checked")]
+    assert (kinds.count("shard_unreadable"), kinds.count("shard_empty")) == (3, 2)
     assert "classes_unreadable" in text
 
 
@@ -506,24 +540,24 @@ def test_only_what_has_changed_since_is_examined_again(write_pictures, write_tar
 def test_fail_on_makes_the_job_fail_once_all_is_written(write_tar, png, local_ray, tmp_path):
     write_tar("shards/s.tar", [("k.png", png()), ("k.txt", b"\xff")])
     settings = {"shards": str(tmp_path / "shards"), "output": str(tmp_path / "checked")}
-    for fail_on in (["caption_unreadable"], ["error"], ["warning", "error"]):
+    for fail_on in (["caption_unreadable"], ["warning"], ["warning", "error"]):
         with pytest.raises(Mistake, match=r"(?s)1 samples in 1 shards.*fail_on names .*: caption_unreadable$"):
             check(CheckConfig(**settings, fail_on=fail_on))
     assert (tmp_path / "checked" / "summary.json").is_file()
-    assert "caption_unreadable" in check(CheckConfig(**settings, fail_on=["warning", "near_duplicate"]))
+    assert "caption_unreadable" in check(CheckConfig(**settings, fail_on=["error", "near_duplicate"]))
     with pytest.raises(ValueError, match=r"no finding is called .near_duplicates.; did you mean near_duplicate"):
         CheckConfig(**settings, fail_on=["near_duplicates"])
 
 
 @pytest.mark.ray
-def test_nothing_to_check_two_shards_of_one_name_and_an_output_among_the_shards_are_mistakes(write_tar, png, tmp_path):
+def test_nothing_to_check_a_shard_named_twice_and_an_output_among_the_shards_are_mistakes(write_tar, png, tmp_path):
     output = str(tmp_path / "checked")
     with pytest.raises(Mistake, match=r"no shards at .*train-\*\.tar"):
         check(CheckConfig(shards=str(tmp_path / "train-*.tar"), output=output))
     for folder in ("one", "two"):
         write_tar(f"{folder}/s.tar", [("k.png", png())])
-    with pytest.raises(Mistake, match=r"two shards are named s\.tar"):
-        check(CheckConfig(shards=[str(tmp_path / "one"), str(tmp_path / "two")], output=output))
+    with pytest.raises(Mistake, match=r"1 shards are named twice, such as .*s\.tar"):
+        check(CheckConfig(shards=[str(tmp_path / "one"), str(tmp_path / "one" / "*.tar")], output=output))
     with pytest.raises(Mistake, match="is the folder of the shards"):
         check(CheckConfig(shards=str(tmp_path / "one"), output=str(tmp_path / "one")))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]

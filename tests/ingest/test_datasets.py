@@ -5,6 +5,7 @@ And what is made to do harm, or is damaged, does none and is reported.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -307,15 +308,15 @@ def test_a_mat_file_of_something_else_is_a_mistake(shards_of, tmp_path, content)
 
 
 def test_gtsrb_from_its_zips(shards_of, picture, tmp_path):
-    csv = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n"
+    head = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n"
     train = {}
     for label in (0, 14, 42):
         folder = f"GTSRB/Final_Training/Images/{label:05d}"
         train |= {f"{folder}/0000{i}_00000.ppm": image_in(picture, "PPM", 10 * label + i) for i in range(2)}
-        train[f"{folder}/GT-{label:05d}.csv"] = f"{csv}00000_00000.ppm;32;32;5;5;25;25;{label}\r\n".encode()
+        train[f"{folder}/GT-{label:05d}.csv"] = f"{head}00000_00000.ppm;32;32;5;5;25;25;{label}\r\n".encode()
     test = {f"GTSRB/Final_Test/Images/0000{i}.ppm": image_in(picture, "PPM", 900 + i) for i in range(2)}
     test["GTSRB/Final_Test/Images/GT-final_test.test.csv"] = b"Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2\n"
-    truth = f"{csv}00000.ppm;32;32;5;5;25;25;16\r\n00001.ppm;32;32;5;5;25;25;1\r\n".encode()
+    truth = f"{head}00000.ppm;32;32;5;5;25;25;16\r\n00001.ppm;32;32;5;5;25;25;1\r\n".encode()
     zips = {
         "GTSRB_Final_Training_Images.zip": zip_of(train),
         "GTSRB_Final_Test_Images.zip": zip_of(test),
@@ -633,6 +634,268 @@ def test_hugging_faces_note_in_parquet_names_the_classes(shards_of, png, tmp_pat
     splits, names = shards_of(kind="parquet", splits={"val": str(tmp_path)})
     assert names == ["cat", "dog"]
     assert [s.caption for s in splits["val"].values()] == ["this is cat", "this is dog", "this is cat"]
+
+
+def one_table(png, tmp_path, columns: dict, **source) -> dict:
+    """The settings of a Parquet file with these columns beside three pictures."""
+    pq.write_table(pa.table({"image": [png(n) for n in range(3)]} | columns), tmp_path / "a.parquet")
+    return {"kind": "parquet", "splits": {"train": str(tmp_path / "a.parquet")}, **source}
+
+
+def captions_of(splits) -> list[str | None]:
+    return [sample.caption for sample in splits["train"].values()]
+
+
+WORDS = ["a cat", "naïve", "a third"]
+STRUCT = pa.struct([("path", pa.string()), ("raw", pa.string()), ("n", pa.int8())])
+TEXT_COLUMNS = {
+    "string": pa.array(WORDS),
+    "large": pa.array(WORDS, pa.large_string()),
+    "view": pa.array(WORDS, pa.string_view()),
+    "bytes": pa.array([word.encode() for word in WORDS], pa.binary()),
+    "large bytes": pa.array([word.encode() for word in WORDS], pa.large_binary()),
+    "view of bytes": pa.array([word.encode() for word in WORDS], pa.binary_view()),
+    "dictionary": pa.array(WORDS).dictionary_encode(),
+    "dictionary of bytes": pa.array([word.encode() for word in WORDS]).dictionary_encode(),
+    "list": pa.array([["", word, "another"] for word in WORDS]),
+    "list of views": pa.array([[None, word] for word in WORDS], pa.list_(pa.string_view())),
+    "large list": pa.array([[" ", word] for word in WORDS], pa.large_list(pa.large_string())),
+    "list view": pa.array([[word] for word in WORDS], pa.list_view(pa.string())),
+    "fixed list": pa.array([["", word] for word in WORDS], pa.list_(pa.string(), 2)),
+    "struct": pa.array([{"path": "x", "raw": word, "n": 1} for word in WORDS], STRUCT),
+    "list of structs": pa.array([[{"raw": ""}, {"path": "x", "raw": word}] for word in WORDS], pa.list_(STRUCT)),
+}
+
+
+@pytest.mark.parametrize("kind", TEXT_COLUMNS)
+def test_captions_of_whatever_type_are_read(shards_of, png, tmp_path, kind):
+    splits, _ = shards_of(**one_table(png, tmp_path, {"text": TEXT_COLUMNS[kind]}))
+    assert captions_of(splits) == WORDS
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "txt",
+        "text",
+        "TEXT",
+        "Caption",
+        "captions",
+        "sentence",
+        "text_list",
+        "prompt",
+        "alt_text",
+        "altText",
+        "ALT-TEXT",
+    ],
+)
+def test_captions_are_found_under_usual_names_in_any_case(shards_of, png, tmp_path, name):
+    splits, _ = shards_of(**one_table(png, tmp_path, {name: WORDS, "url": ["http://x"] * 3}))
+    assert captions_of(splits) == WORDS
+    assert f"captions from `{name}`; unused: url; left out: none" in shards_of.summary
+
+
+@pytest.mark.parametrize("name", ["cls", "label", "Labels", "CLASS", "class_id", "target", "fine_label"])
+@pytest.mark.parametrize(
+    "kind", [pa.int64(), pa.uint8(), pa.float64(), pa.string(), pa.binary_view(), pa.list_(pa.int16())]
+)
+def test_labels_are_found_under_usual_names_and_read_from_whatever_spells_them(shards_of, png, tmp_path, name, kind):
+    numbers = pa.array([2, 0, None], pa.int64())
+    if pa.types.is_list(kind):
+        numbers = pa.array([[2], [0, 1], []], kind)
+    elif pa.types.is_binary_view(kind):
+        numbers = pa.array([b"2\n", b"0", b""], kind)
+    else:
+        numbers = numbers.cast(kind)
+    splits, _ = shards_of(**one_table(png, tmp_path, {name: numbers}))
+    assert [sample.label for sample in splits["train"].values()] == [2, 0, None]
+
+
+def test_a_label_in_words_is_no_number_and_the_summary_says_so(shards_of, png, tmp_path):
+    source = one_table(png, tmp_path, {"label": ["cat", "dog", "cat"], "text": WORDS})
+    splits, _ = shards_of(**source)
+    assert [sample.label for sample in splits["train"].values()] == [None] * 3
+    assert "`label` holds no whole numbers: no labels are taken from it" in shards_of.summary
+    with pytest.raises(Mistake, match="'label' holds string, expected integers"):
+        shards_of(**source, label="label")
+
+
+def in_struct(png) -> list[dict]:
+    return [{"bytes": png(n), "path": f"{n}.png"} for n in range(3)]
+
+
+PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+PICTURE_COLUMNS = {
+    "binary": lambda png: pa.array([png(n) for n in range(3)]),
+    "large": lambda png: pa.array([png(n) for n in range(3)], pa.large_binary()),
+    "view": lambda png: pa.array([png(n) for n in range(3)], pa.binary_view()),
+    "dictionary": lambda png: pa.array([png(n) for n in range(3)]).dictionary_encode(),
+    "struct": lambda png: pa.array(in_struct(png), PICTURE),
+    "struct of view": lambda png: pa.array(in_struct(png), pa.struct([("bytes", pa.binary_view())])),
+    "list": lambda png: pa.array([[None, png(n)] for n in range(3)], pa.list_(pa.binary())),
+    "list of structs": lambda png: pa.array([[one] for one in in_struct(png)], pa.list_(PICTURE)),
+    "list of large": lambda png: pa.array([[png(n), png(9)] for n in range(3)], pa.large_list(pa.large_binary())),
+}
+
+
+@pytest.mark.parametrize("kind", PICTURE_COLUMNS)
+@pytest.mark.parametrize("is_named", [False, True])
+def test_pictures_of_whatever_type_are_read(shards_of, png, tmp_path, kind, is_named):
+    columns = {"hash": [b"1", b"2", b"3"], "Images": PICTURE_COLUMNS[kind](png), "text": WORDS}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    source = {"kind": "parquet", "splits": {"train": str(tmp_path)}} | ({"image": "Images"} if is_named else {})
+    splits, _ = shards_of(**source)
+    assert [s.image for s in splits["train"].values()] == [png(n) for n in range(3)]
+    assert "images from `Images`, captions from `text`; unused: hash;" in shards_of.summary
+
+
+def test_a_table_of_webdatasets_keeps_captions_labels_and_keys(shards_of, png, picture, tmp_path):
+    """As `datasets` reads WebDataset shards: a column for each suffix, and a row's picture in one of them."""
+    pictures = [png(0), image_in(picture, "JPEG", 1), None]
+    columns = {
+        "jpg": pa.array([None, {"bytes": pictures[1], "path": "b.jpg"}, None], PICTURE),
+        "png": pa.array([{"bytes": pictures[0], "path": "a.png"}, None, None], PICTURE),
+        "txt": WORDS,
+        "cls": [1, 0, 2],
+        "json": [{"caption": word} for word in WORDS],
+        "__key__": ["00/a.b", "00/c", "00/d"],
+        "__url__": ["hf://x.tar"] * 3,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    splits, _ = shards_of(kind="parquet", splits={"train": str(tmp_path)})
+    assert [(s.key, s.image, s.caption, s.label) for s in splits["train"].values()] == [
+        ("00_a_b", pictures[0], WORDS[0], 1), ("00_c", pictures[1], WORDS[1], 0),
+    ]  # fmt: skip
+    said = (
+        "images from `jpg`, `png`, keys from `__key__`, captions from `txt`, labels from `cls`; unused: json, __url__"
+    )
+    assert shards_of.summary.endswith(f"{said}; left out: no_image 1")
+
+
+def test_text_that_is_not_taken_for_captions_is_warned_of(shards_of, png, tmp_path, caplog):
+    source = one_table(png, tmp_path, {"words": WORDS, "url": ["http://x"] * 3})
+    splits, _ = shards_of(**source)
+    assert captions_of(splits) == [None] * 3
+    assert "no captions, although `words` holds text: name it as `caption`" in shards_of.summary
+    assert "no captions, although `words`" in caplog.text
+    splits, _ = shards_of(**source, caption="words")
+    assert captions_of(splits) == WORDS
+
+
+def test_a_broken_character_costs_one_row(shards_of, png, tmp_path):
+    broken = pa.array([b"ok", b"\xff\xfe", b"fine"]).view(pa.string())
+    splits, _ = shards_of(**one_table(png, tmp_path, {"text": broken}))
+    assert captions_of(splits) == ["ok", "fine"]
+    assert shards_of.summary.endswith("left out: caption_unreadable 1")
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "message"),
+    [
+        ({"image": ["AAAA"] * 3}, {}, r"no column of encoded images, only image \(string\); name it as `image`"),
+        ({"image": ["AAAA"] * 3}, {"image": "image"}, "'image' holds string, expected encoded images"),
+        ({"image": pa.array([[1.0]] * 3)}, {}, r"only image \(list<element: double>\)"),
+        ({"text": [1, 2, 3]}, {"caption": "text"}, "'text' holds int64, expected text"),
+        ({"y": pa.array([None] * 3, pa.date32())}, {"label": "y"}, r"'y' holds date32\[day\], expected integers"),
+    ],
+)
+def test_a_column_of_another_type_is_named_with_its_type(shards_of, png, tmp_path, columns, settings, message):
+    with pytest.raises(Mistake, match=message):
+        shards_of(**one_table(png, tmp_path, columns, **settings))
+
+
+# --- captions of a folder in a table beside the pictures
+
+
+def metadata(kind: str, rows: list[dict]) -> bytes:
+    if kind == "parquet":
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), buffer)
+        return buffer.getvalue()
+    if kind == "jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0], delimiter="\t" if kind == "tsv" else ",")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8-sig")
+
+
+ROWS = [{"file_name": "a.png", "text": 'a "cat",\nasleep', "license": "?"},
+        {"file_name": "./deep/b.png", "text": "a dog", "license": "?"}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("metadata.csv", None),
+        ("metadata.jsonl", None),
+        ("Metadata.CSV", None),
+        ("metadata.parquet", None),
+        ("metadata.csv", "metadata.csv"),
+        ("metadata.jsonl", "metadata.jsonl"),
+        ("captions.tsv", "captions.tsv"),
+        ("About.JSONL", "about.jsonl"),
+    ],
+)
+@pytest.mark.parametrize("make", [None, tar_of, zip_of])
+def test_metadata_beside_pictures_holds_their_captions(shards_of, png, tmp_path, name, setting, make):
+    rows = [dict(zip(("License", "FILE_NAME", "Text"), [row["license"], row["file_name"], row["text"]], strict=True))
+            for row in ROWS] if name == "Metadata.CSV" else ROWS  # fmt: skip
+    files = {"./a.png": png(1), "./deep/b.png": png(2), "./c.png": png(3), "./c.txt": b"beside"}
+    files[f"./{name}"] = metadata(name.rpartition(".")[2].lower(), rows)
+    path = write(tmp_path / "in", files if make is None else {"x": make(files)})
+    path = path if make is None else path / "x"
+    splits, _ = shards_of(kind="folders", splits={"train": str(path)}, classes=False, captions=setting)
+    found = {sample.key: sample.caption for sample in splits["train"].values()}
+    beside = "beside" if setting is None else None
+    assert found == {"a": 'a "cat",\nasleep', "deep_b": "a dog", "c": beside}
+    assert f"captions from `{'Text' if name == 'Metadata.CSV' else 'text'}` of " in shards_of.summary
+
+
+def test_metadata_of_each_sub_folder_names_what_lies_there(shards_of, png, tmp_path):
+    files = {}
+    for number, name in enumerate(("cat", "dog")):
+        files |= {f"{name}/a.png": png(number), f"{name}/a.jpg": png(number + 5)}
+        rows = [{"file_name": f"a.{suffix}", "text": f"a {name} as {suffix}"} for suffix in ("png", "jpg")]
+        files[f"{name}/metadata.jsonl"] = metadata("jsonl", rows)
+    splits, names = shards_of(kind="folders", splits={"train": str(write(tmp_path / "in", files))})
+    assert names == ["cat", "dog"]
+    assert sorted(captions_of(splits)) == ["a cat as jpg", "a cat as png", "a dog as jpg", "a dog as png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"file_name,text\nx.png,other\n", "metadata.csv names none of the pictures"),
+        (b"file_name,size\na.png,3\n", "no captions in metadata.csv; unused: size"),
+    ],
+)
+def test_metadata_of_no_use_is_said_to_be_so(shards_of, png, tmp_path, content, message):
+    write(tmp_path / "in", {"a.png": png(1), "metadata.csv": content})
+    splits, _ = shards_of(kind="folders", splits={"train": str(tmp_path / "in")})
+    assert captions_of(splits) == [None]
+    assert message in shards_of.summary
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 987654321\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metadata.csv", LFS, "metadata.csv in .* is a pointer of Git LFS"),
+        ("metadata.jsonl", b"<!doctype html><html>", "metadata.jsonl in .* is a web page"),
+        ("metadata.jsonl", b'{"file_name": "a.png"\n', "line 1 of metadata.jsonl in .* is no JSON"),
+        ("metadata.csv", b"file_name,text\na.png,\xe9\n", "metadata.csv in .* cannot be read as text"),
+        ("metadata.csv", "file_name,text\na.png,x\n".encode("utf-16"), "metadata.csv in .* is UTF-16"),
+        ("metadata.parquet", b"PAR1" + bytes(50), "is damaged"),
+    ],
+)
+def test_metadata_that_cannot_be_read_is_a_mistake(shards_of, png, tmp_path, name, content, message):
+    write(tmp_path / "in", {"a.png": png(1), name: content})
+    with pytest.raises(Mistake, match=message):
+        shards_of(kind="folders", splits={"train": str(tmp_path / "in")})
 
 
 # --- hostile and damaged archives

@@ -284,8 +284,16 @@ def test_tsv_csv_and_parquet_are_read_one_after_the_other_with_their_bad_rows(lo
         (" ", "caption_missing"),
         ("ftp", "bad_row"),
     ]
-    assert summary == f"train 4 samples in {tmp_path / 'out'}, of 10 links; left out: bad_row 5, caption_missing 1"
+    assert summary.startswith(
+        f"train 4 samples in {tmp_path / 'out'}, of 10 links; links from `URL`, captions from `TEXT`"
+    )
+    assert "; quotes: no, by the first 6 lines of the TSV (1 of 3 lists)" in summary
+    assert "captions from `TEXT`; unused: extra (1 of 3 lists)" in summary
+    assert summary.endswith("; left out: bad_row 5, caption_missing 1")
     assert set(website.asked) == {"/0.jpg", "/1.jpg", "/3.jpg", "/4.jpg"}
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 987654321\n"
 
 
 @pytest.mark.parametrize(
@@ -301,16 +309,153 @@ def test_tsv_csv_and_parquet_are_read_one_after_the_other_with_their_bad_rows(lo
         ("list.tsv", "caption\turl\n", {}, "has no rows"),
         ("list.json", "{}", {}, r"list\.json is no list of links by its name; expected one that ends in \.tsv"),
         ("list.parquet", "caption\turl\n", {}, "cannot be read: Parquet magic bytes not found"),
-        ("list.csv.gz", "caption,url\n", {}, "cannot be read"),
+        ("list.csv.gz", "caption,url\n", {}, "has no rows"),
+        ("list.tsv", LFS, {"columns": ["caption", "url"]}, r"list\.tsv is a pointer of Git LFS"),
+        ("list.parquet", LFS, {}, r"list\.parquet is a pointer of Git LFS"),
+        ("list.csv", "<!DOCTYPE html>\n<html>", {"columns": ["caption", "url"]}, r"list\.csv is a web page"),
+        ("list.csv", gzip.compress(b"<html>"), {"columns": ["caption", "url"]}, r"list\.csv is a web page"),
+        ("list.tsv", b"\x28\xb5\x2f\xfd\0\0\0", {}, r"list\.tsv is compressed with Zstandard"),
+        ("list.tsv", b"PAR1\x15\0\0", {}, r"list\.tsv is a Parquet file; expected lines of text"),
+        ("list.parquet", gzip.compress(b"x"), {}, r"list\.parquet is compressed with gzip"),
+        ("list.csv", "caption,url\n".encode("utf-16"), {}, r"list\.csv is UTF-16"),
+        ("list.tsv", '{"url": "http://x"}\n', {"columns": ["caption", "url"]}, r"list\.tsv is JSON"),
+        ("list.tsv", "caption\turl\turl\n", {}, "has several columns 'url'"),
         ("other.tsv", None, {}, r"no list of links at .*other\.tsv"),
     ],
 )
 @needs_img2dataset
 def test_a_list_that_cannot_be_read_is_a_mistake(tmp_path, name, text, changed, message):
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(Mistake, match=message):
         ingest(settings(tmp_path / "out", tmp_path / name, **changed))
+
+
+def rows_of(path: Path, **source) -> tuple[list[tuple[str | None, str | None]], str]:
+    """Link and caption of each row as the job reads them, and what it says of the file."""
+    one = links._look(str(path), links.UrlList(path=str(path), **source))
+    rows = [(url, caption) for url, caption, _ in links._read_rows([one])]
+    return rows, "; ".join([*one.notes, one.warning])
+
+
+LINK = "http://example.com/{}.jpg"
+CAPTIONS = [
+    "a plain one", 'a sign that reads "stop"', "left\tright", "two\nlines", '"quoted as a whole"', 'a 5" screen', "",
+    'one "and\nanother"\n\n', "the last",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("order", [("caption", "url"), ("url", "caption"), ("caption", "url", "size")])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("has_header", [True, False])
+def test_a_quoted_tsv_is_known_by_its_rows(tmp_path, order, quoting, end, has_header):
+    rows = [{"caption": text, "url": LINK.format(n), "size": n} for n, text in enumerate(CAPTIONS)]
+    with open(tmp_path / "list.tsv", "w", newline="") as stream:
+        writer = csv.DictWriter(
+            stream, order, extrasaction="ignore", delimiter="\t", quoting=quoting, lineterminator=end
+        )
+        if has_header:
+            writer.writeheader()
+        writer.writerows(rows)
+    found, said = rows_of(tmp_path / "list.tsv", columns=None if has_header else list(order))
+    assert found == [(row["url"], row["caption"]) for row in rows]
+    assert "quotes: yes" in said
+
+
+RAW = [
+    '"quoted as a whole"', '"an open quote', 'it says "no', '"a" and "b"', 'a 5" screen', "plain", 'closed"', '""', '"',
+    'half a "word', '"another', "[a] <person> is 6' 2\"",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("order", [("caption", "url"), ("url", "caption")])
+@pytest.mark.parametrize("has_header", [True, False])
+def test_a_raw_tsv_stays_as_it_is(tmp_path, order, has_header):
+    """As Conceptual Captions: quotes are text, wherever they stand."""
+    rows = [{"caption": text, "url": LINK.format(n)} for n, text in enumerate(RAW)]
+    lines = ["\t".join(order)] * has_header + ["\t".join(row[name] for name in order) for row in rows]
+    (tmp_path / "list.tsv").write_text("\n".join(lines) + "\n")
+    found, said = rows_of(tmp_path / "list.tsv", columns=None if has_header else list(order))
+    assert found == [(row["url"], row["caption"]) for row in rows]
+    assert "quotes: no" in said
+
+
+@pytest.mark.parametrize(("setting", "expected"), [(True, "a"), ("yes", "a"), (False, '"a"'), ("no", '"a"')])
+def test_the_setting_decides_about_quotes_also_as_yaml_reads_it(tmp_path, setting, expected):
+    (tmp_path / "list.tsv").write_text(f'caption\turl\n"a"\t{LINK}\n')
+    assert rows_of(tmp_path / "list.tsv", quotes=setting)[0] == [(LINK, expected)]
+
+
+def test_a_stray_quote_costs_its_own_row_at_most_and_swallows_no_file(tmp_path):
+    plain = [f"caption {n}\t{LINK.format(n)}\n" for n in range(3000)]
+    quoted = [f'"""{n}"""\t{LINK.format(n)}\n' for n in range(10)]
+    for number, stray in enumerate([f'"open\t{LINK}\n', f'"\t{LINK}\n', '"no link, open\n']):
+        path = tmp_path / f"{number}.tsv"
+        path.write_text("".join(["caption\turl\n", *quoted, *plain[:2000], stray, *plain[2000:], stray, *quoted]))
+        found, said = rows_of(path)
+        assert "quotes: yes" in said
+        assert len(found) == 3022
+        assert [row for row in found if row[0] not in (LINK, None)] == [
+            *((LINK.format(n), f'"{n}"') for n in range(10)),
+            *((LINK.format(n), f"caption {n}") for n in range(3000)),
+            *((LINK.format(n), f'"{n}"') for n in range(10)),
+        ]
+        assert [row for row in found if row[0] in (LINK, None)] == (
+            [(None, None)] * 2 if number == 2 else [(LINK, stray.split("\t")[0])] * 2
+        )
+
+
+def test_quotes_that_come_late_are_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(links, "SAMPLE_CHARS", 1000)
+    lines = [f"caption {n}\t{LINK.format(n)}\n" for n in range(100)]
+    (tmp_path / "list.tsv").write_text("".join(["caption\turl\n", *lines, f'"a ""sign"""\t{LINK}\n']))
+    _, said = rows_of(tmp_path / "list.tsv")
+    assert "quotes: no" in said
+    assert "1 captions look quoted, and were taken as they stand: `quotes: yes` reads them" in said
+
+
+@pytest.mark.parametrize("names", [("url", "caption"), ("URL", "TEXT"), ("Image_URL", "alt_text"), ("link", "txt")])
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "parquet"])
+def test_columns_of_a_list_are_found_under_usual_names_in_any_case(tmp_path, names, suffix):
+    rows, path = [(LINK.format(n), f"caption {n}", "x") for n in range(3)], tmp_path / f"list.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.table(dict(zip([*names, "other"], zip(*rows, strict=True), strict=True))), path)
+    else:
+        with open(path, "w", newline="") as stream:
+            csv.writer(stream, delimiter="\t" if suffix == "tsv" else ",").writerows([(*names, "other"), *rows])
+    found, said = rows_of(path)
+    assert found == [row[:2] for row in rows]
+    assert said.startswith(f"links from `{names[0]}`, captions from `{names[1]}`; unused: other")
+    with pytest.raises(Mistake, match="has no column 'captions2'"):
+        rows_of(path, caption_column="captions2")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view(),
+        pa.dictionary(pa.int32(), pa.string()), pa.list_(pa.string()), pa.list_(pa.string_view()),
+        pa.struct([("text", pa.string())]),
+    ],
+)  # fmt: skip
+def test_parquet_lists_of_whatever_type_are_read(tmp_path, kind):
+    def column(values: list[str]) -> pa.Array:
+        if pa.types.is_list(kind):
+            return pa.array([["", value] for value in values], kind)
+        if pa.types.is_struct(kind):
+            return pa.array([{"text": value} for value in values], kind)
+        if pa.types.is_dictionary(kind):
+            return pa.array(values).dictionary_encode()
+        return pa.array([value.encode() for value in values]).view(pa.string()).cast(kind)
+
+    rows = [(LINK.format(n), f"naïve {n}, longer than a view holds inline") for n in range(3)]
+    urls, captions = zip(*rows, strict=True)
+    pq.write_table(pa.table({"url": column(urls), "caption": column(captions)}), tmp_path / "list.parquet")
+    assert rows_of(tmp_path / "list.parquet")[0] == rows
+    pq.write_table(pa.table({"url": column(urls), "caption": [1, 2, 3]}), tmp_path / "list.parquet")
+    with pytest.raises(Mistake, match="the column 'caption' holds int64, expected text"):
+        rows_of(tmp_path / "list.parquet")
 
 
 def test_without_img2dataset_the_message_says_what_to_install(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from urllib.request import Request
 import pytest
 from website import PAGE, Website
 
-from dede_ray.ingest.web import Browser, Failed, Web
+from dede_ray.ingest.web import Browser, Failed, Web, is_public
 
 IMAGE = bytes(range(256)) * 100
 
@@ -74,13 +74,43 @@ def test_nothing_but_a_web_server_is_asked(url):
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "10.0.0.1", "169.254.169.254", "[::1]", "[::ffff:10.0.0.1]"]
-)
+    "host",
+    ["127.0.0.1", "localhost", "10.0.0.1", "169.254.169.254", "[::1]", "[::ffff:10.0.0.1]", "168.63.129.16",
+     "[64:ff9b::a9fe:a9fe]"],
+)  # fmt: skip
 def test_addresses_of_this_machine_and_network_are_not_connected_to_unless_allowed(host):
     start_s = time.monotonic()
     with pytest.raises(Failed, match=r"^private_address$"):
         fetch(f"http://{host}/latest/meta-data", allow_private_addresses=False)
     assert time.monotonic() - start_s < 5
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "0.0.0.0", "0.1.2.3", "10.1.2.3", "100.64.0.1", "100.100.100.200", "127.0.0.1", "127.1.2.3", "169.254.169.254",
+        "168.63.129.16", "172.16.0.1", "192.0.0.1", "192.0.0.8", "192.0.0.170", "192.0.0.192", "192.0.2.1",
+        "192.88.99.1", "192.168.1.1", "198.18.0.1", "198.51.100.1", "203.0.113.1", "224.0.0.1", "239.255.255.250",
+        "240.0.0.1", "255.255.255.255",
+        "::", "::1", "::7f00:1", "::ffff:127.0.0.1", "::ffff:169.254.169.254", "::ffff:168.63.129.16",
+        "::ffff:0:10.0.0.1", "64:ff9b::10.0.0.1", "64:ff9b::169.254.169.254", "64:ff9b::168.63.129.16",
+        "64:ff9b:1::8.8.8.8", "100::1", "2001::1", "2001:0:4136:e378:8000:63bf:3fff:fdd2", "2001:2::1", "2001:db8::1",
+        "2002:7f00:1::", "2002:a9fe:a9fe::1", "2002:a83f:8110::1", "2002:c000:c0::", "3fff::1", "5f00::1",
+        "2600::5efe:10.0.0.1", "2600::200:5efe:169.254.169.254", "4000::1", "fc00::1", "fd00:ec2::254", "fe80::1",
+        "fe80::1%eth0", "fe80::5efe:10.0.0.1", "fec0::1", "ff02::1", "ff0e::1",
+    ],
+)  # fmt: skip
+def test_an_address_that_is_not_of_the_public_internet_is_known_also_within_another(address):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["8.8.8.8", "168.63.129.17", "192.0.1.1", "192.31.196.1", "1.1.1.1", "2606:4700:4700::1111", "2a00:1450::1",
+     "::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "2002:808:808::1", "2001:4860:4860::8888"],
+)  # fmt: skip
+def test_an_address_of_the_public_internet_is_one(address):
+    assert is_public(address)
 
 
 def test_a_failure_that_lasts_is_not_asked_for_again_and_one_that_may_pass_is(website):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dede_ray.data.images import square, to_unit_range
+from dede_ray.data.passes import PassResources
+from dede_ray.data.shards import Limits, list_shards
 from dede_ray.detectors.cognitive_distillation import CognitiveDistillation
 from dede_ray.models import foreign
+from dede_ray.models.embedding import Encoding, _resized, fitting_set
 from dede_ray.models.victims import (
     ClipVictim,
     OnnxVictim,
@@ -30,6 +37,7 @@ from dede_ray.models.weights import read_tensors
 from dede_ray.runtime.config import Config, Mistake, read_json, write_json
 from dede_ray.runtime.libraries import timm
 
+PASS = PassResources(min_actors=1, cpus_per_actor=0.5, decode_cpus=0.5)
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 MEAN, STD = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
 
@@ -201,7 +209,7 @@ def test_weights_of_transformers_may_be_split_or_a_bin_and_a_classifier_is_kept(
         ({"num_hidden_layers": 900}, "far larger model than the weights"),
         ({"hidden_size": 10**7}, "far larger model than the weights"),
         ({"num_hidden_layers": 3}, "missing"),
-        ({"num_hidden_layers": 1}, "unexpected"),
+        ({"num_hidden_layers": 1, "out_features": None, "out_indices": None, "stage_names": None}, "unexpected"),
         ({"hidden_size": "wide"}, "transformers cannot build"),
         ({"hidden_size": 64}, "transformers cannot build|of another shape"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
@@ -214,7 +222,7 @@ def test_a_config_that_does_not_describe_the_weights_is_a_mistake(changed, said,
         load_victim(TransformersVictim(path=str(tmp_path)))
 
 
-def test_a_folder_without_statistics_of_pixels_asks_for_them_and_other_layouts_name_their_kind(tmp_path):
+def test_a_folder_without_statistics_of_pixels_asks_for_them_and_other_layouts_name_their_kind(tmp_path, clip_config):
     saved(tmp_path / "a", "CLIPModel")
     (tmp_path / "a" / "preprocessor_config.json").unlink()
     with pytest.raises(Mistake, match="set mean and std"):
@@ -227,7 +235,7 @@ def test_a_folder_without_statistics_of_pixels_asks_for_them_and_other_layouts_n
     with pytest.raises(Mistake, match=r"network of transformers's \(clip\): set victim.kind to transformers"):
         load_victim(OpenClipVictim(path=str(tmp_path / "a")))
     with pytest.raises(Mistake, match="names of transformers' CLIP"):
-        load_victim(OpenClipVictim(path=str(tmp_path / "a" / "model.safetensors"), architecture="ViT-B-32"))
+        load_victim(OpenClipVictim(path=str(tmp_path / "a" / "model.safetensors"), architecture=str(clip_config)))
     with pytest.raises(Mistake, match=r"expected a folder or repository with config\.json"):
         load_victim(TransformersVictim(path=str(tmp_path / "absent")))
 
@@ -406,7 +414,7 @@ def test_what_is_no_onnx_network_of_images_is_a_mistake(tmp_path):
     onnx_file(path, more=("map",))
     refused("2 outputs, embedding .*, map .*; set output")
     refused("2 outputs", output="absent")
-    refused("image_size is 32, but", image_size=32)
+    refused("image_size is 32, but", image_size=32, output="map")
     refused("set normaliser to one of", normaliser=None)
     assert load_victim(OnnxVictim(path=str(path), normaliser="none", output="map")).embedding_dim == 8
     onnx_file(path, side="side")
@@ -564,3 +572,67 @@ def test_settings_of_every_kind_survive_being_written_down():
     ):  # fmt: skip
         holder = Holder.model_validate({"victim": content})
         assert Holder.model_validate(json.loads(json.dumps(holder.model_dump(mode="json")))) == holder
+
+
+# --- in Ray's actors
+
+
+def test_every_kind_embeds_in_actors_as_here_as_victim_and_as_reference(
+    local_ray, write_pictures, png, own_network, tmp_path
+):
+    """One pass each, of two kinds: what its actors load by the located settings is what the driver loads."""
+    pytest.importorskip("onnxruntime")
+    saved(tmp_path / "clip", "CLIPModel")
+    saved(tmp_path / "dinov2", "Dinov2Model")
+    timm_folder(tmp_path / "timm", "vit_tiny_patch16_224", depth=1)
+    of_timm = TimmVictim(path=str(tmp_path / "timm"))
+    onnx = OnnxVictim(path=str(onnx_file(tmp_path / "small.onnx", batch=3)), normaliser="none")
+    write_pictures(tmp_path / "shards", range(7))
+    shards = list_shards(str(tmp_path / "shards"))
+    pairs = [(TransformersVictim(path=str(tmp_path / "clip")), onnx), (own_network, of_timm),
+             (onnx, TransformersVictim(path=str(tmp_path / "dinov2")))]  # fmt: skip
+    for i, (victim, reference) in enumerate(pairs):
+        encoding = Encoding(victim.located(), reference.located(), frozenset({"reference"}))
+        drawn = fitting_set(
+            shards, tmp_path / str(i), encoding, 7, 0, chunk_size=4, limits=Limits(), resources=PASS,
+            max_error_fraction=0, name="test",
+        )  # fmt: skip
+        for embedding_BE, config in ((drawn.embedding_BE, victim), (drawn.references, reference)):
+            here, size = load_victim(config), load_victim(victim).image_size
+            image_BHWC = torch.from_numpy(np.stack([square(png(n), str(n), size, Limits()) for n in range(7)]))
+            image_BCHW = to_unit_range(image_BHWC)
+            torch.testing.assert_close(embedding_BE, here(_resized(image_BCHW, here.image_size)), rtol=1e-4, atol=1e-5)
+
+
+JOB = """
+shards: {shards}
+output: {output}
+victim: {{path: 'hf-hub:somebody/clip'}}
+reference: {{path: 'hf-hub:somebody/clip'}}
+detectors:
+  - {{kind: density, num_references: 20, k: 4, lid_k: 8}}
+  - {{kind: consistency, num_references: 20, k: 4, min_agreement: 0}}
+decision: {{kind: assumed_rate, rate: 0.1, score: k_distance}}
+resources: {{min_actors: 1, cpus_per_actor: 0.5, decode_cpus: 0.5}}
+"""
+
+
+@pytest.mark.ray
+def test_the_score_job_takes_a_repository_of_the_hub_by_its_name_alone_without_a_network(
+    victim_folder, write_pictures, tmp_path
+):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "home" / "hub" / "models--somebody--clip"
+    shutil.copytree(victim_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    write_pictures(tmp_path / "shards", range(40))
+    (tmp_path / "score.yaml").write_text(JOB.format(shards=tmp_path / "shards", output=tmp_path / "scores"))
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "dede_ray", "score", "score.yaml"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = read_json(tmp_path / "scores" / "manifest.json", "manifest")["victim"]
+    own = load_victim(OpenClipVictim(path=str(victim_folder)))
+    assert written == {"path": f"hf-hub:somebody/clip@{commit}", "fingerprint": own.fingerprint}

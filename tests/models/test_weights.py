@@ -172,7 +172,7 @@ def test_a_name_is_a_repository_a_folder_or_a_file_and_is_located_as_such(tmp_pa
     assert remote.located() == remote.name, "its commit is said already"
 
 
-def test_a_repository_is_located_with_the_commit_that_is_seen(hub, victim_folder, monkeypatch):
+def test_a_repository_is_located_with_the_commit_that_is_seen(hub, victim_folder, tmp_path, monkeypatch):
     files = {name: (victim_folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
     upload(hub, "org/tiny", files)
     config = OpenClipVictim(path="hf-hub:org/tiny")
@@ -180,7 +180,12 @@ def test_a_repository_is_located_with_the_commit_that_is_seen(hub, victim_folder
     assert victim.fingerprint == load_victim(OpenClipVictim(path=str(victim_folder))).fingerprint
     assert victim.name == f"org/tiny@{'0' * 12}"
     located = config.located()
-    assert located.path == f"hf-hub:org/tiny@{'0' * 40}"
+    address, _, folder = located.path.partition("#")
+    assert address == f"hf-hub:org/tiny@{'0' * 40}"
+    assert (Path(folder) / WEIGHTS_FILE).is_file()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))  # as for an actor
+    assert load_victim(located).fingerprint == victim.fingerprint
+    monkeypatch.undo()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert load_victim(located).fingerprint == load_victim(config).fingerprint == victim.fingerprint
     both = OpenClipVictim(path="hf-hub:org/tiny", architecture="hf-hub:org/tiny").located()

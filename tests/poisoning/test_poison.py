@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from dede_ray.data.images import decode_image, encode_image
 from dede_ray.data.shards import Limits, ShardEnd, iter_samples, list_shards
-from dede_ray.poisoning.poison import TRUTH_SCHEMA, PoisonConfig, poison, read_attack
+from dede_ray.poisoning.poison import TRUTH_SCHEMA, PoisonConfig, _Change, _rewrite, poison, read_attack
 from dede_ray.runtime.config import Mistake
 from dede_ray.runtime.libraries import open_clip
 
@@ -396,3 +396,14 @@ def test_targeted_poisoning_goes_with_no_other_way_of_drawing(change):
     PoisonConfig.model_validate(base | {"chosen": ["s.tar/k"]})
     with pytest.raises(ValidationError, match="chosen goes with neither"):
         PoisonConfig.model_validate(base | {"chosen": ["s.tar/k"]} | change)
+
+
+def test_files_of_no_sample_are_copied_and_end_none(write_tar, png, tmp_path):
+    members = [("LICENSE", b"free"), ("k.png", png(0)), ("._k.png", b"mac"), ("k.cls", b"1"), ("m.png", png(1))]
+    [shard] = list_shards(str(write_tar("a.tar", members)))
+    attack = PoisonConfig(shards="a.tar", output="b", rate=0.5, trigger={"kind": "nothing"}, target_label=2)
+    _rewrite(shard, str(tmp_path / "b.tar"), {0: _Change(label=2), 1: _Change(is_dropped=True)}, attack, True)
+    with tarfile.open(tmp_path / "b.tar") as copy:
+        assert [(one.name, copy.extractfile(one).read()) for one in copy] == [
+            *members[:3], ("k.cls", b"2")
+        ]  # fmt: skip

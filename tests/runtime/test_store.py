@@ -58,8 +58,10 @@ def test_shards_are_found_by_folder_pattern_and_name(home, png, tmp_path):
         write_shard(tmp_path / "one.tar", [Sample("a", 0, png(number), "png")])
         write_atomically(home / f"train-{number:05d}.tar", (tmp_path / "one.tar").read_bytes())
     write_atomically(home / "classes.json", "[]")
+    write_atomically(home / "._train-00000.tar", "hidden, as macOS leaves them")
     names = [f"train-{number:05d}.tar" for number in range(3)]
-    for pattern in (home, home / "train-*.tar", f"{home}/train-{{00000..00002}}.tar"):
+    ways = (home, home / "train-*.tar", f"{home}/train-{{00000..00002}}.tar", f"{home.parent}/{home.name[:-1]}?/*.tar")
+    for pattern in ways:
         found = list_shards(str(pattern))
         assert [shard.name for shard in found] == names
         assert {shard.num_bytes for shard in found} == {(tmp_path / "one.tar").stat().st_size}
@@ -67,6 +69,12 @@ def test_shards_are_found_by_folder_pattern_and_name(home, png, tmp_path):
         assert stream.read() == (tmp_path / "one.tar").read_bytes()
     with pytest.raises(Mistake, match="no shards at"):
         list_shards(f"{home}/test-*.tar")
+    with pytest.raises(Mistake, match=r"2 of the 5 names .* do not exist: .*train-00003\.tar"):
+        list_shards(f"{home}/train-{{00000..00004}}.tar")
+    write_atomically(home / "list.txt", f"{home}/train-00001.tar")
+    assert [shard.name for shard in list_shards(f"{home}/list.txt")] == names[1:2]
+    write_atomically(home / "run#1" / "a?.tar", (tmp_path / "one.tar").read_bytes())
+    assert [shard.name for shard in list_shards(f"{home}/run#1/a?.tar")] == ["a?.tar"]
 
 
 def test_a_place_travels_and_says_its_name():

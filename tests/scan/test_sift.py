@@ -184,6 +184,14 @@ class Tar(bytes):
         return f"<tar of {len(self):,} bytes>"  # a failure should not print pages of zeros
 
 
+def test_files_of_no_sample_stay_and_end_none(tmp_path, write_tar, png):
+    strays = ["LICENSE", "._k.png", ".DS_Store"]
+    members = [(strays[0], b"free"), ("k.png", png(0)), (strays[1], b"mac"), ("k.txt", b"a"), (strays[2], b"mac")]
+    path = write_tar("a.tar", [*members, ("m.png", png(1)), ("m.txt", b"b")])
+    with tarfile.open(sift_one(path, {0})) as sifted:
+        assert sifted.getnames() == [*strays, "m.png", "m.txt"]
+
+
 @st.composite
 def odd_tar(draw: st.DrawFn) -> Tar:
     """A tar of few keys in any order: images, captions, unknown members, folders, links and global headers."""
