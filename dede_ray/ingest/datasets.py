@@ -832,7 +832,7 @@ class _Table(Dataset):
         if label is not None and not holds_numbers(kinds[label]):
             raise Mistake(f"{file}: the column {label!r} holds {_short(kinds[label])}, expected integers")
         key = next((name for name in rest if name.lower() == "__key__" and is_text(rest[name])), None)
-        used = {"images": images, "keys": [key], "captions": [caption], "labels": [label]}
+        used: dict[str, list[Any]] = {"images": images, "keys": [key], "captions": [caption], "labels": [label]}
         said = ", ".join(f"{what} from `{'`, `'.join(map(str, n))}`" for what, n in used.items() if n != [None])
         taken = {name for columns in used.values() for name in columns}
         if unused := [name for name in schema.names if name not in taken]:
