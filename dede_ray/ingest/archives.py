@@ -76,6 +76,17 @@ def find_pieces(path: str | os.PathLike[str], scratch: Path) -> list[Piece]:
     return list(tar_pieces(path))
 
 
+def look(*paths: str | os.PathLike[str]) -> None:
+    """Look at the first bytes of archives, where there are such files, before hours are spent on the first of them.
+
+    Raises:
+        Mistake: one is something else.
+    """
+    for path in map(os.path.abspath, paths):
+        if os.path.isfile(path) and (found := _something_else(path, ARCHIVES)):
+            raise Mistake(found)
+
+
 def _walk(folder: str, name: str, seen: set[str]) -> Iterator[Piece]:
     real = os.path.realpath(folder)
     if real in seen:  # a link back to where we are
@@ -117,7 +128,9 @@ def copy_out(piece: Piece, scratch: Path) -> str:
     return kept(piece.file, scratch, copy, str(piece.offset))
 
 
-def kept(path: str, scratch: Path, make: Callable[[IO[bytes], IO[bytes]], None], part: str = "") -> str:
+def kept(
+    path: str, scratch: Path, make: Callable[[IO[bytes], IO[bytes]], None], part: str = "", expected: str = ""
+) -> str:
     """Make a flat copy of a file, or of a part of it, where there is none yet; absent or whole. Returns its path.
 
     Raises:
@@ -129,7 +142,8 @@ def kept(path: str, scratch: Path, make: Callable[[IO[bytes], IO[bytes]], None],
     if not kept.is_file():
         scratch.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_suffix(f".tmp-{os.getpid()}")
-        with open(path, "rb") as source, open(temporary, "wb") as target, damage_is_a_mistake(path):
+        is_damage = damage_is_a_mistake(path, *filter(None, [expected]))
+        with open(path, "rb") as source, open(temporary, "wb") as target, is_damage:
             make(source, target)
         temporary.replace(kept)
     return str(kept)
@@ -210,9 +224,14 @@ def _something_else(path: str, expected: Sequence[str]) -> str | None:
     """Say what stands in the place of a file, by its first bytes; None if it may be damaged, or is unfamiliar."""
     try:
         with open(path, "rb") as stream:
-            what = what_is(stream.read(NUM_BYTES))
+            start = stream.read(NUM_BYTES)
+        what = what_is(start)
+        tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")  # an old tar begins with a name, such as `BM.jpg`
+        return None if ARCHIVES[0] in expected else f"{path} is {ARCHIVES[0]}; expected {' or '.join(expected)}"
     except OSError:
         return None
+    except tarfile.TarError:
+        pass
     if what is None or what == "empty" or what.endswith("of zero") or what.startswith(tuple(expected)):
         return None
     return f"{path} is {what}; expected {' or '.join(expected)}"

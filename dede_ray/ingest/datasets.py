@@ -38,6 +38,7 @@ from dede_ray.ingest.archives import (
     damage_is_a_mistake,
     find_pieces,
     kept,
+    look,
     not_text,
     read_pickled_arrays,
     tar_pieces,
@@ -189,6 +190,7 @@ class Folders(_Pictures):
     `file,caption` or `file<tab>caption` (as of Flickr8k); of several captions for one picture the first is taken."""
 
     def _find(self, seed: int, limits: Limits, scratch: Path, each: Each) -> Listing:
+        look(*self.splits.values())
         found = {split: find_pieces(_existing(path), scratch) for split, path in self.splits.items()}
         pictures = {split: [piece for piece in pieces if _is_image(piece)] for split, pieces in found.items()}
         for split, path in self.splits.items():
@@ -334,6 +336,7 @@ class ImageNet(_Pictures):
 
     def _find(self, seed: int, limits: Limits, scratch: Path, each: Each) -> Listing:
         folder = Path(_existing(self.path))
+        look(*(folder / f"ILSVRC2012_{name}" for name in ("devkit_t12.tar.gz", "img_train.tar", "img_val.tar")))
         devkit = _read_devkit(folder, scratch)
         splits: dict[str, list[tuple[str, Piece]]] = {}
         for split in ("train", "val"):
@@ -485,6 +488,7 @@ class GTSRB(_Pictures):
         pieces = find_pieces(_existing(self.path), scratch)
         if not any(piece.base.endswith(".ppm") for piece in pieces):
             zips = {piece.base: piece.file for piece in pieces if piece.base.endswith(".zip")}
+            look(*zips.values())
             training = zips.get("GTSRB_Final_Training_Images.zip") or zips.get("GTSRB-Training_fixed.zip")
             for file in (training, zips.get("GTSRB_Final_Test_Images.zip"), zips.get("GTSRB_Final_Test_GT.zip")):
                 pieces += find_pieces(file, scratch) if file else []
@@ -714,7 +718,7 @@ class SVHN(_Pixels):
         splits = {}
         for split in ("train", "test", "extra"):
             if piece := found.get(f"{split}_32x32.mat"):
-                flat = kept(piece.file, scratch, _svhn_records)
+                flat = kept(piece.file, scratch, _svhn_records, expected="a MATLAB 5 file")
                 records = _records(Piece(piece.name, flat, 0, os.path.getsize(flat)), 3073, 0, 10)
                 splits[split] = _numbered(split, records, 3072)
         return Listing(splits, Digits.class_names)

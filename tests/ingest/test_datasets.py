@@ -955,6 +955,52 @@ def test_rubbish_in_the_middle_of_an_archive_is_a_mistake(shards_of, png, tmp_pa
             shards_of(kind="folders", splits={"train": str(tmp_path / name)})
 
 
+INSTEAD = {
+    LFS: "a pointer of Git LFS",
+    b"<!DOCTYPE html><html></html>": "a web page",
+    b"\x28\xb5\x2f\xfd" + bytes(20): "compressed with Zstandard",
+    b"BZh9" + bytes(20): "compressed with bzip2",
+    b"\xfd7zXZ\0" + bytes(20): "compressed with xz",
+    b"7z\xbc\xaf\x27\x1c" + bytes(20): "a 7-Zip archive",
+    b"Rar!" + bytes(20): "a RAR archive",
+}
+
+
+@pytest.mark.parametrize("content", INSTEAD)
+def test_what_stands_in_the_place_of_an_archive_or_a_table_is_named(shards_of, png, tmp_path, content):
+    write(tmp_path, {"in.tar": content, "a.parquet": content, "b/cifar-10-python.tar.gz": content})
+    save_to_disk(tmp_path / "c", [table(png, range(2), {}, features())])
+    (tmp_path / "c" / "data-00000-of-00001.arrow").write_bytes(content)
+    for source in (
+        {"kind": "folders", "splits": {"train": str(tmp_path / "in.tar")}},
+        {"kind": "parquet", "splits": {"train": str(tmp_path / "a.parquet")}},
+        {"kind": "cifar10", "path": str(tmp_path / "b")},
+        {"kind": "hugging_face", "path": str(tmp_path / "c")},
+    ):
+        with pytest.raises(Mistake, match=rf"(in\.tar|a\.parquet|tar\.gz|\.arrow) is {INSTEAD[content]}.*; expected a"):
+            shards_of(**source)
+
+
+def test_every_archive_is_looked_at_before_the_first_is_unpacked(shards_of, png, tmp_path, monkeypatch):
+    monkeypatch.setattr("dede_ray.ingest.datasets.find_pieces", lambda *_: pytest.fail("unpacked"))
+    write(tmp_path, {"ILSVRC2012_img_train.tar": tar_of({"n00000001.tar": b""}), "ILSVRC2012_img_val.tar": LFS})
+    with pytest.raises(Mistake, match=r"ILSVRC2012_img_val\.tar is a pointer of Git LFS"):
+        shards_of(kind="imagenet", path=str(tmp_path))
+    splits = {"train": str(tmp_path / "ILSVRC2012_img_train.tar"), "val": str(tmp_path / "ILSVRC2012_img_val.tar")}
+    with pytest.raises(Mistake, match=r"ILSVRC2012_img_val\.tar is a pointer of Git LFS"):
+        shards_of(kind="folders", splits=splits)
+
+
+def test_an_old_tar_whose_first_name_begins_like_another_format_is_a_tar(shards_of, png, tmp_path):
+    content = bytearray(tar_of({"BM.png": png(1)}))
+    content[257:265] = bytes(8)  # before POSIX there was no mark
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    write(tmp_path, {"old.tar": bytes(content)})
+    splits, _ = shards_of(kind="folders", splits={"train": str(tmp_path / "old.tar")})
+    assert list(splits["train"]) == ["BM"]
+
+
 def test_a_gzip_bomb_does_not_fill_the_disk(shards_of, tmp_path):
     write(tmp_path, {"bomb.tar.gz": gzip.compress(bytes(30 << 20), 9)})
     with pytest.raises(Mistake, match="unpacks to more than 200 times its size"):
