@@ -25,6 +25,7 @@ import tyro
 from pydantic import Field, create_model
 
 from dede_ray.runtime.config import Config, Mistake, load, override, read_yaml
+from dede_ray.runtime.standins import lighten
 from dede_ray.runtime.store import StoreError
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,8 @@ def main(job: str | None = None) -> None:
         near = difflib.get_close_matches(job, JOBS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(JOBS)}"
         sys.exit(_one_message(Mistake(f"no job is called {job!r}; {hint} (see dede-ray --help)")))
+    if arguments and arguments[0] in {"-h", "--help"}:
+        lighten()
     run_job(JOBS[job].settings_class(), lambda settings: _run(job, settings), program, arguments, JOBS[job].default)
 
 

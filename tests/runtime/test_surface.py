@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,31 @@ def test_the_list_of_jobs_needs_none_of_them():
     listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert listed.endswith("False\n")
     assert all(f"  {name} " in listed for name in JOBS)
+
+
+def help_of(job: str, setup: str = "") -> tuple[str, float]:
+    """What `--help` prints, and the seconds of processor time that it takes."""
+    code = (
+        f"import sys, time; from dede_ray.runtime import cli\n{setup}\nsys.argv[1:] = [{job!r}, '--help']\n"
+        "try:\n    cli.main()\nfinally:\n    print(time.process_time(), file=sys.stderr)"
+    )
+    environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, float(done.stderr.split()[-1])
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_answers_at_once_and_needs_no_heavy_library(job):
+    said, took_s = help_of(job)
+    assert "--output" in said or "--steps" in said
+    assert "standins" not in said
+    assert took_s < 2
+
+
+@pytest.mark.parametrize("job", ["check", *(pytest.param(j, marks=pytest.mark.slow) for j in JOBS if j != "check")])
+def test_help_says_the_same_as_with_the_libraries_themselves(job):
+    assert help_of(job)[0] == help_of(job, "cli.lighten = lambda: None")[0]
 
 
 def test_every_job_has_a_door_and_every_door_a_job():
