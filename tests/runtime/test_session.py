@@ -84,6 +84,7 @@ def test_a_ray_that_does_not_start_is_one_line_whatever_it_raises(monkeypatch, e
         start_ray()
 
 
+@pytest.mark.ray
 def test_a_job_whose_ray_does_not_start_ends_with_that_line_and_no_traceback(tmp_path, write_pictures):
     write_pictures(tmp_path / "in", range(4))
     (tmp_path / "file").touch()
