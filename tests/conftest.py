@@ -75,6 +75,11 @@ def s3() -> Iterator[str]:
     server.wait()
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are no names: gzip's hold the time, and two processes would collect different tests."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What uses Ray, or starts jobs that do, is left out by `make test-fast`."""
     for item in items:
