@@ -61,7 +61,7 @@ def start_ray(*settings: Config) -> None:
         "log_to_driver": False,
         "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"]}},
     }
-    own = {} if address else {"address": "local", "include_dashboard": False}
+    own: dict[str, Any] = {} if address else {"address": "local", "include_dashboard": False}
     started = time.monotonic()
     try:
         with _quiet_core(), contextlib.nullcontext() if address else _patience(wait_s):
