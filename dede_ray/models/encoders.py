@@ -537,9 +537,15 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
     if missing or unexpected or wrong:
+        num_shared = len(own.keys() & state.keys() - _counters(model).keys())
+        if missing or unexpected:
+            what = f"the weights of another architecture ({num_shared} of this one's {len(own)} names occur)"
+        else:
+            what = "the weights of this architecture in another size"
         raise Mistake(
-            f"{path} does not fit the encoder: {len(missing)} tensors missing {missing[:3]}, {len(unexpected)} "
-            f"unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}"
+            f"{path} does not fit the encoder, {type(model).__name__}; it holds {what}: {len(missing)} tensors missing "
+            f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}; "
+            "name the architecture that it was trained with"
         )
 
 
