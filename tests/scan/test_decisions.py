@@ -735,7 +735,7 @@ def test_settings_out_of_range_are_refused(wrong):
 def test_a_refused_verdict_claims_nothing_and_its_ranking_stays():
     draw = np.random.default_rng(0)
     scores, ids = np.r_[draw.normal(size=50), draw.normal(9, 1, size=50)], [str(i) for i in range(100)]
-    few = Conformal(q=0.1).decide(scores, draw.normal(size=15), ids)
+    few = Conformal(q=0.1).decide(scores, draw.normal(size=8), ids)
     unlike = Conformal(q=0.1).decide(scores, draw.normal(size=500), ids).refused("they are unlike")
     for verdict in (few, unlike):
         assert not verdict.flagged.any()
