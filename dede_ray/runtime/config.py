@@ -79,12 +79,18 @@ class Config(BaseModel):
         return {name: _expanded(value) for name, value in values.items()} if isinstance(values, dict) else values
 
 
-def _expanded(value: Any) -> Any:
+def _expanded(value: Any, seen: dict[int, Any] | None = None) -> Any:
+    seen = {} if seen is None else seen  # what YAML repeats by reference is expanded once: it may unfold without end
     if isinstance(value, str):
         return os.path.expanduser(value) if value.startswith("~") else value
-    if isinstance(value, dict):
-        return {name: _expanded(one) for name, one in value.items()}
-    return [_expanded(one) for one in value] if type(value) is list else value
+    if type(value) not in (dict, list):
+        return value
+    if id(value) not in seen:
+        if type(value) is dict:
+            seen[id(value)] = {name: _expanded(one, seen) for name, one in value.items()}
+        else:
+            seen[id(value)] = [_expanded(one, seen) for one in value]
+    return seen[id(value)]
 
 
 def load(kind: type[C], argv: list[str], program: str = "") -> C:
