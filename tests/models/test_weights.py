@@ -183,8 +183,9 @@ def test_a_repository_is_located_with_the_commit_that_is_seen(hub, victim_folder
     address, _, folder = located.path.partition("#")
     assert address == f"hf-hub:org/tiny@{'0' * 40}"
     assert (Path(folder) / WEIGHTS_FILE).is_file()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))  # as for an actor
-    assert load_victim(located).fingerprint == victim.fingerprint
+    with monkeypatch.context() as actor:  # whose cache is another
+        actor.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+        assert load_victim(located).fingerprint == victim.fingerprint
     monkeypatch.undo()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert load_victim(located).fingerprint == load_victim(config).fingerprint == victim.fingerprint
