@@ -225,7 +225,7 @@ def test_what_is_odd_about_a_sample_is_found_there_and_nowhere_else(ward, kind):
 def test_what_is_odd_about_a_shard_is_found_there(ward, kind):
     names = {row["shard"] for row in findings(ward / "checked") if row["kind"] == kind}
     assert {name.partition(".")[0] for name in names} >= {kind}
-    assert len(names) <= 3
+    assert len(names) <= 5  # members that no job reads stand in the shards of other findings, too
 
 
 def test_the_verdict_on_every_sample_is_that_of_the_score_pass(ward):
