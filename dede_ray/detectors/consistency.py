@@ -232,7 +232,7 @@ class _ConsistencyScorer:
             self.bank_MH = _head(self.state, "victim", victim_ME - self.state["victim_mean"])
 
     @torch.inference_mode()
-    def score(self, batch: Batch) -> dict[str, np.ndarray]:
+    def score(self, batch: Batch, with_vectors: bool = False) -> dict[str, np.ndarray]:
         victim_BE, reference_BR, config = _unit(batch.embedding_BE), _unit(batch.references), self.config
         key_B = batch.keys(0)
         scores: dict[str, Tensor] = {}
@@ -263,7 +263,7 @@ class _ConsistencyScorer:
             reference_BH = _head(self.state, "trusted", reference_BR - self.state["reference_mean"])
             others_B = (reference_BH @ self.bank_MH.T / config.heads.temperature).logsumexp(dim=1)
             scores["xc_contrastive"] = others_B - (victim_BH * reference_BH).sum(dim=1) / config.heads.temperature
-        return as_scores({name: scores[name] for name in (*self.columns, *self.vectors)})
+        return as_scores({name: scores[name] for name in (*self.columns, *(self.vectors if with_vectors else ()))})
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -46,14 +46,9 @@ class Scorer(Protocol):
     """Equal fingerprints give equal scores."""
 
     def score(self, batch: Batch) -> dict[str, np.ndarray]:
-        """One float32 number (B,) for each column, and rows (B, width) for each column of `vectors_of`."""
+        """One float32 number (B,) for each column. Scorers that have `vectors_of` them give rows (B, width) of these,
+        too, where a second argument says so."""
         ...
-
-
-def scores_of(scorer: Scorer, batch: Batch) -> dict[str, np.ndarray]:
-    """A scorer's columns, without its vectors."""
-    found = scorer.score(batch)
-    return {name: found[name] for name in scorer.columns}
 
 
 def vectors_of(scorer: Scorer) -> Mapping[str, int]:
@@ -63,6 +58,12 @@ def vectors_of(scorer: Scorer) -> Mapping[str, int]:
     (scan/pool.py). A scorer that has some names them in an attribute `vectors`.
     """
     return getattr(scorer, "vectors", {})
+
+
+def everything_of(scorer: Scorer, batch: Batch) -> dict[str, np.ndarray]:
+    """A scorer's columns, and its vectors where it has some."""
+    ask: Any = scorer.score
+    return ask(batch, True) if vectors_of(scorer) else ask(batch)
 
 
 class DetectorSettings(Config):
@@ -170,8 +171,9 @@ class Renamed:
         self.controls = tuple(f"{column}_{name}" for column in scorer.controls)
         self.vectors = {f"{column}_{name}": width for column, width in vectors_of(scorer).items()}
 
-    def score(self, batch: Batch) -> dict[str, np.ndarray]:
-        return {f"{column}_{self._name}": score_B for column, score_B in self._scorer.score(batch).items()}
+    def score(self, batch: Batch, with_vectors: bool = False) -> dict[str, np.ndarray]:
+        found = everything_of(self._scorer, batch) if with_vectors else self._scorer.score(batch)
+        return {f"{column}_{self._name}": score_B for column, score_B in found.items()}
 
 
 def open_scorer(detector: DetectorSettings, victim: Victim, state: State) -> Scorer:

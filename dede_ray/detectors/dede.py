@@ -132,11 +132,12 @@ class _DeDeScorer:
         self.vectors = {"dede_residual": self.projection_ER.shape[1]} if decoder.has_reverse else {}
 
     @torch.inference_mode()
-    def score(self, batch: Batch) -> dict[str, np.ndarray]:
+    def score(self, batch: Batch, with_vectors: bool = False) -> dict[str, np.ndarray]:
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return self._score(batch)
+            scores = self._score(batch)
+        return as_scores({name: scores[name] for name in (*self.columns, *(self.vectors if with_vectors else ()))})
 
-    def _score(self, batch: Batch) -> dict[str, np.ndarray]:
+    def _score(self, batch: Batch) -> dict[str, Tensor]:
         image_BCHW, decoder = batch.images, self.decoder
         others = [swap_E.expand(len(batch), -1) for swap_E in self.swap_JE]
         null = [decoder.null(len(batch))] if decoder.has_null else []
@@ -153,7 +154,7 @@ class _DeDeScorer:
         if null_B is not None:
             scores["dede_null_ratio"] = (error_B + 1e-8).log() - (null_B + 1e-8).log()
             scores["dede_null"] = null_B
-        return as_scores(scores)
+        return scores
 
     def _errors(self, batch: Batch, embeddings: list[Tensor]) -> list[Tensor]:
         """Reconstruction error (B,) with each of these embeddings, averaged over the masks.

@@ -38,7 +38,7 @@ from dede_ray.data.sampling import draw
 from dede_ray.data.shards import BadSample, Limits, list_shards
 from dede_ray.data.workers import Chunk
 from dede_ray.detectors.asset import PublishedAsset, asset_published
-from dede_ray.detectors.contract import DetectorSettings, Scorer, open_scorer, scores_of
+from dede_ray.detectors.contract import DetectorSettings, Scorer, open_scorer
 from dede_ray.detectors.decree import Decree, Inversion, invert, save_stamp
 from dede_ray.detectors.dede import DeDe
 from dede_ray.detectors.density import compat_scores
@@ -433,7 +433,7 @@ class _Filling:
             else:
                 image_BCHW = image_NCHW[rows.start : rows.stop]
             one = replace(batch.part(rows), image_BCHW=image_BCHW)
-            parts.append({name: column for scorer in self.scorers for name, column in scores_of(scorer, one).items()})
+            parts.append({name: column for scorer in self.scorers for name, column in scorer.score(one).items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _unlearned(self) -> Patch:
@@ -475,7 +475,7 @@ class _Filling:
         for start in range(0, len(pixels_BCHW), BATCH_SIZE):
             some_BCHW = pixels_BCHW[start : start + BATCH_SIZE]
             batch = Batch(pictures.sample_ids[start : start + BATCH_SIZE], self.victim(some_BCHW), some_BCHW)
-            found.append({name: score_B for scorer in scorers for name, score_B in scores_of(scorer, batch).items()})
+            found.append({name: score_B for scorer in scorers for name, score_B in scorer.score(batch).items()})
         return _table("misstamped", pictures, {name: np.concatenate([one[name] for one in found]) for name in found[0]})
 
     def _slow(self, sets: dict[str, _Pictures], suspected: Batch) -> list[pa.Table]:
@@ -494,7 +494,7 @@ class _Filling:
                 pictures = sets[name].part(range(min(config.num_second_stage, len(sets[name].sample_ids))))
                 image_BCHW = to_unit_range(torch.from_numpy(pictures.image_NHWC))
                 batch = replace(self._embedded(pictures), image_BCHW=image_BCHW)
-                columns = {column: found for scorer in scorers for column, found in scores_of(scorer, batch).items()}
+                columns = {column: found for scorer in scorers for column, found in scorer.score(batch).items()}
                 tables.append(_table(f"second_{name}", pictures, columns))
         tables += self._compat(sets)
         return tables

@@ -51,7 +51,7 @@ from dede_ray.data.near_duplicates import perceptual_hash
 from dede_ray.data.passes import PassResources, run_over_parts, run_pass
 from dede_ray.data.shards import Limits, Shard, count_samples, list_shards
 from dede_ray.data.workers import Chunk, Laps
-from dede_ray.detectors.contract import DetectorSettings, Scorer, State, open_scorer, vectors_of
+from dede_ray.detectors.contract import DetectorSettings, Scorer, State, everything_of, open_scorer, vectors_of
 from dede_ray.detectors.kinds import Detector
 from dede_ray.models.embedding import (
     Batch,
@@ -729,7 +729,7 @@ class _Scoring:
         self.laps.mark(stage)
 
     def score(self, batch: Batch) -> dict[str, Any]:
-        found = {name: column for scorer in self.scorers for name, column in scorer.score(batch).items()}
+        found = {name: column for scorer in self.scorers for name, column in everything_of(scorer, batch).items()}
         return {
             name: [*found[name].astype(np.float16)] if pa.types.is_fixed_size_list(kind) else found[name]
             for name, kind in self.columns.items()

@@ -46,6 +46,7 @@ from dede_ray.scan.decisions import AssumedPoisonRate, CleanQuantile, Conformal,
 from dede_ray.scan.fusion import Fusion
 from dede_ray.scan.judge import Judging
 from dede_ray.scan.manifest import Manifest, read_manifest
+from dede_ray.scan.pool import Company
 from dede_ray.scan.score import Fitting, ScoreConfig, SecondStage, resolve, score
 
 STATISTICS = [
@@ -247,6 +248,21 @@ def test_scores_of_the_manifest_are_what_the_models_give_by_hand(scored, setting
     for detector in config.detectors:
         for name, value in detector.open(victim, {}).score(batch).items():
             assert row[name] == pytest.approx(float(value[0]), rel=1e-5, abs=1e-6), name
+
+
+def test_a_decision_on_company_takes_the_residuals_that_the_pass_wrote(local_ray, settings, tmp_path):
+    judging = Judging(company=Company(share=0.2, k=2))
+    wanted = {"judging": judging, "decision": Conformal(score="company", q=0.5, false_alarm=None)}
+    manifest = score(settings(tmp_path / "scores", **wanted))
+    assert "company" in manifest.score_columns
+    assert "dede_residual" not in manifest.table.column_names
+    assert [row["company"] is None for row in rows(manifest)] == [row["error"] is not None for row in rows(manifest)]
+    assert manifest.info["decision"]["num_calibration"] == 60
+    written = read_parts(tmp_path / "scores" / "scores", "train-00000.tar", ["dede_residual"])["dede_residual"]
+    assert written.type.list_size == load_victim(settings(tmp_path).victim).embedding_dim
+    company = Judging(company=Company(residual="xc_residual"))
+    with pytest.raises(Mistake, match=r"residuals xc_residual, and the detectors of this run give dede_residual"):
+        score(settings(tmp_path / "other", **{**wanted, "judging": company}))
 
 
 @pytest.mark.slow
