@@ -46,7 +46,7 @@ from dede_ray.scan.decisions import AssumedPoisonRate, CleanQuantile, Conformal,
 from dede_ray.scan.fusion import Fusion
 from dede_ray.scan.judge import Judging
 from dede_ray.scan.manifest import Manifest, read_manifest
-from dede_ray.scan.pool import Company
+from dede_ray.scan.pool import Classifier, Company
 from dede_ray.scan.score import Fitting, ScoreConfig, SecondStage, resolve, score
 
 STATISTICS = [
@@ -474,7 +474,7 @@ def test_a_decision_may_use_the_second_stage_and_then_the_calibration_goes_throu
             assert row["rank"] > len(candidates)
     fused = Judging(combined=Fusion(columns=("dede_sum", "mt_jump")))
     both = score(small(second_stage=second, judging=fused, decision=Conformal(score="combined", q=0.9)))
-    assert 0 < both.info["decision"]["num_calibration"] < 20  # a part was fitted on
+    assert both.info["decision"]["num_calibration"] == 20  # what is fitted is fitted to the pool
 
 
 def test_without_calibration_there_is_a_ranking(local_ray, small):
@@ -552,7 +552,8 @@ def test_settings_are_resolved_and_refused_before_a_victim_is_loaded(shards, tmp
         ({"decision": FixedThreshold(score="combined", threshold=1)}, "is 'combined'; the detectors of this run give"),
         ({"judging": Judging(combined=Fusion(columns=("dao", "lof")))}, r"judging\.combined names lof; "),
         ({"judging": Judging(fair=["lof"])}, r"judging\.fair names lof; "),
-        ({"judging": Judging(combined=Fusion(columns=("dao",)))}, "brought to a common scale by calibration samples"),
+        ({"judging": Judging(company=Company(of="lof"))}, r"judging\.company\.of names lof; "),
+        ({"judging": Judging(classifier=Classifier(columns=("dao",)))}, "half of the calibration samples, and there"),
         ({"detectors": [Density(drawn_from="clean")]}, "density takes clean samples, and the run has none"),
         (
             {"second_stage": SecondStage(detectors=[MaskingTrajectory()], by="mt_jump")},
