@@ -186,7 +186,6 @@ def test_a_repository_is_located_with_the_commit_that_is_seen(hub, victim_folder
     with monkeypatch.context() as actor:  # whose cache is another
         actor.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
         assert load_victim(located).fingerprint == victim.fingerprint
-    monkeypatch.undo()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert load_victim(located).fingerprint == load_victim(config).fingerprint == victim.fingerprint
     both = OpenClipVictim(path="hf-hub:org/tiny", architecture="hf-hub:org/tiny").located()
