@@ -160,6 +160,7 @@ def test_a_folder_without_an_export_and_a_name_without_a_file_are_mistakes(tmp_p
 
 
 def test_a_name_is_a_repository_a_folder_or_a_file_and_is_located_as_such(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clip").mkdir()
     assert origin("clip").located() == origin("local-dir:clip").located() == str(tmp_path / "clip")
