@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes, whatever its name says: for messages where something else stands in its place.
+"""What a file is, by its first bytes, whatever its name says: for messages where something else is in its place.
 
 what_is(b"version https://git-lfs...") -> "a pointer of Git LFS, not the file itself: run `git lfs pull` there"
 """

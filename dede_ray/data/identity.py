@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from dede_ray.data.shards import Shard, open_shard
 from dede_ray.runtime.config import Mistake
-from dede_ray.runtime.store import ObjectPath
+from dede_ray.runtime.store import ObjectPath, is_url
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _like(shard: Shard, there: Shard | None) -> Shard:
     kind = there.digest.partition(":")[0]
     if kind == shard.digest.partition(":")[0]:
         return shard
-    if "://" in shard.url or kind in ("blocks", "sha256"):
+    if is_url(shard.url) or kind in ("blocks", "sha256"):
         return replace(shard, digest=_digest(shard, kind))
     if re.fullmatch("etag:[0-9a-f]{32}", there.digest):  # of an object that was put in one piece it is the MD5
         with open_shard(shard) as stream:
@@ -92,7 +92,7 @@ def _like(shard: Shard, there: Shard | None) -> Shard:
 
 def _digest(shard: Shard, kind: str | None) -> str:
     """The digest of one kind; None takes the cheapest that there is."""
-    if "://" in shard.url and kind in (None, "etag", "version"):
+    if is_url(shard.url) and kind in (None, "etag", "version"):
         there = ObjectPath(shard.url)
         etag = there.etag()
         return f"etag:{etag}" if etag else f"version:{there.version()}"

@@ -31,7 +31,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 MAX_NAMES = 1_000_000
-"""So many names one string may stand for."""
+"""So many names one string may give."""
 MAX_LIST_BYTES = 64_000_000
 """Longest text file that lists shards."""
 
@@ -45,7 +45,7 @@ class File(NamedTuple):
 
 
 def expand(pattern: str) -> list[File]:
-    """Find the files that a string of the settings stands for; perhaps none.
+    """Find the files that a string of the settings names; perhaps none.
 
     Raises:
         Mistake: some names of a range or a list do not exist, or it is an address that is not read.
@@ -107,17 +107,17 @@ def _expand(pattern: str) -> list[File]:
 
 
 def _names(pattern: str) -> list[str]:
-    """All that braces stand for, in order."""
+    """All names that braces give, in order."""
     start = 0 if is_url(pattern) else len(pattern if os.path.exists(pattern) else _folder_of(pattern))
     rest = pattern[start:]
     ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", rest)
-    if any(abs(int(last) - int(first)) > MAX_NAMES for first, last in ranges):
-        raise Mistake(f"{pattern} stands for more than {MAX_NAMES:,} names; name a part of them")
-    try:
-        names = [pattern[:start] + name for name in islice(braceexpand(rest, escape=False), MAX_NAMES + 1)]
-    except ValueError:  # braces that are none
-        return [pattern]
-    if len(names) > MAX_NAMES:
+    names = None  # braceexpand would make all of a range at once
+    if not any(abs(int(last) - int(first)) > MAX_NAMES for first, last in ranges):
+        try:
+            names = [pattern[:start] + name for name in islice(braceexpand(rest, escape=False), MAX_NAMES + 1)]
+        except ValueError:  # braces that are none
+            return [pattern]
+    if names is None or len(names) > MAX_NAMES:
         raise Mistake(f"{pattern} stands for more than {MAX_NAMES:,} names; name a part of them")
     return names
 

@@ -6,6 +6,7 @@ So it is the same in whatever order samples are met, on however many workers, an
     draw(samples, num, seed)                   some samples, by their ids
     draw_by_class(labels, num, seed)           some positions, each class by its share
     sample_keys, keyed_uniform                 the same for a batch at once, on the batch's device
+    by_halves(names, seed)                     two halves
 
 Processes that only read shards import this module, so torch is imported by the two functions that give tensors.
 """
@@ -73,6 +74,14 @@ def sample_keys(sample_ids: Sequence[str], seed: int, *more: int) -> Tensor:
     salt = ("/".join(str(number) for number in (seed, *more)) + "/").encode()
     digests = b"".join(hashlib.blake2b(salt + name.encode(), digest_size=8).digest() for name in sample_ids)
     return torch.frombuffer(bytearray(digests), dtype=torch.int64) if digests else torch.zeros(0, dtype=torch.int64)
+
+
+def by_halves(names: Sequence[str], seed: int) -> np.ndarray:
+    """Part samples by their keys: bool (N,), True for one half.
+
+    Give the names of groups in the place of ids where there are copies, so that copies fall into the same half.
+    """
+    return sample_keys(names, seed, 2).numpy() >= 0
 
 
 def sample_generator(name: str, seed: int, *more: int) -> np.random.Generator:

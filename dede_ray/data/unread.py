@@ -1,6 +1,6 @@
 """What looks like an image or a caption in a shard, and is read as neither: for findings, and for messages.
 
-`Unread` is told of the members of one sample after the other; `hint` looks at the beginning of a shard.
+`Unread` is given the members of one sample after the other; `hint` looks at the beginning of a shard.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Consistency(DetectorSettings):
     forms: list[Form] = Field(["closed"], min_length=1)
     """Which columns there are."""
     drawn_from: DrawnFrom = "pool"
-    """What is fitted on: the corpus itself, or clean samples."""
+    """What is fitted on: corpus and calibration samples in one heap, or other samples, which are clean."""
     ridge: float = Field(1e-3, gt=0)
     """Ridge penalty of the map, in units of the mean variance of u's components."""
     stiff_ridge: float = Field(1.0, gt=0)
@@ -243,7 +243,8 @@ class _ConsistencyScorer:
             scores["xc_whitened"] = (residual_BE @ self.state["precision"] * residual_BE).sum(dim=1)
             distance_Bk, _ = self.company.nearest(victim_BE @ self.state["soft_root"], key_B)
             whitened_BE = residual_BE @ self.state["soft_root"]
-            scores["xc_residual"] = whitened_BE @ self.projection_ER
+            if with_vectors:
+                scores["xc_residual"] = whitened_BE @ self.projection_ER
             length_B = whitened_BE.norm(dim=1)
             scores["xc_misplaced"] = length_B - config.company_weight * distance_Bk.mean(dim=1)
         if "overlap" in self.forms:
@@ -263,7 +264,7 @@ class _ConsistencyScorer:
             reference_BH = _head(self.state, "trusted", reference_BR - self.state["reference_mean"])
             others_B = (reference_BH @ self.bank_MH.T / config.heads.temperature).logsumexp(dim=1)
             scores["xc_contrastive"] = others_B - (victim_BH * reference_BH).sum(dim=1) / config.heads.temperature
-        return as_scores({name: scores[name] for name in (*self.columns, *(self.vectors if with_vectors else ()))})
+        return as_scores({name: scores[name] for name in (*self.columns, *self.vectors) if name in scores})
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 A detector is a frozen settings class. `fit` learns from the pool, a keyed sample of corpus and calibration samples in
 one heap (and, where there is one, from a clean set), and returns tensors, which become a state file; `open` makes a
 scorer from them. A detector never learns which samples of the pool calibrate: on that the p-values of its scores rest.
- A scorer names
-its columns and turns a batch into one float32 number per sample and column: **higher always means more likely
-poisoned**. A score depends on the sample, the models, the state, the settings and the seed; never on the other samples
-of the batch. Machines of one kind give equal scores; those of two kinds round otherwise, and training multiplies that.
-Columns named in `controls` are no detectors but what detectors must beat.
+
+A scorer names its columns and turns a batch into one float32 number per sample and column: **higher always means more
+likely poisoned**. A score depends on the sample, the models, the state, the settings and the seed; never on the other
+samples of the batch. Machines of one kind give equal scores; those of two kinds round otherwise, and training
+multiplies that. Columns named in `controls` are no detectors but what detectors must beat.
 
 Shapes: B samples, E width of the victim's embedding, R width of the reference encoder's.
 """

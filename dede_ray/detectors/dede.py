@@ -45,11 +45,11 @@ class DeDe(DetectorSettings):
 
     The others are ours. `dede_reverse` runs the network backwards: from some visible patches its encoder predicts the
     embedding, and the score is how far the true one is from the mean of `num_masks` predictions (the difference
-    is `dede_residual`, a vector). `dede_null_ratio`:
-    log E(x | embedding) - log E(x | null embedding), which cancels how hard the image is to draw: a clean image gains
-    from its own embedding, a triggered one should not. `dede_swap_rank`: the share of other samples' embeddings that
-    would rebuild the image better than its own. `dede_null`, a control, is the error without the victim: whatever it
-    separates is visible in the pixels, no backdoor needed.
+    is `dede_residual`, a vector). `dede_null_ratio`: log E(x | embedding) - log E(x | null embedding), which cancels
+    how hard the image is to draw: a clean image gains from its own embedding, a triggered one should not.
+    `dede_swap_rank`: the share of other samples' embeddings that would rebuild the image better than its own.
+    `dede_null`, a control, is the error without the victim: whatever it separates is visible in the pixels, no backdoor
+    needed.
     """
 
     kind: Literal["dede"] = "dede"
@@ -134,10 +134,9 @@ class _DeDeScorer:
     @torch.inference_mode()
     def score(self, batch: Batch, with_vectors: bool = False) -> dict[str, np.ndarray]:
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            scores = self._score(batch)
-        return as_scores({name: scores[name] for name in (*self.columns, *(self.vectors if with_vectors else ()))})
+            return as_scores(self._score(batch, with_vectors))
 
-    def _score(self, batch: Batch) -> dict[str, Tensor]:
+    def _score(self, batch: Batch, with_vectors: bool) -> dict[str, Tensor]:
         image_BCHW, decoder = batch.images, self.decoder
         others = [swap_E.expand(len(batch), -1) for swap_E in self.swap_JE]
         null = [decoder.null(len(batch))] if decoder.has_null else []
@@ -147,8 +146,10 @@ class _DeDeScorer:
         if decoder.has_reverse:
             predicted_BE = torch.stack([decoder.predict(image_BCHW, mask_BL) for mask_BL in self._reverse_masks(batch)])
             true_BE = decoder.standardise(batch.embedding_BE)
-            scores["dede_reverse"] = embedding_error(predicted_BE.mean(dim=0), true_BE)
-            scores["dede_residual"] = (true_BE - predicted_BE.mean(dim=0)).double() @ self.projection_ER
+            expected_BE = predicted_BE.mean(dim=0)
+            scores["dede_reverse"] = embedding_error(expected_BE, true_BE)
+            if with_vectors:
+                scores["dede_residual"] = (true_BE - expected_BE).double() @ self.projection_ER
         if others_JB:
             scores["dede_swap_rank"] = (torch.stack(others_JB) < error_B).float().mean(dim=0)
         if null_B is not None:

@@ -39,7 +39,7 @@ class Forest(DetectorSettings):
     pca: int | None = Field(None, ge=1)
     """Cut along this many principal components of the fitting set, not along the embedding's own dimensions."""
     drawn_from: DrawnFrom = "pool"
-    """What the forest is grown on: the corpus itself, or clean samples."""
+    """What the forest is grown on: corpus and calibration samples in one heap, or other samples, which are clean."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Draws samples, features and thresholds."""
 

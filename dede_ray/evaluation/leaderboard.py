@@ -30,7 +30,7 @@ from pydantic import Field
 from scipy import stats
 
 from dede_ray.data.ledger import write_parquet
-from dede_ray.data.sampling import sample_keys
+from dede_ray.data.sampling import by_halves
 from dede_ray.metrics import auroc, average_precision, false_discovery_proportion, tpr_at_fpr
 from dede_ray.runtime.config import Config, Mistake, read_json, write_atomically
 from dede_ray.scan.decisions import Conformal
@@ -126,7 +126,7 @@ class _Cell:
     @cached_property
     def is_fitted_on(self) -> NDArray[np.bool_]:
         """Which clean samples normalisation and fusion are fitted to: a part of the calibration half."""
-        return (sample_keys(self.clean_ids, self.seed, 2).numpy() >= 0) & ~self.is_judged
+        return by_halves(self.clean_ids, self.seed) & ~self.is_judged
 
     @cached_property
     def _states(self) -> dict[str, Any]:

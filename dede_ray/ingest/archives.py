@@ -221,7 +221,7 @@ def not_text(start: bytes) -> str | None:
 
 
 def _something_else(path: str, expected: Sequence[str]) -> str | None:
-    """Say what stands in the place of a file, by its first bytes; None if it may be damaged, or is unfamiliar."""
+    """Say what is in the place of a file, by its first bytes; None if it may be damaged, or is unfamiliar."""
     try:
         with open(path, "rb") as stream:
             start = stream.read(NUM_BYTES)

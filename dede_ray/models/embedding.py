@@ -90,7 +90,7 @@ class Batch:
 
 
 class Hidden:
-    """The ids of samples that are to be told apart and not to be known: good for `Batch.keys` alone."""
+    """The ids of samples that are to be distinguished and not to be known: good for `Batch.keys` alone."""
 
     def __init__(self, names: Sequence[str]):
         self.names = names

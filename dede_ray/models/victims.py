@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
@@ -23,6 +23,8 @@ from dede_ray.models.published import Normaliser, pixel_statistics, read_publish
 from dede_ray.models.weights import CONFIG_FILE, HUB, OPEN_CLIP_WEIGHTS, origin, pinned
 from dede_ray.runtime.config import Config, Mistake, explain
 
+V = TypeVar("V", bound="_AtPath")
+
 
 def _timm_unless_said(content: Any) -> Any:
     return {"kind": "timm", **content} if isinstance(content, dict) else content
@@ -31,7 +33,15 @@ def _timm_unless_said(content: Any) -> Any:
 _Network = Annotated[Timm | Layers | None, Field(discriminator="kind"), BeforeValidator(_timm_unless_said)]
 
 
-class OpenClipVictim(Config):
+class _AtPath(Config):
+    """Settings of a victim with a `path`: a file, a folder, or a repository of the hub."""
+
+    def located(self: V) -> V:
+        """The same with absolute paths, for Ray's workers, whose working folder may be another."""
+        return self.model_copy(update={"path": origin(self.path).located()})  # type: ignore[attr-defined]
+
+
+class OpenClipVictim(_AtPath):
     """A CLIP of open_clip's: a folder or a repository of the hub, or an open_clip name with a local checkpoint."""
 
     kind: Literal["open_clip"] = "open_clip"
@@ -50,13 +60,10 @@ class OpenClipVictim(Config):
     """Arithmetic of the forward pass; embeddings are float32 either way."""
 
     def located(self) -> OpenClipVictim:
-        """The same with absolute paths, for Ray's workers, whose working folder may be another."""
-        return self.model_copy(
-            update={"path": origin(self.path).located(), "architecture": _located_if_there(self.architecture)}
-        )
+        return super().located().model_copy(update={"architecture": _located_if_there(self.architecture)})
 
 
-class EncoderVictim(Config):
+class EncoderVictim(_AtPath):
     """An image-only encoder: a folder that train_simclr or attack wrote."""
 
     kind: Literal["encoder"] = "encoder"
@@ -65,12 +72,8 @@ class EncoderVictim(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward pass; embeddings are float32 either way."""
 
-    def located(self) -> EncoderVictim:
-        """The same with an absolute path, for Ray's workers."""
-        return self.model_copy(update={"path": origin(self.path).located()})
 
-
-class PublishedVictim(Config):
+class PublishedVictim(_AtPath):
     """A stranger's checkpoint, tensor-only; the names of its tensors show which published layout it has."""
 
     kind: Literal["published"] = "published"
@@ -81,9 +84,7 @@ class PublishedVictim(Config):
     RN50-quickgelu (OpenAI's, and what was fine-tuned from it, such as BadCLIP's)."""
     entry: str | None = None
     """Which state dict of the checkpoint, where it has several, such as `teacher`."""
-    architecture: Annotated[Timm | Layers | None, Field(discriminator="kind"), BeforeValidator(_timm_unless_said)] = (
-        None
-    )
+    architecture: _Network = None
     """For none of the published layouts: the network of timm's whose own names the tensors bear, or the layers of a
     plain one."""
     image_size: int | None = Field(None, ge=8, le=1024)
@@ -98,11 +99,10 @@ class PublishedVictim(Config):
     """Arithmetic of the forward pass; embeddings are float32 either way."""
 
     def located(self) -> PublishedVictim:
-        """The same with an absolute path, for Ray's workers."""
-        return self.model_copy(update={"path": origin(self.path).located(), "clip": _located_if_there(self.clip)})
+        return super().located().model_copy(update={"clip": _located_if_there(self.clip)})
 
 
-class TransformersVictim(Config):
+class TransformersVictim(_AtPath):
     """A network of transformers': CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3, ViT ..., as `save_pretrained` writes it."""
 
     kind: Literal["transformers"] = "transformers"
@@ -119,12 +119,8 @@ class TransformersVictim(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward pass; embeddings are float32 either way."""
 
-    def located(self) -> TransformersVictim:
-        """The same with an absolute path, for Ray's workers."""
-        return self.model_copy(update={"path": origin(self.path).located()})
 
-
-class TimmVictim(Config):
+class TimmVictim(_AtPath):
     """A network of timm's with a file of weights, normalised as timm does it for that name."""
 
     kind: Literal["timm"] = "timm"
@@ -143,12 +139,8 @@ class TimmVictim(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward pass; embeddings are float32 either way."""
 
-    def located(self) -> TimmVictim:
-        """The same with an absolute path, for Ray's workers."""
-        return self.model_copy(update={"path": origin(self.path).located()})
 
-
-class OnnxVictim(Config):
+class OnnxVictim(_AtPath):
     """Any network as ONNX file, computed by onnxruntime: without a gradient, which a few detectors need."""
 
     kind: Literal["onnx"] = "onnx"
@@ -166,10 +158,6 @@ class OnnxVictim(Config):
     """Overrides the normaliser's mean per RGB channel."""
     std: tuple[float, float, float] | None = None
     """Overrides the normaliser's standard deviation per RGB channel."""
-
-    def located(self) -> OnnxVictim:
-        """The same with an absolute path, for Ray's workers."""
-        return self.model_copy(update={"path": origin(self.path).located()})
 
 
 class PythonVictim(Config):

@@ -435,9 +435,9 @@ def conformal_p_values(
 def num_above(
     scores: NDArray[np.float64], clean: NDArray[np.float64], sample_ids: Sequence[str], seed: int
 ) -> NDArray[np.int64]:
-    """How many of n calibration samples stand above each of N samples, int64 (N,) in [0, n].
+    """How many of n calibration samples rank above each of N samples, int64 (N,) in [0, n].
 
-    Of equal scores those with the larger draw stand above. A sample's draw comes from its id, those of t equal
+    Of equal scores those with the larger draw rank above. A sample's draw comes from its id, those of t equal
     calibration scores from the score and 1 to t: so the count depends on the sample and the calibration set, not on
     their order nor on what else is judged, and all clean samples, corpus and calibration alike, stay exchangeable. A
     higher calibration score never lowers a count, whatever was drawn, which is the positive dependence that
@@ -484,7 +484,7 @@ def rank_gate(above: ArrayLike, num_calibration: int) -> float | None:
 
 
 def _tops(num: int, num_calibration: int) -> NDArray[np.int64]:
-    """The K of `rank_gate`: the first is where clean corpus samples alone stand with a probability of about e^-5."""
+    """The K of `rank_gate`: the first has clean corpus samples alone with a probability of about e^-5."""
     first = math.ceil(5 / math.log1p(num_calibration / num))
     tops = first * 2 ** np.arange(6)
     return np.unique(np.minimum(tops, num + num_calibration))
@@ -493,8 +493,8 @@ def _tops(num: int, num_calibration: int) -> NDArray[np.int64]:
 def true_discoveries(above: ArrayLike, num_calibration: int, confidence: float = CONFIDENCE) -> NDArray[np.int64]:
     """Lower bounds on the number of poisoned samples among the 1, 2, ..., M highest, all valid at once.
 
-    Among M clean samples, at most u_j stand before the j-th calibration sample, for all j at once, with the declared
-    probability (`_rank_envelope`). So of the corpus samples that stand before it, all but u_j are poisoned; and what a
+    Among M clean samples, at most u_j rank before the j-th calibration sample, for all j at once, with the declared
+    probability (`_rank_envelope`). So of the corpus samples that rank before it, all but u_j are poisoned; and what a
     prefix holds at least, a longer one holds, too, and one shorter by d holds all but d of it.
 
     Args:
@@ -520,7 +520,7 @@ def true_discoveries(above: ArrayLike, num_calibration: int, confidence: float =
 
 @functools.lru_cache(maxsize=64)
 def _rank_envelope(num: int, num_calibration: int, confidence: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Some j in 1 ... n, and u_j: how many of M clean samples stand before the j-th of n clean ones, at most.
+    """Some j in 1 ... n, and u_j: how many of M clean samples rank before the j-th of n clean ones, at most.
 
     The count is a Polya urn's. Its quantiles, all at one level, and the level at which all of them hold at once with
     the declared probability, come from two independent simulations.
@@ -597,7 +597,7 @@ class _Evidence:
     sample_ids: Sequence[str]
     scores: NDArray[np.float64]  # (N,)
     p_value: NDArray[np.float64]  # (N,), copies have that of their group's representative
-    above: NDArray[np.int64]  # (N,), calibration samples of the own bin that stand above; of no use without a score
+    above: NDArray[np.int64]  # (N,), calibration samples of the own bin that rank above; of no use without a score
     bin_of: NDArray[np.int64]  # (N,), place in `bins`
     representative: NDArray[np.int64]  # (N,), the row that represents its group: its own, if in none
     clean: NDArray[np.float64]  # calibration scores that are used

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Shapes: N rows, E width of the embedding.
 
+NEAR_DISTANCE = 4
+"""Bits in which the perceptual hashes of almost equal pictures differ, at most."""
 MOST_LEADERS = 300  # per caption; bounds what a caption of many different pictures, such as "photo", can cost
 
 
@@ -67,7 +69,7 @@ class Finding:
 class Grouping(Config):
     """What counts as near."""
 
-    near_distance: int = Field(4, ge=0, le=8)
+    near_distance: int = Field(NEAR_DISTANCE, ge=0, le=8)
     """Bits in which the perceptual hashes of almost equal pictures differ, at most."""
     min_cosine: float = Field(0.95, gt=0, le=1)
     """Cosine above which the embeddings of two samples of one caption are near; 1 for equal directions only."""
@@ -87,9 +89,9 @@ def findings(rows: Rows, grouping: Grouping | None = None) -> list[Finding]:
     place_N[order] = np.arange(num)
     assert num == len(rows.flagged) == len(rows.p_value) == len(rows.content_hash), num
 
-    exact_N, near_N = _first_copy(rows.content_hash, order), np.arange(num)
+    exact_N, near_N = first_copy(rows.content_hash, order), np.arange(num)
     if rows.perceptual_hash is not None:
-        near_N = _first_near(rows.perceptual_hash, order, grouping.near_distance)
+        near_N = first_near_copy(rows.perceptual_hash, order, grouping.near_distance)
     clump_N = _first_of_clump(rows, exact_N, order, grouping)
     edges = np.concatenate([np.stack([np.arange(num), first_N]) for first_N in (exact_N, near_N, clump_N)], axis=1)
     graph = scipy.sparse.coo_array((np.ones(edges.shape[1], bool), (edges[0], edges[1])), shape=(num, num))
@@ -152,7 +154,7 @@ def _describe(rows: Rows, members: NDArray[np.int64], exact_N: np.ndarray, clump
     )
 
 
-def _first_copy(content_hash: Sequence[str | None], order: NDArray[np.int64]) -> NDArray[np.int64]:
+def first_copy(content_hash: Sequence[str | None], order: NDArray[np.int64]) -> NDArray[np.int64]:
     """For each row the first, in this order, of the same bytes."""
     first: dict[str, int] = {}
     first_N = np.arange(len(order))
@@ -163,7 +165,9 @@ def _first_copy(content_hash: Sequence[str | None], order: NDArray[np.int64]) ->
     return first_N
 
 
-def _first_near(perceptual_hash: Sequence[int | None], order: NDArray[np.int64], distance: int) -> NDArray[np.int64]:
+def first_near_copy(
+    perceptual_hash: Sequence[int | None], order: NDArray[np.int64], distance: int
+) -> NDArray[np.int64]:
     """For each row the first, in this order, of almost the same picture; itself where the picture is nearly uniform."""
     first_N = np.arange(len(order))
     hashed = np.array([row for row in order.tolist() if perceptual_hash[row] is not None], np.int64)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dede_ray.data.sampling import sample_keys
+from dede_ray.data.sampling import by_halves, sample_keys
 from dede_ray.runtime.config import Config, Mistake
 from dede_ray.scan.decisions import About, Conformal, Decision, FixedThreshold, Verdict
 from dede_ray.scan.fusion import Difficulty, Fusion, State
@@ -267,14 +267,13 @@ def _classified(
 ) -> tuple[Scores, NDArray[np.bool_]]:
     """The classifier's column, and which calibration samples were its clean learners: half of them, copies together."""
     names = [name or own for name, own in zip(pool.content_hash, pool.sample_ids, strict=True)]
-    is_learner = sample_keys(names, classifier.seed, 2).numpy() >= 0
+    is_learner = by_halves(names, classifier.seed)
     is_learner[:num_corpus] = False
     residual_NR = pool.residuals[classifier.residual] if classifier.residual else None
     feature_NF = classifier.features([_column(columns, one, "classifier") for one in classifier.columns], residual_NR)
     rows = np.flatnonzero(~is_learner)
-    looks = Looks(*([values[row] for row in rows.tolist()] for values in vars(pool.looks).values()))
     score_N = np.full(len(names), np.nan)
-    score_N[rows] = classifier.score(feature_NF[rows], feature_NF[is_learner], looks)
+    score_N[rows] = classifier.score(feature_NF[rows], feature_NF[is_learner], pool.looks.part(rows))
     return score_N, is_learner[num_corpus:]
 
 

@@ -3,7 +3,7 @@
     Company().score(base_N, residual_NR, looks)         are the highest of the pool led astray in one direction?
     Classifier().score(feature_NF, learner_MF, names)   what tells the pool from clean samples that calibrate nothing?
 
-Both see corpus and calibration samples in one heap and are not told which is which: whoever exchanges a clean corpus
+Both see corpus and calibration samples in one heap and do not know which is which: whoever exchanges a clean corpus
 sample for a calibration sample changes nothing but whose score is whose. So p-values of such scores keep their promise
 however hard they were fitted (Marandon, Lei, Mary & Roquain, "Adaptive novelty detection with false discovery rate
 guarantee", Ann. Stat. 2024, arXiv:2208.06685).
@@ -21,13 +21,11 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 from scipy.stats import rankdata
 
-from dede_ray.data.near_duplicates import first_near
 from dede_ray.data.sampling import sample_keys
 from dede_ray.runtime.config import Config
+from dede_ray.scan.groups import NEAR_DISTANCE, first_copy, first_near_copy
 
 Scores = NDArray[np.float64]
-NEAR_DISTANCE = 4
-"""Bits in which the perceptual hashes of almost equal pictures differ, at most."""
 BLOCK = 1024
 """Candidates compared with all others at once."""
 
@@ -43,21 +41,15 @@ class Looks:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    def groups(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """For each of some rows the place, among them, of the one that stands in for its picture: drawn by id."""
-        order = sample_keys([self.sample_ids[i] for i in rows.tolist()], 0).argsort().numpy()
-        first: dict[str, int] = {}
-        group = np.arange(rows.size)
-        hashed = [place for place in order.tolist() if self.perceptual_hash[rows[place]] is not None]
-        if hashed:
-            near, _ = first_near(
-                np.array([self.perceptual_hash[rows[place]] for place in hashed], np.uint64), NEAR_DISTANCE
-            )
-            group[hashed] = np.array(hashed)[near]
-        for place in order.tolist():
-            if name := self.content_hash[rows[place]]:
-                group[place] = group[first.setdefault(name, place)]
-        return group
+    def part(self, rows: NDArray[np.int64]) -> Looks:
+        """Some of the samples."""
+        return Looks(*([values[row] for row in rows.tolist()] for values in vars(self).values()))
+
+    def groups(self) -> NDArray[np.int64]:
+        """For each sample the place of the one that represents its picture: drawn by id."""
+        order = sample_keys(self.sample_ids, 0).argsort().numpy()
+        near_N = first_near_copy(self.perceptual_hash, order, NEAR_DISTANCE)
+        return near_N[first_copy(self.content_hash, order)]
 
 
 class Company(Config):
@@ -66,7 +58,7 @@ class Company(Config):
     The samples of one attack share a target, so what the victim says beyond what was expected of them, the residual,
     points one way; clean samples that are merely odd are odd each in its own way. Of the pool's highest by another
     score, the candidates, each is scored by the mean cosine of its residual to the `k` nearest of the other candidates,
-    copies and almost equal pictures counted once. All others stand below, in the order that they had.
+    copies and almost equal pictures counted once. All others score below, in the order that they had.
     """
 
     of: str = "dede_reverse"
@@ -89,7 +81,7 @@ class Company(Config):
         least = np.sort(base_N[scored])[-max(1, round(self.share * scored.size))]
         is_candidate = (base_N >= least) & np.isfinite(residual_NR).all(axis=1)
         rows = np.flatnonzero(is_candidate)
-        group = looks.groups(rows)
+        group = looks.part(rows).groups()
         unit_CR = residual_NR[rows] / np.maximum(np.linalg.norm(residual_NR[rows], axis=1, keepdims=True), 1e-30)
         leaders = np.flatnonzero(group == np.arange(rows.size))
         for start in range(0, rows.size, BLOCK):

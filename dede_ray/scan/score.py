@@ -243,7 +243,7 @@ class Inputs:
     @property
     def decides_late(self) -> bool:
         """Whether the decision looks at the second stage."""
-        return bool(self.sources & {column for one in self.second for column in one.named(one.gives)})
+        return bool(self.sources & {*_given(self.second)})
 
     @property
     def chosen_by(self) -> str:
@@ -252,8 +252,7 @@ class Inputs:
         Raises:
             Mistake: there is none.
         """
-        first = [column for one in self.detectors for column in one.named(one.gives)]
-        controls = {column for one in self.detectors for column in one.named(one.gives_controls)}
+        first, controls = _given(self.detectors), _given_controls(self.detectors)
         wanted = self.config.second_stage.by if self.config.second_stage else None
         if wanted is not None:
             if wanted not in first:
@@ -310,6 +309,16 @@ def resolve(config: ScoreConfig) -> Inputs:
     return inputs
 
 
+def _given(detectors: Sequence[DetectorSettings]) -> list[str]:
+    """Columns that detectors may give, as the run calls them."""
+    return [column for one in detectors for column in one.named(one.gives)]
+
+
+def _given_controls(detectors: Sequence[DetectorSettings]) -> set[str]:
+    """Those of them that are controls."""
+    return {column for one in detectors for column in one.named(one.gives_controls)}
+
+
 def _found(patterns: str | list[str] | None, config: ScoreConfig) -> list[Shard]:
     return identified(list_shards(patterns), config.full_digest) if patterns else []
 
@@ -331,10 +340,9 @@ def _check_decision(inputs: Inputs) -> None:
         Mistake: a column that nothing gives, or no calibration where it takes some.
     """
     judging, decision = inputs.judging, inputs.config.decision
-    given = [column for one in inputs.all_detectors for column in one.named(one.gives)]
+    given, controls = _given(inputs.all_detectors), _given_controls(inputs.all_detectors)
     fused = [*(name + FAIR for name in judging.fair), *([COMBINED] if judging.combined else [])]
-    first = [*(column for one in inputs.detectors for column in one.named(one.gives)), *fused]
-    controls = {column for one in inputs.all_detectors for column in one.named(one.gives_controls)}
+    first = [*_given(inputs.detectors), *fused]
     _check_score(decision.score, [name for name in [*given, *judging.made] if name not in controls])
     for role, names, known in (
         ("judging.fair", judging.fair, given),
@@ -345,8 +353,7 @@ def _check_decision(inputs: Inputs) -> None:
     ):
         if unknown := [name for name in names if name not in known]:
             raise Mistake(f"{role} names {unknown[0]}; the detectors of this run give {', '.join(known)}")
-    late = {column for one in inputs.second for column in one.named(one.gives)}
-    if isinstance(decision, CleanMean | PoolMedian) and decision.score in late:
+    if isinstance(decision, CleanMean | PoolMedian) and decision.score in _given(inputs.second):
         raise Mistake(
             f"decision.kind {decision.kind} averages all scores, and only candidates of the second stage have "
             f"{decision.score}; decide by a column of the first stage, or by another rule"
@@ -384,10 +391,11 @@ class _Run:
             self._check_source(inputs.source / "scores")
         self.opened = {one.label: open_scorer(one, self.victim, {}) for one in inputs.all_detectors if not one.fits}
         self.dropped: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
         plain = [
             column for scorer in self.opened.values() for column in scorer.columns if column not in scorer.controls
         ]
-        later = [column for one in inputs.all_detectors if one.fits for column in one.named(one.gives)]
+        later = _given([one for one in inputs.all_detectors if one.fits])
         _check_score(config.decision.score, [*plain, *later, *inputs.judging.made])
 
     def _known(self) -> str | None:
@@ -514,7 +522,9 @@ class _Run:
         fitting, inputs = self.config.fitting, self.inputs
         passes = [("scores", inputs.shards), *([("calibration", inputs.calibration)] if inputs.calibration else [])]
         if inputs.source is None:
-            share = min(1.0, fitting.num_samples / max(1, sum(count_samples(shards) for _, shards in passes)))
+            share = min(
+                1.0, fitting.num_samples / max(1, sum(self._num_samples(name, shards) for name, shards in passes))
+            )
             heap = in_one_heap(*(self._fitting_set(name, shards, share) for name, shards in passes))
         else:
             source = inputs.source
@@ -582,7 +592,7 @@ class _Run:
         }
         if self.inputs.source is not None:
             return run_over_parts(shards, self.inputs.source / name, self.output / name, RescoreWork, work, **common)
-        keep = self._kept(shards)
+        keep = self._kept(name, shards)
         common["made_with"] |= {"embeddings_kept": keep.share}
         if name == "scores" and self.config.overlap == "refuse":
             work["known"] = known_pictures(self.output / "calibration", self.inputs.calibration)
@@ -591,11 +601,17 @@ class _Run:
             image_size=self.victim.image_size, chunk_size=config.chunk_size, limits=config.limits, **common,
         )  # fmt: skip
 
-    def _kept(self, shards: list[Shard]) -> KeyedShare:
+    def _num_samples(self, name: str, shards: list[Shard]) -> int:
+        """How many samples these shards have, counted once: it takes a walk over all of them."""
+        if name not in self.counts:
+            self.counts[name] = count_samples(shards)
+        return self.counts[name]
+
+    def _kept(self, name: str, shards: list[Shard]) -> KeyedShare:
         """Whose embeddings are written beside the scores: all, or as many as comparing two domains takes."""
         if self.config.store_embeddings:
             return KeyedShare(1.0, 0)
-        return KeyedShare(min(1.0, NUM_KEPT / max(1, count_samples(shards))), 0)
+        return KeyedShare(min(1.0, NUM_KEPT / max(1, self._num_samples(name, shards))), 0)
 
     def _work(self, detectors: list[DetectorSettings]) -> dict[str, Any]:
         states = [str(self._state_path(one)) if one.fits else None for one in detectors]

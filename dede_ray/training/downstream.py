@@ -246,7 +246,7 @@ def measure(
 
 def own_head(victim: Victim, test: Sequence[Labelled] | Embedded, classes: Classes | None) -> Head | None:
     """The classifier that came with a checkpoint; None where it has none, or one of other classes."""
-    if (classifier := getattr(victim, "classifier", None)) is None:
+    if (classifier := victim.classifier) is None:
         return None
     labels = test.clean_label_N.tolist() if isinstance(test, Embedded) else [image.label for image in test]
     num = max(labels, default=-1) + 1 if classes is None else len(classes.names)

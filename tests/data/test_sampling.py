@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from dede_ray.data.sampling import draw_by_class, keyed_generator, keyed_uniform, sample_keys
+from dede_ray.data.sampling import by_halves, draw_by_class, keyed_generator, keyed_uniform, sample_keys
 
 IDS = [f"train-00000.tar/{i:04d}" for i in range(40)]
 
@@ -53,3 +53,14 @@ def test_keyed_numbers_are_uniform_along_and_across_keys():
     assert stats.kstest(uniform[:, 0], "uniform").pvalue > 1e-4  # the first number of many keys
     assert stats.kstest(uniform.ravel(), "uniform").pvalue > 1e-4
     assert abs(np.corrcoef(uniform[:, 0], uniform[:, 1])[0, 1]) < 0.08
+
+
+def test_samples_are_halved_by_their_keys():
+    ids = [f"train-00000.tar/{i:06d}" for i in range(2000)]
+    half = by_halves(ids, 0)
+    assert 900 < half.sum() < 1100
+    order = np.random.default_rng(10).permutation(2000)
+    np.testing.assert_array_equal(by_halves([ids[i] for i in order], 0), half[order])
+    assert 800 < (by_halves(ids, 1) != half).sum() < 1200
+    assert by_halves(["copy"] * 9, 0).std() == 0
+    assert by_halves([], 0).size == 0

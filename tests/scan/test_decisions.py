@@ -432,16 +432,20 @@ def test_bins_that_cannot_be_made_are_refused():
 # --- lower bounds for every prefix
 
 
+def shuffled_pools(seed, num, num_calibration, times):
+    """Pools of clean samples in random order: of each corpus sample, the calibration samples above it."""
+    rng = np.random.default_rng(seed)
+    is_corpus = np.arange(num + num_calibration) < num
+    for _ in range(times):
+        shuffled = rng.permutation(is_corpus)
+        yield np.cumsum(~shuffled)[shuffled]
+
+
 @pytest.mark.parametrize(("num", "num_calibration"), [(30, 40), (300, 50), (50, 400)])
 def test_the_bounds_hold_at_once_for_clean_samples_as_often_as_declared(num, num_calibration):
     """Against the definition: shuffled pools of clean samples, 20,000 of them, that know nothing of urns."""
-    rng = np.random.default_rng(27)
-    is_corpus = np.arange(num + num_calibration) < num
-    too_high = 0
-    for _ in range(20_000):
-        shuffled = rng.permutation(is_corpus)
-        above = np.cumsum(~shuffled)[shuffled]
-        too_high += true_discoveries(above, num_calibration).max() > 0
+    pools = shuffled_pools(27, num, num_calibration, 20_000)
+    too_high = sum(true_discoveries(above, num_calibration).max() > 0 for above in pools)
     assert 0.05 < too_high / 20_000 <= 0.1  # the promise is kept, and used
 
 
@@ -494,12 +498,8 @@ def test_the_tops_that_the_gate_looks_at():
 
 @pytest.mark.parametrize(("num", "num_calibration"), [(2500, 2500), (3000, 300), (300, 3000)])
 def test_the_gate_lets_a_clean_corpus_through_no_more_often_than_declared(num, num_calibration):
-    rng = np.random.default_rng(28)
-    is_corpus = np.arange(num + num_calibration) < num
-    passed = 0
-    for _ in range(2000):
-        shuffled = rng.permutation(is_corpus)
-        passed += rank_gate(np.cumsum(~shuffled)[shuffled], num_calibration) <= 0.05
+    pools = shuffled_pools(28, num, num_calibration, 2000)
+    passed = sum(rank_gate(above, num_calibration) <= 0.05 for above in pools)
     assert passed / 2000 <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 2000)
     assert passed  # it is no wall
 

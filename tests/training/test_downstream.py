@@ -45,7 +45,7 @@ class NoTrigger:
 class ColourEncoder(nn.Module):
     """Embeds a picture as its mean colour; the backdoored one sees blue where the last corner is white."""
 
-    image_size, embedding_dim = 16, 3
+    image_size, embedding_dim, classifier = 16, 3, None
 
     def __init__(self, is_backdoored):
         super().__init__()
