@@ -93,10 +93,15 @@ def test_both_losses_fall(trained):
 def test_every_line_says_where_the_time_went(trained):
     config, _ = trained
     for section in ("clip", "decoder"):
-        for line in metrics(Path(config.output) / section):
+        lines = metrics(Path(config.output) / section)
+        for line in lines:
             without_input_s = (1 - line["input_wait_share"]) * 32 / line["samples_per_s"]
             assert 0 < line["step_s"] <= without_input_s
-            assert 0 < line["utilisation"] < 1
+        # What the arithmetic takes at the device's rate, measured once; on a CPU that others use it may come out too
+        # slow, and a share above 1.
+        least_s = [line["utilisation"] * line["step_s"] for line in lines]
+        assert least_s[0] > 0
+        assert least_s == pytest.approx([least_s[0]] * len(lines))
 
 
 def test_the_exported_clip_knows_which_caption_is_whose(trained, picture):
