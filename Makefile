@@ -12,11 +12,11 @@ demo: .venv/installed
 
 # Two processes: where one waits for Ray, the other computes. A file's tests stay together, for what they share.
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 # The inner loop: what needs no Ray, no job of its own, and trains nothing.
 test-fast: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not gpu and not ray and not trains"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not ray and not trains"
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest

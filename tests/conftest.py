@@ -81,11 +81,14 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses Ray, or starts jobs that do, is left out by `make test-fast`."""
+    """What uses Ray, or starts jobs that do, is left out by `make test-fast`; it comes first otherwise, so that short
+    tests are left at the end to share between processes."""
     for item in items:
         starts_jobs = {"cluster", "end_to_end", "jobs"} & set(item.path.relative_to(Path(__file__).parent).parts)
         if starts_jobs or {"local_ray", "s3", "ward"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("ray")
+    long = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("trains")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(autouse=True)

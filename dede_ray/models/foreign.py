@@ -319,6 +319,8 @@ def _tokenizer(transformers: Any, place: Origin, config: Any) -> Callable[[list[
 
 # --------------------------------------------------------------------------------------------------- timm
 
+LARGEST_OPTION = 2**16
+"""Of whole numbers in a config of timm's: widths, numbers of layers; larger ones keep it busy before any tensor is made."""
 _LIBRARYS_OWN = {*inspect.signature(timm.create_model).parameters, "features_only", "out_indices", "pretrained_strict",
                  "pretrained_filter_fn", "pretrained_custom_load", "model_cfg", "feature_cfg", "kwargs_filter",
                  "num_classes"}  # fmt: skip
@@ -366,7 +368,9 @@ def read_timm(
 
 def _are_plain(values: Any) -> bool:
     return all(
-        isinstance(value, str | int | float | bool | None) or (isinstance(value, list) and _are_plain(value))
+        isinstance(value, str | float | bool | None)
+        or (isinstance(value, int) and abs(value) <= LARGEST_OPTION)
+        or (isinstance(value, list) and _are_plain(value))
         for value in values
     )
 

@@ -228,7 +228,7 @@ def _download(place: Origin, filename: str) -> Path:
 
 
 class Budget(TorchDispatchMode):
-    """Lets tensors be made of so many bytes together, and each is charged for at least 64 KiB."""
+    """Lets tensors be made of so many bytes together; each is charged for at least 64 KiB, any other step for 1 KiB."""
 
     def __init__(self, num_bytes: int):
         super().__init__()
@@ -240,11 +240,13 @@ class Budget(TorchDispatchMode):
         return cls(4 * sum(part.stat().st_size for part in _parts(path)) + 2**28)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        charge = 2**10
         if args and not any(isinstance(value, Tensor) for value in args):  # it makes a tensor out of numbers
             sides = args[0] if isinstance(args[0], list | tuple) else [value for value in args if type(value) is int]
-            self._left -= max(4 * math.prod(sides), 2**16)
-            if self._left < 0:
-                raise ValueError("it describes a far larger model than the weights beside it")
+            charge = max(4 * math.prod(sides), 2**16)
+        self._left -= charge
+        if self._left < 0:
+            raise ValueError("it describes a far larger model than the weights beside it")
         return func(*args, **(kwargs or {}))
 
 

@@ -380,7 +380,7 @@ def test_samples_that_kill_their_process_are_named_and_their_neighbours_scored(f
 
 def test_a_sample_that_hangs_its_process_is_named_and_its_neighbours_are_scored(finished, shards, tmp_path):
     hanging = "train-00000.tar/0001"
-    patience = RESOURCES.model_copy(update={"sample_timeout_s": 4})
+    patience = RESOURCES.model_copy(update={"sample_timeout_s": 2})
     summary = run(shards, tmp_path / "pass", {"hang_at": hanging}, resources=patience)
     assert summary == PassSummary(22, {"process_died": 1}, [])
     for shard in list_shards(str(shards)):

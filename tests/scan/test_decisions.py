@@ -344,7 +344,7 @@ def test_a_copy_without_a_score_neither_counts_nor_is_flagged():
 
 def test_bins_keep_the_promise_where_the_corpus_is_more_difficult_than_the_calibration():
     def draw(rng):
-        level, given = rng.integers(0, 3, 400), rng.choice(3, 3000, p=[0.9, 0.06, 0.04])
+        level, given = rng.permutation(np.arange(400) % 3), rng.permutation(np.repeat([0, 1, 2], [2700, 180, 120]))
         scores, calibration = rng.normal(size=400) * (1 + level), rng.normal(size=3000) * (1 + given)
         return scores, calibration, {"strata": level, "calibration_strata": given}
 

@@ -167,7 +167,7 @@ def test_a_column_that_is_missing_or_tells_nothing_is_a_mistake():
 # --- the promise at the end
 
 
-@pytest.mark.parametrize("rule", ["max", "mean_top2"])
+@pytest.mark.parametrize("rule", ["max", pytest.param("mean_top2", marks=pytest.mark.slow)])
 def test_the_list_from_normalised_and_combined_scores_keeps_to_q(rule):
     """Detector `a` is mostly difficulty and sees half of the poison, `b` sees the other half."""
     is_poisoned = np.arange(400) < 30

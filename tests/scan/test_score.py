@@ -204,6 +204,7 @@ def embedded(local_ray, shards, settings) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_embeddings_known_from_training_change_nothing(scored, embedded, settings, tmp_path):
     again = score(settings(tmp_path / "scores", known_embeddings=str(embedded)))
     assert again.table.equals(scored.table)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from dede_ray.data.images import decode_image, encode_image, to_unit_range
 from dede_ray.data.shards import Limits, Sample, list_shards, write_shards
-from dede_ray.models.encoders import WEIGHTS_FILE, ResNet, Timm, build_encoder, load_encoder
+from dede_ray.models.encoders import WEIGHTS_FILE, Described, ResNet, Timm, build_encoder, load_encoder, save_encoder
 from dede_ray.models.victims import EncoderVictim, load_victim
 from dede_ray.runtime.config import Mistake
 from dede_ray.training import dataloader
@@ -208,12 +208,17 @@ def settings(folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def trained(local_ray, tmp_path_factory) -> tuple[SimclrConfig, str]:
-    """One run, and what it said."""
+def config(tmp_path_factory) -> SimclrConfig:
+    """Of a run over textures that are there."""
     folder = tmp_path_factory.mktemp("simclr")
     textures(folder, "train", 256, 0)
     textures(folder, "test", 128, 1)
-    config = SimclrConfig.model_validate(settings(folder))
+    return SimclrConfig.model_validate(settings(folder))
+
+
+@pytest.fixture(scope="module")
+def trained(local_ray, config) -> tuple[SimclrConfig, str]:
+    """That run, and what it said."""
     return config, train(config)
 
 
@@ -317,9 +322,7 @@ def test_it_goes_on_from_an_encoder_in_16_bits_with_sgd_and_damaged_images(train
     assert (account["seen"], account["unusable"]) == (256, {"image_unreadable": 8})
 
 
-def test_settings_that_do_not_fit_are_mistakes(trained, tmp_path):
-    config, _ = trained
-
+def test_settings_that_do_not_fit_are_mistakes(config, local_ray, tmp_path):
     def changed(**values) -> SimclrConfig:
         section = {**config.simclr.model_dump(), **values}
         whole = {**config.model_dump(), "output": str(tmp_path / "run"), "decoder": None, "simclr": section}
@@ -327,8 +330,10 @@ def test_settings_that_do_not_fit_are_mistakes(trained, tmp_path):
 
     with pytest.raises(Mistake, match="nothing to train"):
         train(config.model_copy(update={"simclr": None, "decoder": None}))
+    narrow = ResNet(width=4)
+    save_encoder(tmp_path / "narrow", build_encoder(narrow), Described(narrow, 32, (0.5,) * 3, (0.25,) * 3))
     with pytest.raises(Mistake, match="does not fit the encoder"):
-        train(changed(init=f"{config.output}/simclr", architecture={"kind": "resnet", "width": 8}))
+        train(changed(init=str(tmp_path / "narrow"), architecture={"kind": "resnet", "width": 8}))
     with pytest.raises(Mistake, match="batch_size 30 must be a multiple of lanes 4"):
         train(changed(batch_size=30))
     with pytest.raises(Mistake, match="no shards at nowhere"):
