@@ -320,7 +320,7 @@ def _tokenizer(transformers: Any, place: Origin, config: Any) -> Callable[[list[
 # --------------------------------------------------------------------------------------------------- timm
 
 LARGEST_OPTION = 2**16
-"""Of whole numbers in a config of timm's: widths, numbers of layers; larger ones keep it busy before any tensor is made."""
+"""Of whole numbers in a config of timm's, such as widths; larger ones keep it busy before any tensor is made."""
 _LIBRARYS_OWN = {*inspect.signature(timm.create_model).parameters, "features_only", "out_indices", "pretrained_strict",
                  "pretrained_filter_fn", "pretrained_custom_load", "model_cfg", "feature_cfg", "kwargs_filter",
                  "num_classes"}  # fmt: skip
