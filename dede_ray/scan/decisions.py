@@ -54,6 +54,13 @@ class About(TypedDict, total=False):
     """int (N,): the number of the bin that each sample is compared in, see `Conformal.strata`."""
     calibration_strata: ArrayLike | None
     """int (n,), likewise; -1 for those that are not used."""
+    redraws: Sequence[Redraw]
+    """The same samples as other divisions of the calibration samples score them: then `Conformal` decides by the
+    average of all divisions' e-values, and p-values and ranks are the first one's."""
+
+
+Redraw = tuple[ArrayLike, ArrayLike, Sequence[str | None] | None]
+"""Scores (N,), calibration scores (n,), and the names of copies among the latter (`About.calibration_groups`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +199,11 @@ class Conformal(Rule):
             )
         within = within if self.mondrian_bins > 1 else ""
         cutoff = _benjamini_hochberg_cutoff(distinct_p, self.q / (null_share or 1.0))
-        flagged = evidence.p_value <= cutoff
+        flagged, by = evidence.p_value <= cutoff, f"p-values up to {cutoff:.3g}"
+        redraws = about.get("redraws") or ()
+        if redraws:
+            flagged = self._agreed(evidence, redraws, sample_ids, about)
+            by = f"e-values averaged over {1 + len(redraws)} divisions of the calibration samples"
         alarm = facts["alarm"]
         if flagged.any() and self.false_alarm is not None and alarm is not None and alarm > self.false_alarm:
             num_withheld, flagged = int(flagged.sum()), nothing
@@ -207,7 +218,7 @@ class Conformal(Rule):
             )
         elif flagged.any():
             copies = ", copies counted once" if distinct_p.size < evidence.num_scored else ""
-            how = f"lowest score that Benjamini-Hochberg rejects at q = {self.q:g}: p-values up to {cutoff:.3g}{within}"
+            how = f"lowest score that Benjamini-Hochberg rejects at q = {self.q:g}: {by}{within}"
             message = (
                 f"flagged {flagged.sum():,} of {evidence.num_scored:,} samples; on average at most {self.q:g} of such "
                 f"a list is clean{copies}, if the clean samples of the corpus resemble the calibration samples"
@@ -222,12 +233,32 @@ class Conformal(Rule):
         judged = flagged & evidence.is_distinct
         return evidence.verdict(
             flagged,
-            threshold=float(evidence.scores[judged].min()) if judged.any() and len(evidence.bins) == 1 else None,
+            threshold=float(evidence.scores[judged].min())
+            if judged.any() and len(evidence.bins) == 1 and not redraws
+            else None,
             how=how,
             message=message,
             certified=True,
             facts=facts,
         )
+
+    def _agreed(
+        self, evidence: _Evidence, redraws: Sequence[Redraw], sample_ids: Sequence[str], about: About
+    ) -> NDArray[np.bool_]:
+        """Flag by the average of the e-values of several divisions of the calibration samples, bool (N,).
+
+        Each is made at q / 2: at q itself a sample would have to be found in every division.
+        """
+        if len(evidence.bins) > 1 or self.storey:
+            raise Mistake("averaging e-values over divisions takes neither bins nor Storey; set mondrian_bins to 1")
+        distinct = evidence.is_distinct
+        total_M = e_values(evidence.p_value[distinct], evidence.clean.size, self.q / 2)
+        for scores, calibration, groups in redraws:
+            other = _weigh(self, scores, calibration, sample_ids, {**about, "calibration_groups": groups}, self.seed)
+            total_M += e_values(other.p_value[distinct], other.clean.size, self.q / 2)
+        flagged = np.zeros(evidence.scores.size, bool)
+        flagged[distinct] = e_benjamini_hochberg(total_M / (1 + len(redraws)), self.q)
+        return flagged[evidence.representative] & ~np.isnan(evidence.scores)
 
     def strata(
         self, difficulty: ArrayLike, calibration_difficulty: ArrayLike
@@ -568,6 +599,36 @@ def _benjamini_hochberg_cutoff(p_value: NDArray[np.float64], q: float) -> float:
     rank = np.arange(1, p_value.size + 1)
     passes = np.flatnonzero(p_value * p_value.size <= q * rank * (1 + ROUNDING_SLACK))
     return float(p_value[passes[-1]]) if passes.size else -1.0
+
+
+def e_values(p_value: ArrayLike, num_calibration: int, q: float) -> NDArray[np.float64]:
+    """Evidence against each of M samples being clean, in expectation at most 1 on average over clean ones.
+
+    (n + 1) 1{s >= T} / (1 + how many calibration samples are >= T), with T as low as Benjamini-Hochberg allows at q:
+    R samples and floor(q R (n + 1) / M) - 1 calibration samples stand at T or above it.
+
+    Args:
+        p_value: (M,), conformal, of distinct samples.
+        num_calibration: n.
+
+    Source: Bashari, Epstein, Romano & Sesia, NeurIPS 2023, arXiv:2302.07294.
+    """
+    p_value = np.asarray(p_value, np.float64)
+    is_above = p_value <= _benjamini_hochberg_cutoff(p_value, q)
+    allowed = math.floor(q * is_above.sum() * (num_calibration + 1) / max(1, p_value.size) * (1 + ROUNDING_SLACK))
+    return is_above * (num_calibration + 1) / max(1, min(num_calibration + 1, allowed))
+
+
+def e_benjamini_hochberg(e_value: ArrayLike, q: float) -> NDArray[np.bool_]:
+    """The k highest e-values, for the largest k whose k-th is at least M / (q k): a false discovery rate of q, however
+    they depend on each other. bool (M,).
+
+    Source: Wang & Ramdas, JRSS B 2022, arXiv:2009.02824.
+    """
+    e_value = np.asarray(e_value, np.float64)
+    falling = -np.sort(-e_value)
+    enough = np.flatnonzero(q * falling * np.arange(1, falling.size + 1) * (1 + ROUNDING_SLACK) >= falling.size)
+    return e_value >= falling[enough[-1]] if enough.size else np.zeros(e_value.size, bool)
 
 
 def _storey(p_value: NDArray[np.float64], bound: float) -> float:

@@ -17,15 +17,15 @@ from pydantic import Field
 
 from dede_ray.data.sampling import by_halves, sample_keys
 from dede_ray.runtime.config import Config, Mistake
-from dede_ray.scan.decisions import About, Conformal, Decision, FixedThreshold, Verdict
+from dede_ray.scan.decisions import About, Conformal, Decision, FixedThreshold, Redraw, Verdict
 from dede_ray.scan.fusion import Difficulty, Fusion, State
 from dede_ray.scan.groups import Finding, Grouping, Rows, copies, findings
-from dede_ray.scan.pool import Classifier, Company, Looks
+from dede_ray.scan.pool import Amplify, Classifier, Company, Looks
 from dede_ray.scan.shift import ShiftCheck
 
 Scores = NDArray[np.float64]
 
-COMBINED, COMPANY, CLASSIFIER = "combined", "company", "classifier"
+COMBINED, COMPANY, CLASSIFIER, AMPLIFIED = "combined", "company", "classifier", "amplified"
 FAIR = "_fair"
 MOST_FITTED = 50_000
 """Samples of the pool that difficulty and fusion learn from, at most."""
@@ -46,6 +46,8 @@ class Judging(Config):
     classifier: Classifier | None = None
     """What tells the pool from clean learners, `classifier`: half of the calibration samples, which then give no
     p-values."""
+    amplified: Amplify | None = None
+    """What the worst of the pool share, looked for in all of it, `amplified`."""
     difficulty: str | None = None
     """Column that says how hard an image is, such as stat_texture or dede_null: what `mondrian_bins` of the decision
     are made of."""
@@ -57,7 +59,7 @@ class Judging(Config):
     @property
     def made(self) -> list[str]:
         """Columns that are made of others."""
-        asked = {COMBINED: self.combined, COMPANY: self.company, CLASSIFIER: self.classifier}
+        asked = {COMBINED: self.combined, COMPANY: self.company, CLASSIFIER: self.classifier, AMPLIFIED: self.amplified}
         return [*(name + FAIR for name in self.fair), *(name for name, wanted in asked.items() if wanted)]
 
     def made_of(self, name: str) -> list[str]:
@@ -67,6 +69,8 @@ class Judging(Config):
             parts = self.combined.columns
         elif name == COMPANY and self.company:
             parts = [self.company.of]
+        elif name == AMPLIFIED and self.amplified:
+            parts = [self.amplified.of]
         elif name == CLASSIFIER and self.classifier:
             parts = self.classifier.columns
         elif name in self.made:
@@ -76,7 +80,8 @@ class Judging(Config):
     @property
     def residuals(self) -> list[str]:
         """Columns of vectors that it takes."""
-        return sorted({one.residual for one in (self.company, self.classifier) if one and one.residual})
+        asked = (self.company, self.classifier, self.amplified)
+        return sorted({one.residual for one in asked if one and one.residual})
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +179,7 @@ def judge(
     Raises:
         Mistake: a column, or calibration samples, that the settings need and the run lacks.
     """
-    made, clean_made, is_learner, facts = _made(judging, corpus, calibration, covariates)
+    made, clean_made, divided, facts = _made(judging, corpus, calibration, covariates)
     columns = {**corpus.columns, **made}
     if decision.score not in columns:
         raise Mistake(f"decision.score is {decision.score!r}; there are {', '.join(columns)}")
@@ -182,15 +187,17 @@ def judge(
     about: About = {}
     if calibration is not None:
         clean_columns, clean_groups = {**calibration.columns, **clean_made}, copies(calibration.content_hash)
-        kept = ~is_learner if decision.score == CLASSIFIER else np.ones(len(calibration), bool)
+        kept = divided[0][1] if decision.score == CLASSIFIER else np.ones(len(calibration), bool)
         clean = clean_columns[decision.score]
         if decision.score in corpus.late:
             clean = np.where(calibration.is_beneath, _floor(decision, score_N, clean), clean)
         clean = clean[kept].astype(np.float32)
         about = {
             "groups": copies(corpus.content_hash, corpus.captions) if looks_at_captions else group_id,
-            "calibration_groups": [clean_groups[row] for row in np.flatnonzero(kept).tolist()],
+            "calibration_groups": _kept(clean_groups, kept),
         }
+        if decision.score == CLASSIFIER:
+            about["redraws"] = [_redraw(pool_N, some, len(corpus), clean_groups) for pool_N, some in divided[1:]]
         if isinstance(decision, Conformal) and decision.mondrian_bins > 1:
             about = {**about, **_strata(judging, decision, columns, clean_columns, kept)}
     judged_N = score_N
@@ -210,14 +217,27 @@ def _floor(decision: Decision, *scores: Scores) -> float:
     return float(np.floor(min([0.0, *known, *threshold]))) - 1
 
 
+def _kept(names: Sequence[str | None], kept: NDArray[np.bool_]) -> list[str | None]:
+    return [names[row] for row in np.flatnonzero(kept).tolist()]
+
+
+def _redraw(pool_N: Scores, kept: NDArray[np.bool_], num_corpus: int, clean_groups: Sequence[str | None]) -> Redraw:
+    """What another division of the calibration samples gives a decision."""
+    return pool_N[:num_corpus], pool_N[num_corpus:][kept], _kept(clean_groups, kept)
+
+
+Divided = list[tuple[Scores, NDArray[np.bool_]]]
+"""The classifier's column of the pool, and which calibration samples give p-values, for each division of the latter."""
+
+
 def _made(
     judging: Judging, corpus: Scored, calibration: Scored | None, covariates: Sequence[str]
-) -> tuple[dict[str, Scores], dict[str, Scores], NDArray[np.bool_], dict[str, Any]]:
-    """Columns made of others, for the corpus and the calibration samples; who of the latter taught the classifier; and
-    what normalising did."""
-    is_learner = np.zeros(0 if calibration is None else len(calibration), bool)
+) -> tuple[dict[str, Scores], dict[str, Scores], Divided, dict[str, Any]]:
+    """Columns made of others, for the corpus and the calibration samples; the classifier's divisions; and what
+    normalising did."""
+    divided: Divided = []
     if not judging.made:
-        return {}, {}, is_learner, {}
+        return {}, {}, divided, {}
     pool = corpus if calibration is None else corpus.with_others(calibration)
     drawn = _drawn(pool)
     columns: dict[str, Scores] = dict(pool.columns)
@@ -241,10 +261,18 @@ def _made(
         columns[COMPANY] = judging.company.score(base_N, pool.residuals[judging.company.residual], pool.looks)
         facts[COMPANY] = judging.company.model_dump(mode="json")
     if judging.classifier:
-        columns[CLASSIFIER], is_learner = _classified(judging.classifier, pool, columns, len(corpus))
-        facts[CLASSIFIER] = {**judging.classifier.model_dump(mode="json"), "num_learners": int(is_learner.sum())}
+        for split in range(judging.classifier.splits):
+            taught = judging.classifier.model_copy(update={"seed": judging.classifier.seed + split})
+            pool_N, is_learner = _classified(taught, pool, columns, len(corpus))
+            divided.append((pool_N, ~is_learner))
+        columns[CLASSIFIER], calibrates = divided[0]
+        facts[CLASSIFIER] = {**judging.classifier.model_dump(mode="json"), "num_learners": int((~calibrates).sum())}
+    if judging.amplified:
+        base_N = _column(columns, judging.amplified.of, "amplified.of")
+        columns[AMPLIFIED] = judging.amplified.score(base_N, pool.residuals[judging.amplified.residual], pool.looks)
+        facts[AMPLIFIED] = judging.amplified.model_dump(mode="json")
     made = {name: columns[name][: len(corpus)] for name in judging.made}
-    return made, {name: columns[name][len(corpus) :] for name in judging.made}, is_learner, facts
+    return made, {name: columns[name][len(corpus) :] for name in judging.made}, divided, facts
 
 
 def _drawn(pool: Scored) -> NDArray[np.int64]:

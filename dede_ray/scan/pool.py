@@ -1,9 +1,10 @@
-"""Scores that the pool of corpus and calibration samples teaches: company, and a classifier learnt from the pool.
+"""Scores that the pool of corpus and calibration samples teaches: company, seeds that are amplified, a classifier.
 
     Company().score(base_N, residual_NR, looks)         are the highest of the pool led astray in one direction?
+    Amplify().score(base_N, residual_NR, looks)         who else of the pool is led astray as its very highest are?
     Classifier().score(feature_NF, learner_MF, names)   what tells the pool from clean samples that calibrate nothing?
 
-Both see corpus and calibration samples in one heap and do not know which is which: whoever exchanges a clean corpus
+All see corpus and calibration samples in one heap and do not know which is which: whoever exchanges a clean corpus
 sample for a calibration sample changes nothing but whose score is whose. So p-values of such scores keep their promise
 however hard they were fitted (Marandon, Lei, Mary & Roquain, "Adaptive novelty detection with false discovery rate
 guarantee", Ann. Stat. 2024, arXiv:2208.06685).
@@ -28,6 +29,8 @@ from dede_ray.scan.groups import NEAR_DISTANCE, first_copy, first_near_copy
 Scores = NDArray[np.float64]
 BLOCK = 1024
 """Candidates compared with all others at once."""
+LEAST_SEEDS, MOST_TAUGHT = 20, 20_000
+"""Seeds at least, and samples that are no seeds and teach at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +96,59 @@ class Company(Config):
         return score_N
 
 
+class Amplify(Config):
+    """Seed and amplify: what the surest samples of the pool share is looked for in all of it.
+
+    The pool's highest by another score are the seeds. A strongly regularised linear classifier learns in which
+    direction they are led astray, beside the rest of the pool; each sample is scored by fits without it (its fold, by
+    key), so that no seed stands high for having been one. What scores highest then are the seeds of the next round.
+    Unlike `Company` it finds poison that is not among the highest by the first score, if enough of it is.
+    """
+
+    of: str = "dede_reverse"
+    """Score column whose highest are the seeds."""
+    residual: str = "dede_residual"
+    """Column of residuals: vectors, one a sample."""
+    share: float = Field(0.01, gt=0, lt=0.5)
+    """Seeds / samples of the pool; 20 at least."""
+    rounds: int = Field(2, ge=1, le=5)
+    inverse_penalty: float = Field(0.01, gt=0)
+    """scikit-learn's C."""
+    folds: int = Field(5, ge=2)
+    seed: int = 0
+    """Divides into folds."""
+
+    def score(self, base_N: ArrayLike, residual_NR: ArrayLike, looks: Looks) -> Scores:
+        """Score a pool, float64 (N,): log odds of being a seed; NaN without a base score or a residual."""
+        from sklearn.linear_model import LogisticRegression
+
+        base_N, residual_NR = np.asarray(base_N, np.float64), np.asarray(residual_NR, np.float64)
+        usable = np.flatnonzero(~np.isnan(base_N) & np.isfinite(residual_NR).all(axis=1))
+        score_N, num_seeds = np.full(base_N.size, np.nan), max(LEAST_SEEDS, round(self.share * usable.size))
+        if usable.size <= 2 * num_seeds:
+            return score_N
+        unit_UR = residual_NR[usable] / np.maximum(np.linalg.norm(residual_NR[usable], axis=1, keepdims=True), 1e-30)
+        unit_UR = (unit_UR - unit_UR.mean(axis=0)) / np.maximum(unit_UR.std(axis=0), 1e-12)
+        names = [looks.content_hash[i] or looks.sample_ids[i] for i in usable.tolist()]  # copies share a fold
+        key_U = sample_keys(names, self.seed, 5).numpy()
+        fold_U, is_drawn_U = key_U % self.folds, key_U <= np.sort(key_U)[:MOST_TAUGHT][-1]
+        score_U = base_N[usable]
+        for _ in range(self.rounds):
+            highest = np.lexsort((key_U, -score_U))[:num_seeds]
+            group = looks.part(usable[highest]).groups()
+            is_seed_U, is_copy_U = np.zeros((2, usable.size), bool)
+            is_seed_U[highest], is_copy_U[highest] = True, group != np.arange(num_seeds)  # a picture teaches once
+            score_U = np.zeros(usable.size)
+            for fold in range(self.folds):
+                out = fold_U == fold
+                taught = ~out & ~is_copy_U & (is_drawn_U | is_seed_U)
+                if is_seed_U[taught].any() and out.any():
+                    fitted = LogisticRegression(C=self.inverse_penalty, class_weight="balanced", max_iter=1000)
+                    score_U[out] = fitted.fit(unit_UR[taught], is_seed_U[taught]).decision_function(unit_UR[out])
+        score_N[usable] = score_U
+        return score_N
+
+
 class Classifier(Config):
     """A linear classifier that tells the pool from clean learners; what it is surest of is unlike anything clean.
 
@@ -111,7 +167,10 @@ class Classifier(Config):
     folds: int = Field(5, ge=2)
     repeats: int = Field(3, ge=1)
     seed: int = 0
-    """Divides into folds."""
+    """Divides into folds, and the calibration samples into learners and the others."""
+    splits: int = Field(1, ge=1)
+    """Divisions of the calibration samples: a list depends on who happens to learn. With more than one, a conformal
+    decision averages e-values over them (decisions.py), which is steadier, finds less, and takes as often longer."""
 
     def score(self, feature_NF: ArrayLike, learner_MF: ArrayLike, looks: Looks) -> Scores:
         """Score a pool, float64 (N,): log odds of being of the pool; NaN where a feature is missing."""

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch
 from pydantic import Field, ValidationError
@@ -49,6 +50,7 @@ from dede_ray.data.ledger import (
 )
 from dede_ray.data.near_duplicates import perceptual_hash
 from dede_ray.data.passes import PassResources, run_over_parts, run_pass
+from dede_ray.data.sampling import sample_keys
 from dede_ray.data.shards import Limits, Shard, count_samples, list_shards
 from dede_ray.data.workers import Chunk, Laps
 from dede_ray.detectors.contract import DetectorSettings, Scorer, State, everything_of, open_scorer, vectors_of
@@ -626,8 +628,8 @@ class _Run:
         }
 
     def _candidates(self, passes: list[str]) -> dict[str, list[str]]:
-        """Of each pass the ids of the samples with the highest scores of all these passes, equal scores by id; no more
-        than those are kept in memory."""
+        """Of each pass the ids of the samples with the highest scores of all these passes; no more than those are kept
+        in memory."""
         assert self.config.second_stage is not None
         name, best = self.inputs.chosen_by, None
         for number, one in enumerate(passes):
@@ -635,8 +637,7 @@ class _Run:
                 table = read_parts(self.output / one, shard.name, ["sample_id", name]).drop_null()
                 table = table.append_column("pass", pa.array([number] * len(table), pa.int64()))
                 table = table if best is None else pa.concat_tables([best, table])
-                order = [(name, "descending"), ("sample_id", "ascending"), ("pass", "ascending")]
-                best = table.sort_by(order).slice(0, self.config.second_stage.num_candidates).combine_chunks()
+                best = highest(table, name, self.config.second_stage.num_candidates)
         assert best is not None
         found = [*zip(best["pass"].to_pylist(), best["sample_id"].to_pylist(), strict=True)]
         return {one: sorted(name for at, name in found if at == number) for number, one in enumerate(passes)}
@@ -662,6 +663,18 @@ class _Run:
             return Manifest(self.output, ray.get(decide.remote(work)))
         except RayTaskError as error:
             raise error.cause from None
+
+
+def highest(table: pa.Table, name: str, num: int) -> pa.Table:
+    """The rows with the highest numbers in a column; equal ones by random keys, as ids know who calibrates.
+
+    Args:
+        table: with the columns sample_id and pass.
+    """
+    rows = zip(table["pass"].to_pylist(), table["sample_id"].to_pylist(), strict=True)
+    keys = sample_keys([f"{number} {sample_id}" for number, sample_id in rows], 0)
+    order = pa.table({"score": table[name], "key": pa.array(keys.numpy())})
+    return table.take(pc.sort_indices(order, [("score", "descending"), ("key", "ascending")])[:num])
 
 
 def settings_of(manifest: Manifest) -> ScoreConfig:

@@ -26,6 +26,8 @@ from dede_ray.scan.decisions import (
     _rank_envelope,
     _tops,
     conformal_p_values,
+    e_benjamini_hochberg,
+    e_values,
     rank_gate,
     true_discoveries,
 )
@@ -754,3 +756,102 @@ def test_rules_that_need_no_calibration_rank_by_the_score_without_any(rule):
     assert verdict.rank.tolist() == [4, 0, 2, 1, 3]
     assert np.isnan(verdict.p_value).all()
     assert not verdict.poisoned_at_least.any()
+
+
+# --- e-values
+
+
+def mean_e_of_clean(num_clean, poisoned_ranks, num_calibration, q):
+    """E-values of clean samples, summed over them and averaged over all orders of clean and calibration samples, for
+    poison that stands at the given places of the ranking."""
+    num = num_clean + len(poisoned_ranks) + num_calibration
+    places = [place for place in range(num) if place not in poisoned_ranks]
+    total, count = 0.0, 0
+    for clean in itertools.combinations(places, num_clean):
+        corpus = sorted([*clean, *poisoned_ranks])
+        above = np.array([sum(1 for i in range(place) if i in places and i not in clean) for place in corpus])
+        e = e_values((1 + above) / (num_calibration + 1), num_calibration, q)
+        total += e[[place in clean for place in corpus]].sum()
+        count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("q", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize("poisoned_ranks", [(), (0,), (0, 1), (1, 4), (0, 1, 2, 3)])
+def test_e_values_of_clean_samples_are_one_on_average_at_most(poisoned_ranks, q):
+    """By going through all orders of exchangeable samples: what e-values mean, without a theorem."""
+    for num_clean, num_calibration in ((1, 4), (3, 3), (4, 6)):
+        mean = mean_e_of_clean(num_clean, poisoned_ranks, num_calibration, q)
+        assert mean <= num_clean + 1e-9, (num_clean, num_calibration)
+    assert mean_e_of_clean(5, (), 5, 0.7) > 0.3  # they are no nothing
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(1, 12), st.integers(1, 12), st.sampled_from([0.1, 0.3, 0.7]), st.randoms())
+def test_an_e_value_is_what_its_definition_says(num, num_calibration, q, random):
+    """(n + 1) 1{s >= T} / (1 + #{calibration >= T}), T the lowest of all scores where the ratio is at most q."""
+    pool = random.sample(range(1000), num + num_calibration)
+    scores, calibration = np.array(pool[:num]), np.array(pool[num:])
+    low_enough = [
+        t
+        for t in sorted(pool)
+        if num * (1 + (calibration >= t).sum()) <= q * (num_calibration + 1) * (scores >= t).sum() * (1 + 1e-9)
+    ]
+    t = low_enough[0] if low_enough else np.inf
+    expected = (scores >= t) * (num_calibration + 1) / (1 + (calibration >= t).sum())
+    found = e_values(conformal_p_values(scores, calibration, names(num)), num_calibration, q)
+    np.testing.assert_allclose(found, expected)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 4.0, 10.0, 40.0]), max_size=9), st.sampled_from([0.1, 0.3, 0.7]))
+def test_e_values_are_rejected_as_their_rule_says(e_value, q):
+    """All sets of samples whose members each have at least M / (q size); the largest is what is rejected."""
+    num = len(e_value)
+    self_consistent = [k for k in range(1, num + 1) if sorted(e_value, reverse=True)[k - 1] >= num / (q * k) - 1e-9]
+    found = e_benjamini_hochberg(e_value, q)
+    assert found.sum() == max(self_consistent, default=0)
+    assert min([e for e, f in zip(e_value, found, strict=True) if f], default=99) >= max(
+        [e for e, f in zip(e_value, found, strict=True) if not f], default=0
+    )
+
+
+def test_one_division_at_the_same_q_is_benjamini_hochberg():
+    rng = np.random.default_rng(30)
+    for seed in range(30):
+        scores = rng.normal(size=200) + 4 * (np.arange(200) < 20)
+        verdict = Conformal(q=0.2, false_alarm=None, seed=seed).decide(scores, rng.normal(size=150), names(200))
+        e = e_values(verdict.p_value, 150, 0.2)
+        np.testing.assert_array_equal(e_benjamini_hochberg(e, 0.2), verdict.flagged)
+
+
+def test_lists_by_averaged_e_values_keep_to_q_and_depend_less_on_the_division():
+    rng = np.random.default_rng(31)
+    is_poisoned, ids = np.arange(300) < 30, names(300)
+    proportions, found = [], []
+    for trial in range(100):
+        signal = rng.normal(size=300) + 4 * is_poisoned
+        clean = rng.normal(size=400)
+        redraws = []
+        for _ in range(5):
+            half = rng.permutation(400) < 200
+            redraws.append((signal + 0.5 * rng.normal(size=300), (clean + 0.5 * rng.normal(size=400))[half], None))
+        first, *more = redraws
+        verdict = Conformal(q=0.2, seed=trial).decide(first[0], first[1], ids, redraws=more)
+        assert verdict.report["how"].endswith("e-values averaged over 5 divisions of the calibration samples")
+        assert verdict.threshold is None
+        proportions.append(false_discovery_proportion(verdict.flagged, is_poisoned))
+        found.append(verdict.flagged[is_poisoned].mean())
+    assert np.mean(proportions) <= 0.2
+    assert np.mean(found) > 0.5
+
+
+def test_copies_share_their_fate_by_e_values_too():
+    scores, calibration = np.r_[np.full(12, 9.0), np.zeros(88)], np.linspace(-1, 1, 199)
+    groups = ["one", "one", *[None] * 98]
+    about = {"groups": groups, "redraws": [(scores, calibration, None)]}
+    verdict = Conformal(q=0.2).decide(scores, calibration, names(100), **about)
+    np.testing.assert_array_equal(verdict.flagged, scores == 9)
+    assert verdict.report["num_distinct"] == 99
+    with pytest.raises(Mistake, match="takes neither bins nor Storey"):
+        Conformal(storey=True).decide(scores, calibration, names(100), **about)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from dede_ray.runtime.config import Mistake
 from dede_ray.scan.decisions import Conformal, FixedThreshold
 from dede_ray.scan.fusion import Fusion
 from dede_ray.scan.judge import Judging, Scored, judge
-from dede_ray.scan.pool import Classifier, Company
+from dede_ray.scan.pool import Amplify, Classifier, Company
 from dede_ray.scan.shift import ShiftCheck
 
 NUM, STATS = 2000, ["stat_texture"]
@@ -90,7 +92,7 @@ def test_a_direction_that_many_share_is_found_where_no_score_alone_finds_it():
     assert found["company"].report["num_calibration"] == NUM
 
 
-@pytest.mark.parametrize("score", ["hard_fair", "combined", "company", "classifier"])
+@pytest.mark.parametrize("score", ["hard_fair", "combined", "company", "classifier", "amplified"])
 def test_p_values_of_made_columns_are_as_rare_as_they_say(score):
     """Clean samples beside poison that the columns miss: whatever they were fitted to, they are not told apart."""
     share = {0.002: [], 0.01: [], 0.1: []}
@@ -102,13 +104,55 @@ def test_p_values_of_made_columns_are_as_rare_as_they_say(score):
         judging = Judging(
             fair=["hard"], num_knots=3, combined=Fusion(columns=("hard_fair", "seen")),
             company=Company(of="seen", residual="residual"),
-            classifier=Classifier(columns=("hard", "seen"), residual="residual", repeats=1), shift=None, grouping=None,
+            classifier=Classifier(columns=("hard", "seen"), residual="residual", repeats=1),
+            amplified=Amplify(of="seen", residual="residual"), shift=None, grouping=None,
         )  # fmt: skip
         p_value = judge(judging, Conformal(score=score, seed=trial), corpus, calibration, STATS, False).verdict.p_value
         for t, found in share.items():
             found.append((p_value <= t).mean())
     for t, found in share.items():
         assert np.mean(found) <= t + 3 * max(np.std(found), t) / np.sqrt(20), (t, found)
+
+
+@pytest.mark.parametrize("num_poisoned", [0, 30])
+def test_p_values_of_what_candidates_alone_have_are_as_rare_as_they_say(num_poisoned):
+    """Candidates are the highest of the pool; the late column misses the poison, and many of its values are equal."""
+    share = {0.002: [], 0.01: [], 0.1: []}
+    for trial in range(40):
+        rng = np.random.default_rng(trial)
+        parts = [scored("corpus", 300 + trial, 600, num_poisoned), scored("calibration", 400 + trial, 600)]
+        least = np.sort(np.concatenate([one.columns["seen"] for one in parts]))[-240]
+        late = []
+        for one in parts:
+            is_beneath = one.columns["seen"] < least
+            column = np.where(is_beneath, np.nan, rng.normal(size=600).round(1))
+            late.append(replace(one, columns={"late": column}, late=frozenset({"late"}), is_beneath=is_beneath))
+        decision = Conformal(score="late", q=0.1, false_alarm=None, seed=trial)
+        judging = Judging(shift=None, grouping=None)
+        p_value = judge(judging, decision, *late, STATS, False).verdict.p_value[num_poisoned:]
+        for t, found in share.items():
+            found.append((p_value <= t).mean())
+    for t, found in share.items():
+        assert np.mean(found) <= t + 3 * np.std(found) / np.sqrt(40), (t, found)
+    assert np.mean(share[0.1]) > 0.06  # and they are no larger than they must
+
+
+def test_a_list_may_rest_on_several_divisions_of_the_calibration():
+    rng = np.random.default_rng(9)
+    corpus, calibration = scored("corpus", 10, 800, 40), scored("calibration", 11, 800)
+    for one, num in ((corpus, 40), (calibration, 0)):
+        one.residuals["residual"] = rng.normal(size=(800, 8)) + 3 * (np.arange(800) < num)[:, None]
+    classifier = Classifier(columns=("seen",), residual="residual", repeats=1, splits=3)
+    once = Judging(classifier=classifier.model_copy(update={"splits": 1}), grouping=None)
+    several = judge(
+        Judging(classifier=classifier, grouping=None), Conformal(score="classifier"), corpus, calibration, STATS, False
+    )
+    one = judge(once, Conformal(score="classifier"), corpus, calibration, STATS, False)
+    assert several.verdict.flagged[:40].mean() > 0.9
+    assert several.verdict.flagged[40:].sum() <= 6
+    assert "averaged over 3 divisions" in several.report["how"]
+    np.testing.assert_array_equal(several.verdict.p_value, one.verdict.p_value)  # of the first division
+    assert several.report["certified"]
 
 
 def test_copies_count_once_unless_their_captions_differ_where_a_score_reads_them(calibration):

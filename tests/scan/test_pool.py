@@ -7,7 +7,7 @@ import pytest
 
 from dede_ray.metrics import false_discovery_proportion
 from dede_ray.scan.decisions import Conformal, conformal_p_values
-from dede_ray.scan.pool import Classifier, Company, Looks
+from dede_ray.scan.pool import Amplify, Classifier, Company, Looks
 
 NUM, CLEAN, WIDTH = 600, 600, 16
 
@@ -42,21 +42,25 @@ def test_who_is_exchanged_for_whom_changes_nothing_but_whose_score_is_whose():
     moved = Looks([given.sample_ids[i] for i in order], [content[i] for i in order], [perceptual[i] for i in order])
     before = Company().score(base_N, residual_NR, given)
     np.testing.assert_allclose(Company().score(base_N[order], residual_NR[order], moved), before[order], atol=1e-12)
+    before = Amplify().score(base_N, residual_NR, given)
+    np.testing.assert_allclose(Amplify().score(base_N[order], residual_NR[order], moved), before[order], atol=1e-3)
     learner_MR = rng.normal(size=(200, WIDTH))
     before = Classifier(repeats=1).score(residual_NR, learner_MR, given)
     after = Classifier(repeats=1).score(residual_NR[order], learner_MR, moved)
     np.testing.assert_allclose(after, before[order], atol=1e-3)  # as far as the optimiser goes
 
 
-@pytest.mark.parametrize("which", ["company", "classifier"])
+@pytest.mark.parametrize("which", ["company", "amplified", "classifier"])
 def test_p_values_of_clean_samples_are_as_rare_as_they_say(which):
     rng = np.random.default_rng(1)
     p_value = []
-    for trial in range(40 if which == "company" else 12):
+    for trial in range(12 if which == "classifier" else 40):
         base_N, residual_NR, is_poisoned = pool(rng, 12 * (trial % 2))  # with and without poison
         given = looks(NUM + CLEAN)
         if which == "company":
             score_N = Company().score(base_N, residual_NR, given)
+        elif which == "amplified":
+            score_N = Amplify().score(base_N, residual_NR, given)
         else:
             score_N = Classifier(repeats=1).score(residual_NR, rng.normal(size=(200, WIDTH)), given)
         p = conformal_p_values(score_N[:NUM], score_N[NUM:], given.sample_ids[:NUM], seed=trial)
@@ -82,6 +86,52 @@ def test_what_stands_together_is_found_where_each_alone_is_not(which):
         proportions.append(false_discovery_proportion(flagged(score_N, trial), is_poisoned))
     assert np.mean(together) > np.mean(alone) + 0.3, (alone, together)
     assert np.mean(proportions) <= 0.1 + 2 * np.std(proportions) / math.sqrt(8)
+
+
+def test_what_the_highest_share_is_found_far_below_them():
+    """Half of the poison is not high by the first score at all, so that it is no candidate for company."""
+    rng = np.random.default_rng(5)
+    share = []
+    for trial in range(6):
+        base_N, residual_NR, is_poisoned = pool(rng, 40, strength=2.0)
+        base_N[:20] += 6
+        base_N[20:40] = rng.normal(size=20)
+        found = flagged(Amplify(share=0.025).score(base_N, residual_NR, looks(NUM + CLEAN)), trial)
+        share.append((found[20:40].mean(), false_discovery_proportion(found, is_poisoned)))
+        company = flagged(Company().score(base_N, residual_NR, looks(NUM + CLEAN)), trial)
+        assert not company[20:40].any()
+    assert np.mean(share, axis=0)[0] > 0.8
+    assert np.mean(share, axis=0)[1] < 0.2
+
+
+def test_seeds_that_are_all_clean_are_no_higher_for_having_been_seeds():
+    """They share a direction, as pictures of one subject do: then all who share it stand high, seed or not."""
+    rng = np.random.default_rng(6)
+    proportions, levels = [], []
+    for trial in range(40):
+        base_N, residual_NR, _ = pool(rng, 0)
+        is_subject = rng.random(NUM + CLEAN) < 0.1
+        residual_NR[is_subject] += 2 * rng.normal(size=WIDTH)
+        base_N[is_subject] += 2
+        score_N = Amplify().score(base_N, residual_NR, looks(NUM + CLEAN))
+        ids = [f"a.tar/{i:05d}" for i in range(NUM)]
+        verdict = Conformal(q=0.1, false_alarm=None, seed=trial).decide(score_N[:NUM], score_N[NUM:], ids)
+        proportions.append(float(verdict.flagged.any()))  # of a clean corpus, any list is wrong
+        levels.append((verdict.p_value <= 0.01).mean())
+    assert np.mean(proportions) <= 0.1 + 2 * math.sqrt(0.1 * 0.9 / 40)
+    assert np.mean(levels) <= 0.01 + 3 * np.std(levels) / math.sqrt(40)
+
+
+def test_a_picture_teaches_once_however_often_it_stands_among_the_seeds():
+    rng = np.random.default_rng(7)
+    base_N, residual_NR, _ = pool(rng, 0)
+    residual_NR[:20], base_N[:20] = residual_NR[0], 99.0
+    same = [f"hash {max(0, i - 19)}" for i in range(NUM + CLEAN)]
+    ways = {"unknown": looks(NUM + CLEAN), "known": looks(NUM + CLEAN, content=same)}
+    score = {way: Amplify(rounds=1, share=0.04).score(base_N, residual_NR, given) for way, given in ways.items()}
+    assert (score["unknown"] > score["unknown"][0]).mean() < 0.02
+    assert (score["known"] > score["known"][0]).mean() > 0.05
+    assert np.isnan(Amplify().score(base_N[:30], residual_NR[:30], looks(30))).all()  # too few to tell seeds from
 
 
 def test_copies_and_almost_equal_pictures_are_no_company():

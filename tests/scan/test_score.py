@@ -47,7 +47,7 @@ from dede_ray.scan.fusion import Fusion
 from dede_ray.scan.judge import Judging
 from dede_ray.scan.manifest import Manifest, read_manifest
 from dede_ray.scan.pool import Classifier, Company
-from dede_ray.scan.score import Fitting, ScoreConfig, SecondStage, resolve, score
+from dede_ray.scan.score import Fitting, ScoreConfig, SecondStage, highest, resolve, score
 
 STATISTICS = [
     f"stat_{name}"
@@ -845,3 +845,15 @@ def test_embeddings_are_those_that_the_encoders_give(attached, by_hand):
     assert stored["sample_id"].to_pylist() == batch.sample_ids[:20]
     there = np.array(stored["embedding"].to_pylist(), np.float32)
     np.testing.assert_allclose(there, batch.embedding_BE[:20].numpy(), rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("names", [("a", "z"), ("z", "a")])
+def test_among_equal_scores_nobody_is_a_candidate_for_his_name(names):
+    """The candidates of a tie are drawn: in the order of ids, corpus or calibration samples would be favoured."""
+    ids = [f"{names[i % 2]}.tar/{i:04d}" for i in range(400)]
+    table = pa.table({"sample_id": ids, "dao": [9.0] * 20 + [1.0] * 380, "pass": [i % 2 for i in range(400)]})
+    found = highest(table, "dao", 120)
+    assert {*ids[:20]} <= {*found["sample_id"].to_pylist()}
+    assert 45 <= sum(found["pass"].to_pylist()) <= 75  # of 120, half of them; six standard deviations
+    again = highest(table.take(list(range(399, -1, -1))), "dao", 120)
+    assert {*again["sample_id"].to_pylist()} == {*found["sample_id"].to_pylist()}
