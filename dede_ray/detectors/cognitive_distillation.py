@@ -2,7 +2,7 @@
 
 Huang et al., "Distilling Cognitive Backdoor Patterns within an Image", ICLR 2023. For each image a mask m in [0, 1] is
 optimised so that x m + (1 - m) noise keeps its embedding while m stays small and smooth. The mask also shows where the
-victim looks, which is what `dede_ray.amplify` cuts its windows by.
+victim looks.
 
 It costs some 300 forward passes an image: a second stage, for the top of a list that a cheaper detector made.
 

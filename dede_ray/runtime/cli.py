@@ -75,8 +75,6 @@ GROUPS: dict[str, dict[str, Job]] = {
     "scan": {
         "score": Job("shards x victim x detectors -> a manifest of suspected samples",
                      "scan.score", "ScoreConfig", "score", SMOKE),
-        "amplify": Job("a few sure finds -> everything in the corpus that shares what they share",
-                       "scan.amplify", "AmplifyConfig", "amplify_manifest"),
         "sift": Job("shards without the samples that a manifest flags, and exclusion lists",
                     "scan.sift", "SiftConfig", "sift"),
         "decree": Job("is this encoder backdoored? the smallest stamp that makes all images look alike to it",

@@ -75,7 +75,7 @@ from dede_ray.runtime.lease import leased
 from dede_ray.runtime.session import start_ray
 from dede_ray.runtime.store import Place, place, write_atomically
 from dede_ray.scan.decisions import CleanMean, Conformal, Decision, PoolMedian, lacks_calibration
-from dede_ray.scan.judge import CLASSIFIER, COMBINED, COMPANY, FAIR, Judged, Judging, Scored, judge
+from dede_ray.scan.judge import AMPLIFIED, CLASSIFIER, COMBINED, COMPANY, FAIR, Judged, Judging, Scored, judge
 from dede_ray.scan.manifest import DECISION_COLUMNS, Manifest, write_manifest
 from dede_ray.scan.overlap import (
     known_pictures,
@@ -351,6 +351,7 @@ def _check_decision(inputs: Inputs) -> None:
         ("judging.combined", judging.combined.columns if judging.combined else (), [*given, *fused]),
         ("judging.difficulty", [judging.difficulty] if judging.difficulty else (), [*given, *judging.made]),
         ("judging.company.of", [judging.company.of] if judging.company else (), first),
+        ("judging.amplified.of", [judging.amplified.of] if judging.amplified else (), first),
         ("judging.classifier.columns", judging.classifier.columns if judging.classifier else (), first),
     ):
         if unknown := [name for name in names if name not in known]:
@@ -1000,7 +1001,7 @@ def _without(inputs: Inputs, dropped: dict[str, str]) -> Inputs:
         kept = tuple(name for name in judging.combined.columns if name not in lost)
         combined = judging.combined.model_copy(update={"columns": kept}) if kept else None
         judging = judging.model_copy(update={"combined": combined})
-    for name in (COMPANY, CLASSIFIER):
+    for name in (COMPANY, CLASSIFIER, AMPLIFIED):
         if {*judging.made_of(name)} & gone.keys():
             judging = judging.model_copy(update={name: None})
     left = replace(
