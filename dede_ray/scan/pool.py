@@ -29,8 +29,8 @@ from dede_ray.scan.groups import NEAR_DISTANCE, first_copy, first_near_copy
 Scores = NDArray[np.float64]
 BLOCK = 1024
 """Candidates compared with all others at once."""
-LEAST_SEEDS, MOST_TAUGHT = 20, 20_000
-"""Seeds at least, and samples that are no seeds and teach at most."""
+LEAST_SEEDS, MOST_SEEDS = 20, 2000
+"""Seeds that are amplified."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,55 +97,41 @@ class Company(Config):
 
 
 class Amplify(Config):
-    """Seed and amplify: what the surest samples of the pool share is looked for in all of it.
+    """Seed and amplify: who of the whole pool is led astray in the direction in which the surest samples are?
 
-    The pool's highest by another score are the seeds. A strongly regularised linear classifier learns in which
-    direction they are led astray, beside the rest of the pool; each sample is scored by fits without it (its fold, by
-    key), so that no seed stands high for having been one. What scores highest then are the seeds of the next round.
-    Unlike `Company` it finds poison that is not among the highest by the first score, if enough of it is.
+    The pool's highest by another score are the seeds. Every sample is scored by the mean cosine of its residual to the
+    `k` nearest seeds, itself not among them; seeds that show one picture count once. `Company` asks the same of its
+    candidates alone; this finds poison that is not among the highest by the first score, too.
     """
 
     of: str = "dede_reverse"
     """Score column whose highest are the seeds."""
     residual: str = "dede_residual"
     """Column of residuals: vectors, one a sample."""
-    share: float = Field(0.01, gt=0, lt=0.5)
-    """Seeds / samples of the pool; 20 at least."""
-    rounds: int = Field(2, ge=1, le=5)
-    inverse_penalty: float = Field(0.01, gt=0)
-    """scikit-learn's C."""
-    folds: int = Field(5, ge=2)
-    seed: int = 0
-    """Divides into folds."""
+    share: float = Field(0.01, gt=0, le=1)
+    """Seeds / samples of the pool; 20 at least, and 2,000 at most."""
+    k: int = Field(10, ge=1)
+    """Nearest seeds that count; poison of which fewer are seeds is not found."""
 
     def score(self, base_N: ArrayLike, residual_NR: ArrayLike, looks: Looks) -> Scores:
-        """Score a pool, float64 (N,): log odds of being a seed; NaN without a base score or a residual."""
-        from sklearn.linear_model import LogisticRegression
-
+        """Score a pool, float64 (N,) in [-1, 1]; NaN without a base score or a residual."""
         base_N, residual_NR = np.asarray(base_N, np.float64), np.asarray(residual_NR, np.float64)
         usable = np.flatnonzero(~np.isnan(base_N) & np.isfinite(residual_NR).all(axis=1))
-        score_N, num_seeds = np.full(base_N.size, np.nan), max(LEAST_SEEDS, round(self.share * usable.size))
-        if usable.size <= 2 * num_seeds:
-            return score_N
-        unit_UR = residual_NR[usable] / np.maximum(np.linalg.norm(residual_NR[usable], axis=1, keepdims=True), 1e-30)
-        unit_UR = (unit_UR - unit_UR.mean(axis=0)) / np.maximum(unit_UR.std(axis=0), 1e-12)
-        names = [looks.content_hash[i] or looks.sample_ids[i] for i in usable.tolist()]  # copies share a fold
-        key_U = sample_keys(names, self.seed, 5).numpy()
-        fold_U, is_drawn_U = key_U % self.folds, key_U <= np.sort(key_U)[:MOST_TAUGHT][-1]
-        score_U = base_N[usable]
-        for _ in range(self.rounds):
-            highest = np.lexsort((key_U, -score_U))[:num_seeds]
-            group = looks.part(usable[highest]).groups()
-            is_seed_U, is_copy_U = np.zeros((2, usable.size), bool)
-            is_seed_U[highest], is_copy_U[highest] = True, group != np.arange(num_seeds)  # a picture teaches once
-            score_U = np.zeros(usable.size)
-            for fold in range(self.folds):
-                out = fold_U == fold
-                taught = ~out & ~is_copy_U & (is_drawn_U | is_seed_U)
-                if is_seed_U[taught].any() and out.any():
-                    fitted = LogisticRegression(C=self.inverse_penalty, class_weight="balanced", max_iter=1000)
-                    score_U[out] = fitted.fit(unit_UR[taught], is_seed_U[taught]).decision_function(unit_UR[out])
-        score_N[usable] = score_U
+        length_U = np.linalg.norm(residual_NR[usable], axis=1, keepdims=True)
+        unit_UR = (residual_NR[usable] / np.maximum(length_U, 1e-30)).astype(np.float32)
+        num_seeds = min(max(LEAST_SEEDS, round(self.share * usable.size)), MOST_SEEDS, usable.size)
+        by_lot = sample_keys([looks.sample_ids[row] for row in usable.tolist()], 0, 5).numpy()
+        seeds = np.lexsort((by_lot, -base_N[usable]))[:num_seeds]
+        group = looks.part(usable[seeds]).groups()
+        is_leader, place_U = group == np.arange(num_seeds), np.full(usable.size, -1)
+        place_U[seeds] = (np.cumsum(is_leader) - 1)[group]  # of a seed's picture among the leaders
+        leaders, score_N, k = seeds[is_leader], np.full(base_N.size, np.nan), min(self.k, int(is_leader.sum()))
+        for start in range(0, usable.size, BLOCK):
+            block = slice(start, start + BLOCK)
+            cosine = unit_UR[block] @ unit_UR[leaders].T
+            cosine[place_U[block, None] == np.arange(leaders.size)] = -np.inf  # no company to oneself
+            nearest = np.partition(cosine, -k, axis=1)[:, -k:]
+            score_N[usable[block]] = np.where(np.isfinite(nearest), nearest, 0).sum(axis=1, dtype=np.float64) / self.k
         return score_N
 
 

@@ -131,7 +131,7 @@ def test_more_references_than_neighbours_are_needed(world):
 # ------------------------------------------------------------------------------------ how much poison may be in the set
 
 
-def mixture_auroc(num_poisoned_references, trim, seed=0, num_references=2048, k=16, width=64):
+def mixture_auroc(num_poisoned_references, trim, seed=0, far=1.2, num_references=2048, k=16, width=64):
     """AUROC of one tight clump against a mixture of 20 classes, with so much of the clump among the references."""
     rng = np.random.default_rng(seed)
     centre_CE = rng.normal(0, 1, (20, width))
@@ -141,7 +141,7 @@ def mixture_auroc(num_poisoned_references, trim, seed=0, num_references=2048, k=
         return centre_CE[rng.integers(0, 20, num)] + rng.normal(0, 0.5, (num, width))
 
     def poisoned(num):  # as far out as the classes' own centres, of a tenth of their spread
-        return 1.2 * direction_E + rng.normal(0, 0.05, (num, width))
+        return far * direction_E + rng.normal(0, 0.05, (num, width))
 
     reference_ME = np.concatenate([clean(num_references - num_poisoned_references), poisoned(num_poisoned_references)])
     pool = Batch([f"r{i}" for i in range(num_references)], torch.from_numpy(reference_ME.astype(np.float32)))
@@ -154,8 +154,8 @@ def mixture_auroc(num_poisoned_references, trim, seed=0, num_references=2048, k=
 
 
 def test_poison_in_the_references_turns_no_score_around_unless_they_are_left_untrimmed():
-    for num_poisoned in (0, 4, 20, 60):  # up to 3 %
-        for name, value in mixture_auroc(num_poisoned, trim=0.1).items():
+    for num_poisoned, far in ((0, 1.2), (4, 1.2), (20, 1.2), (60, 1.2), (204, 1.6)):  # up to 10 %, two classes' worth
+        for name, value in mixture_auroc(num_poisoned, Density().trim, far=far).items():
             assert value > 0.9, (num_poisoned, name, value)
     assert all(value < 0.5 for value in mixture_auroc(60, trim=0).values())
 

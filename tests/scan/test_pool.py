@@ -122,27 +122,16 @@ def test_seeds_that_are_all_clean_are_no_higher_for_having_been_seeds():
     assert np.mean(levels) <= 0.01 + 3 * np.std(levels) / math.sqrt(40)
 
 
-def test_a_picture_teaches_once_however_often_it_stands_among_the_seeds():
-    rng = np.random.default_rng(7)
-    base_N, residual_NR, _ = pool(rng, 0)
-    residual_NR[:20], base_N[:20] = residual_NR[0], 99.0
-    same = [f"hash {max(0, i - 19)}" for i in range(NUM + CLEAN)]
-    ways = {"unknown": looks(NUM + CLEAN), "known": looks(NUM + CLEAN, content=same)}
-    score = {way: Amplify(rounds=1, share=0.04).score(base_N, residual_NR, given) for way, given in ways.items()}
-    assert (score["unknown"] > score["unknown"][0]).mean() < 0.02
-    assert (score["known"] > score["known"][0]).mean() > 0.05
-    assert np.isnan(Amplify().score(base_N[:30], residual_NR[:30], looks(30))).all()  # too few to tell seeds from
-
-
 def test_copies_and_almost_equal_pictures_are_no_company():
     rng = np.random.default_rng(3)
     base_N, residual_NR, _ = pool(rng, 0)
     residual_NR[:20], base_N[:20] = residual_NR[0], 99.0  # twenty times one picture
     same = [f"hash {max(0, i - 19)}" for i in range(NUM + CLEAN)]
     near = [0x0123456789ABCDEF ^ (1 << (i % 2)) if i < 20 else int(rng.integers(0, 2**63)) for i in range(NUM + CLEAN)]
-    assert Company().score(base_N, residual_NR, looks(NUM + CLEAN))[:20].min() > 0.99
-    for given in (looks(NUM + CLEAN, content=same), looks(NUM + CLEAN, perceptual=near)):
-        assert Company().score(base_N, residual_NR, given)[:20].max() < 0.9
+    for way in (Company(), Amplify(share=0.05)):
+        assert way.score(base_N, residual_NR, looks(NUM + CLEAN))[:20].min() > 0.99
+        for given in (looks(NUM + CLEAN, content=same), looks(NUM + CLEAN, perceptual=near)):
+            assert way.score(base_N, residual_NR, given)[:20].max() < 0.9
 
 
 def test_only_candidates_have_company_and_the_others_keep_their_order():
@@ -161,6 +150,9 @@ def test_few_candidates_are_little_company():
     base_N, residual_NR = np.arange(40.0), np.ones((40, 4))
     score_N = Company(share=0.1, k=10).score(base_N, residual_NR, looks(40))
     assert score_N[-4:].tolist() == pytest.approx([0.3] * 4)  # three others, all in one direction, of ten
+    score_N = Amplify(k=40).score(base_N, residual_NR, looks(40))  # twenty seeds
+    assert score_N.tolist() == pytest.approx([0.5] * 20 + [19 / 40] * 20)
+    assert np.isnan(Amplify().score([np.nan, 1.0], np.ones((2, 4)), looks(2))).tolist() == [True, False]
 
 
 def test_features_are_normal_scores_and_residuals():
