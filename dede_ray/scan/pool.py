@@ -99,9 +99,10 @@ class Company(Config):
 class Amplify(Config):
     """Seed and amplify: who of the whole pool is led astray in the direction in which the surest samples are?
 
-    The pool's highest by another score are the seeds. Every sample is scored by the mean cosine of its residual to the
-    `k` nearest seeds, itself not among them; seeds that show one picture count once. `Company` asks the same of its
-    candidates alone; this finds poison that is not among the highest by the first score, too.
+    The pool's highest by another score are the seeds. Every sample is scored by how far its residual goes in the
+    directions of the `k` nearest seeds, on average, itself not among them; seeds that show one picture count once.
+    `Company` asks candidates alone, and for the direction alone; this finds poison that is not among the highest by the
+    first score, too.
     """
 
     of: str = "dede_reverse"
@@ -114,23 +115,24 @@ class Amplify(Config):
     """Nearest seeds that count; poison of which fewer are seeds is not found."""
 
     def score(self, base_N: ArrayLike, residual_NR: ArrayLike, looks: Looks) -> Scores:
-        """Score a pool, float64 (N,) in [-1, 1]; NaN without a base score or a residual."""
-        base_N, residual_NR = np.asarray(base_N, np.float64), np.asarray(residual_NR, np.float64)
+        """Score a pool, float64 (N,), in units of the residual; NaN without a base score or a residual."""
+        base_N, residual_NR = np.asarray(base_N, np.float64), np.asarray(residual_NR, np.float32)
         usable = np.flatnonzero(~np.isnan(base_N) & np.isfinite(residual_NR).all(axis=1))
-        length_U = np.linalg.norm(residual_NR[usable], axis=1, keepdims=True)
-        unit_UR = (residual_NR[usable] / np.maximum(length_U, 1e-30)).astype(np.float32)
+        residual_UR = residual_NR[usable]
         num_seeds = min(max(LEAST_SEEDS, round(self.share * usable.size)), MOST_SEEDS, usable.size)
         by_lot = sample_keys([looks.sample_ids[row] for row in usable.tolist()], 0, 5).numpy()
         seeds = np.lexsort((by_lot, -base_N[usable]))[:num_seeds]
         group = looks.part(usable[seeds]).groups()
         is_leader, place_U = group == np.arange(num_seeds), np.full(usable.size, -1)
         place_U[seeds] = (np.cumsum(is_leader) - 1)[group]  # of a seed's picture among the leaders
-        leaders, score_N, k = seeds[is_leader], np.full(base_N.size, np.nan), min(self.k, int(is_leader.sum()))
+        unit_LR = residual_UR[seeds[is_leader]]
+        unit_LR = unit_LR / np.maximum(np.linalg.norm(unit_LR, axis=1, keepdims=True), 1e-30)
+        score_N, k = np.full(base_N.size, np.nan), min(self.k, len(unit_LR))
         for start in range(0, usable.size, BLOCK):
             block = slice(start, start + BLOCK)
-            cosine = unit_UR[block] @ unit_UR[leaders].T
-            cosine[place_U[block, None] == np.arange(leaders.size)] = -np.inf  # no company to oneself
-            nearest = np.partition(cosine, -k, axis=1)[:, -k:]
+            reach = residual_UR[block] @ unit_LR.T
+            reach[place_U[block, None] == np.arange(len(unit_LR))] = -np.inf  # no company to oneself
+            nearest = np.partition(reach, -k, axis=1)[:, -k:]
             score_N[usable[block]] = np.where(np.isfinite(nearest), nearest, 0).sum(axis=1, dtype=np.float64) / self.k
         return score_N
 

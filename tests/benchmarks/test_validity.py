@@ -18,8 +18,10 @@ from dede_ray.models.embedding import Batch, in_one_heap
 from dede_ray.scan.decisions import conformal_p_values
 from tests.benchmarks.validity import LATE, Embedded, Row, judged, measured, scored, table, world
 
+pytestmark = pytest.mark.trains
+
 WIDTH, NUM = 8, 3000
-SIZES = {"num": 500, "num_calibration": 500, "num_poisoned": 10}
+SIZES = {"num": 500, "num_calibration": 500, "num_poisoned": 20}
 SMALL = [
     Density(num_references=400, k=8, lid_k=16),
     Forest(num_trees=10, num_samples=64),
@@ -42,10 +44,9 @@ def source() -> Embedded:
 
 
 def test_lists_keep_to_q_and_p_values_to_their_levels_where_the_poison_is_missed(source):
-    rows = measured(source, 6, 0.1, SMALL, **SIZES)
-    assert {"dao", "isolation_forest", "asset", "xc", "late", "company", "amplified", "classifier", "combined"} <= {
-        *rows
-    }
+    rows = measured(source, 5, 0.1, SMALL, **SIZES)
+    made = {"late", "company", "amplified", "classifier", "combined"}
+    assert {*rows} >= {"dao", "isolation_forest", "asset", "xc"} | made
     for name, row in rows.items():
         assert row.fdp[0] <= 0.1 + 3 * max(row.fdp[1], 0.1), name
         for t, (mean, error) in row.share.items():
@@ -57,7 +58,7 @@ def test_the_same_columns_find_poison_that_they_do_not_miss(source):
     one = world(source, 0, 1.0, **SIZES)
     found = judged(*scored(one, SMALL), 0)
     assert found["amplified"].verdict.flagged[one.is_poisoned].mean() > 0.8
-    assert {name.removesuffix("_late") for name in found} > {LATE, "late"}
+    assert {*found} >= {LATE, "late"}
 
 
 class Memory(DetectorSettings):

@@ -128,6 +128,7 @@ def test_copies_and_almost_equal_pictures_are_no_company():
     residual_NR[:20], base_N[:20] = residual_NR[0], 99.0  # twenty times one picture
     same = [f"hash {max(0, i - 19)}" for i in range(NUM + CLEAN)]
     near = [0x0123456789ABCDEF ^ (1 << (i % 2)) if i < 20 else int(rng.integers(0, 2**63)) for i in range(NUM + CLEAN)]
+    residual_NR /= np.linalg.norm(residual_NR, axis=1, keepdims=True)
     for way in (Company(), Amplify(share=0.05)):
         assert way.score(base_N, residual_NR, looks(NUM + CLEAN))[:20].min() > 0.99
         for given in (looks(NUM + CLEAN, content=same), looks(NUM + CLEAN, perceptual=near)):
@@ -151,7 +152,7 @@ def test_few_candidates_are_little_company():
     score_N = Company(share=0.1, k=10).score(base_N, residual_NR, looks(40))
     assert score_N[-4:].tolist() == pytest.approx([0.3] * 4)  # three others, all in one direction, of ten
     score_N = Amplify(k=40).score(base_N, residual_NR, looks(40))  # twenty seeds
-    assert score_N.tolist() == pytest.approx([0.5] * 20 + [19 / 40] * 20)
+    assert score_N.tolist() == pytest.approx([2 * 20 / 40] * 20 + [2 * 19 / 40] * 20)
     assert np.isnan(Amplify().score([np.nan, 1.0], np.ones((2, 4)), looks(2))).tolist() == [True, False]
 
 
