@@ -23,6 +23,7 @@ from dede_ray.scan.decisions import (
     Decision,
     FixedThreshold,
     PoolMedian,
+    _polya_urn,
     _rank_envelope,
     _tops,
     conformal_p_values,
@@ -449,6 +450,22 @@ def test_the_bounds_hold_at_once_for_clean_samples_as_often_as_declared(num, num
     pools = shuffled_pools(27, num, num_calibration, 20_000)
     too_high = sum(true_discoveries(above, num_calibration).max() > 0 for above in pools)
     assert 0.05 < too_high / 20_000 <= 0.1  # the promise is kept, and used
+
+
+@pytest.mark.parametrize(("num", "num_calibration"), [(5, 3), (40, 7), (3, 30)])
+def test_the_urn_draws_from_the_negative_hypergeometric_distribution(num, num_calibration):
+    """How many of M stand before the j-th of n, counted out: scipy's law, whose chances for (5, 3) are enumerated."""
+    ranks = np.arange(1, num_calibration + 1)
+    found_BJ = np.concatenate([_polya_urn(np.random.default_rng(i), num, num_calibration, ranks) for i in range(2)])
+    assert len(found_BJ) == 20_000
+    for j, found_B in zip(ranks, found_BJ.T, strict=True):
+        chance = stats.nhypergeom(num + num_calibration, num, j).pmf(np.arange(num + 1))
+        share = np.bincount(found_B, minlength=num + 1) / len(found_B)
+        assert np.abs(share - chance).max() < 5 * math.sqrt(0.25 / len(found_B)), j
+        if (num, num_calibration) == (5, 3):
+            orders = [*itertools.combinations(range(8), 3)]  # where the calibration samples stand
+            counted = np.bincount([order[j - 1] - (j - 1) for order in orders], minlength=6) / len(orders)
+            np.testing.assert_allclose(chance, counted, atol=1e-12)
 
 
 def test_each_bound_is_what_its_definition_says():
