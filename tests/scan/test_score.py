@@ -46,7 +46,7 @@ from dede_ray.scan.decisions import AssumedPoisonRate, CleanQuantile, Conformal,
 from dede_ray.scan.fusion import Fusion
 from dede_ray.scan.judge import Judging
 from dede_ray.scan.manifest import Manifest, read_manifest
-from dede_ray.scan.pool import Classifier, Company
+from dede_ray.scan.pool import Amplify, Classifier, Company
 from dede_ray.scan.score import Fitting, ScoreConfig, SecondStage, highest, resolve, score
 
 STATISTICS = [
@@ -252,10 +252,11 @@ def test_scores_of_the_manifest_are_what_the_models_give_by_hand(scored, setting
 
 
 def test_a_decision_on_company_takes_the_residuals_that_the_pass_wrote(local_ray, settings, tmp_path):
-    judging = Judging(company=Company(share=0.2, k=2))
+    judging = Judging(company=Company(share=0.2, k=2), amplified=Amplify(k=2))
     wanted = {"judging": judging, "decision": Conformal(score="company", q=0.5, false_alarm=None)}
     manifest = score(settings(tmp_path / "scores", **wanted))
-    assert "company" in manifest.score_columns
+    assert {"company", "amplified"} <= {*manifest.score_columns}
+    assert all((row["amplified"] is None) == (row["error"] is not None) for row in rows(manifest))
     assert "dede_residual" not in manifest.table.column_names
     assert [row["company"] is None for row in rows(manifest)] == [row["error"] is not None for row in rows(manifest)]
     assert manifest.info["decision"]["num_calibration"] == 60
@@ -554,6 +555,7 @@ def test_settings_are_resolved_and_refused_before_a_victim_is_loaded(shards, tmp
         ({"judging": Judging(combined=Fusion(columns=("dao", "lof")))}, r"judging\.combined names lof; "),
         ({"judging": Judging(fair=["lof"])}, r"judging\.fair names lof; "),
         ({"judging": Judging(company=Company(of="lof"))}, r"judging\.company\.of names lof; "),
+        ({"judging": Judging(amplified=Amplify(of="lof"))}, r"judging\.amplified\.of names lof; "),
         ({"judging": Judging(classifier=Classifier(columns=("dao",)))}, "half of the calibration samples, and there"),
         ({"detectors": [Density(drawn_from="clean")]}, "density takes clean samples, and the run has none"),
         (
