@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.9
 """Probability that all lower bounds on the number of poisoned samples hold at once."""
+NO_BINS = (
+    "averaging e-values over several divisions of the calibration samples takes neither bins nor Storey; set "
+    "mondrian_bins to 1 and storey to false, or judging.classifier.splits to 1"
+)
 NUM_URNS = 10_000
 """Draws of a simulation that bounds come from."""
 
@@ -158,7 +162,9 @@ class Conformal(Rule):
     def decide(
         self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
     ) -> Verdict:
-        needed = _num_needed(self.q, self.expected_poison_rate or 1.0)
+        redraws = about.get("redraws") or ()
+        q = self.q / 2 if redraws else self.q  # of one division
+        needed = _num_needed(q, self.expected_poison_rate or 1.0)
         if self.mondrian_bins > 1 and (about.get("strata") is None or about.get("calibration_strata") is None):
             raise Mistake(
                 f"mondrian_bins is {self.mondrian_bins}, and there is no difficulty to make bins of; give this "
@@ -170,7 +176,7 @@ class Conformal(Rule):
         evidence.require_calibration()
         num_calibration = min(num for _, num in evidence.bins)
         least_q = _least_achievable(self.expected_poison_rate or 1.0, num_calibration)
-        least_rate = _least_achievable(self.q, num_calibration)
+        least_rate = _least_achievable(q, num_calibration)
         distinct_p = evidence.p_value[evidence.is_distinct]
         if least_rate and self.false_alarm is not None and distinct_p.size:
             least_rate = min(1.0, max(least_rate, int(_tops(distinct_p.size, num_calibration)[0]) / distinct_p.size))
@@ -200,7 +206,6 @@ class Conformal(Rule):
         within = within if self.mondrian_bins > 1 else ""
         cutoff = _benjamini_hochberg_cutoff(distinct_p, self.q / (null_share or 1.0))
         flagged, by = evidence.p_value <= cutoff, f"p-values up to {cutoff:.3g}"
-        redraws = about.get("redraws") or ()
         if redraws:
             flagged = self._agreed(evidence, redraws, sample_ids, about)
             by = f"e-values averaged over {1 + len(redraws)} divisions of the calibration samples"
@@ -250,7 +255,7 @@ class Conformal(Rule):
         Each is made at q / 2: at q itself a sample would have to be found in every division.
         """
         if len(evidence.bins) > 1 or self.storey:
-            raise Mistake("averaging e-values over divisions takes neither bins nor Storey; set mondrian_bins to 1")
+            raise Mistake(NO_BINS)
         distinct = evidence.is_distinct
         total_M = e_values(evidence.p_value[distinct], evidence.clean.size, self.q / 2)
         for scores, calibration, groups in redraws:

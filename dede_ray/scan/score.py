@@ -74,7 +74,7 @@ from dede_ray.runtime.config import Config, Mistake, as_settings, explain, read_
 from dede_ray.runtime.lease import leased
 from dede_ray.runtime.session import start_ray
 from dede_ray.runtime.store import Place, place, write_atomically
-from dede_ray.scan.decisions import CleanMean, Conformal, Decision, PoolMedian, lacks_calibration
+from dede_ray.scan.decisions import NO_BINS, CleanMean, Conformal, Decision, PoolMedian, lacks_calibration
 from dede_ray.scan.judge import AMPLIFIED, CLASSIFIER, COMBINED, COMPANY, FAIR, Judged, Judging, Scored, judge
 from dede_ray.scan.manifest import DECISION_COLUMNS, Manifest, write_manifest
 from dede_ray.scan.overlap import (
@@ -361,6 +361,9 @@ def _check_decision(inputs: Inputs) -> None:
             f"decision.kind {decision.kind} averages all scores, and only candidates of the second stage have "
             f"{decision.score}; decide by a column of the first stage, or by another rule"
         )
+    divides = judging.classifier and judging.classifier.splits > 1 and decision.score == CLASSIFIER
+    if divides and isinstance(decision, Conformal) and (decision.mondrian_bins > 1 or decision.storey):
+        raise Mistake(NO_BINS)
     if inputs.second:
         _ = inputs.chosen_by
     if inputs.calibration:

@@ -153,6 +153,7 @@ def test_few_candidates_are_little_company():
     assert score_N[-4:].tolist() == pytest.approx([0.3] * 4)  # three others, all in one direction, of ten
     score_N = Amplify(k=40).score(base_N, residual_NR, looks(40))  # twenty seeds
     assert score_N.tolist() == pytest.approx([2 * 20 / 40] * 20 + [2 * 19 / 40] * 20)
+    assert np.isnan(Amplify().score([np.nan] * 3, np.ones((3, 4)), looks(3))).all()
     assert np.isnan(Amplify().score([np.nan, 1.0], np.ones((2, 4)), looks(2))).tolist() == [True, False]
 
 

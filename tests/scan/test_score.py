@@ -555,6 +555,13 @@ def test_settings_are_resolved_and_refused_before_a_victim_is_loaded(shards, tmp
         ({"judging": Judging(combined=Fusion(columns=("dao", "lof")))}, r"judging\.combined names lof; "),
         ({"judging": Judging(fair=["lof"])}, r"judging\.fair names lof; "),
         ({"judging": Judging(company=Company(of="lof"))}, r"judging\.company\.of names lof; "),
+        (
+            {
+                "judging": Judging(classifier=Classifier(columns=("dao",), splits=2)),
+                "decision": Conformal(score="classifier", storey=True),
+            },
+            "takes neither bins nor Storey; set mondrian_bins to 1 and storey to false",
+        ),
         ({"judging": Judging(amplified=Amplify(of="lof"))}, r"judging\.amplified\.of names lof; "),
         ({"judging": Judging(classifier=Classifier(columns=("dao",)))}, "half of the calibration samples, and there"),
         ({"detectors": [Density(drawn_from="clean")]}, "density takes clean samples, and the run has none"),
