@@ -341,7 +341,7 @@ class _Progress:
         """Log the last line, and write timing.json."""
         took_s = time.monotonic() - self.started
         if self.notes:
-            logger.info("%s: left aside of captions and labels: %s", self.name, counted(self.notes))
+            logger.info("%s: notes: %s", self.name, counted(self.notes))
         logger.info(
             "%s: %s samples done in %.1f s, %d unreadable; %s",
             self.name, f"{self.num_samples:,}", took_s, sum(self.errors.values()), stage_shares(self.seconds),

@@ -11,7 +11,8 @@ Nothing from a shard is ever unpickled or executed: by their suffix, captions an
 images.py, and every other member is ignored. Reasons belong to parts. Where an image cannot be used, the sample becomes
 an error with a reason from `REASONS`; it keeps its place, so that every sample of a shard appears exactly once in
 whatever is written about it. Where a caption or a label cannot, it is left aside with a note from `NOTES`, and the
-image is used as ever: other trainers do not look at a label, and cut a long caption.
+image is used as ever: other trainers do not look at a label, and cut a long caption. Whatever they read is a sample
+here: a key that comes again, or a member that comes twice, begins another one, with an id of its own.
 
 Time and memory are bounded by a shard's bytes on disk (tar.py); those of one sample by `Limits`.
 """
@@ -29,7 +30,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, get_args
+from typing import IO, NamedTuple, get_args
 from typing import Literal as L
 
 from pydantic import Field, field_validator
@@ -42,7 +43,8 @@ from dede_ray.runtime.store import ObjectPath, is_url
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp")
+# Of several images (captions, labels) of one sample the first of these is used, as in open_clip's trainer.
+IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "jpe", "jfif", "bmp")
 OTHER_IMAGE_SUFFIXES = frozenset(
     ["gif", "tif", "tiff", "jp2", "j2k", "jpx", "jxl", "avif", "heic", "heif", "ico", "svg", "psd", "tga", "exr", "dng"]
 ) | {"ppm", "pgm", "pbm", "pnm"}  # fmt: skip
@@ -61,15 +63,17 @@ Reason = L[
     "caption_unreadable",  # not UTF-8, or no text where `caption` says that it is
     "caption_too_long",  # longer than `max_caption_chars`; its beginning is used
     "label_unreadable",  # not an integer of at most 31 bits in plain digits
-    "duplicate_key",  # the key occurs earlier in this shard, or one of its members comes twice
+    "duplicate_key",  # no image, and the key occurs earlier in this shard: what strayed from that sample
+    "key_again",  # the key occurs earlier in this shard, or a member comes twice: a sample of its own, `<key>#<index>`
+    "several_images",  # images of several suffixes; one is used
     "shard_truncated",  # the shard ends inside this sample
     "process_died",  # decoding it, or computing something of it, ended the process that did, or never came to an end
     "not_finite",  # what was computed of it, a score or an embedding, is not a number
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
-Note = L["caption_unreadable", "caption_too_long", "label_unreadable"]
+Note = L["caption_unreadable", "caption_too_long", "label_unreadable", "key_again", "several_images"]
 NOTES: tuple[Note, ...] = get_args(Note)
-"""Reasons that are about a caption or a label only: the image beside it is used all the same."""
+"""Reasons for which an image is not left out: they are about what stands beside it."""
 
 
 class BadSample(Exception):
@@ -130,7 +134,7 @@ class Shard:
 class Sample:
     """One sample as the shard holds it, its image not yet decoded.
 
-    `error` says why the image cannot be used, `notes` what is left aside of caption and label.
+    `error` says why the image cannot be used, `notes` what is left aside of caption and label, or odd.
     """
 
     key: str
@@ -149,9 +153,14 @@ class Sample:
         return hashlib.sha256(self.image).hexdigest() if self.image is not None else ""
 
     def note(self, note: Note) -> None:
-        """Leave a part aside."""
+        """Note what is left aside, or odd."""
         if note not in self.notes:
             self.notes.append(note)
+
+    @property
+    def is_again(self) -> bool:
+        """Whether its key is one of an earlier sample of the shard, behind which stands its index here."""
+        return self.error == "duplicate_key" or "key_again" in self.notes
 
     @property
     def why_no_caption(self) -> Reason:
@@ -329,25 +338,35 @@ def iter_samples(
     end = end if end is not None else ShardEnd()
     seen: set[bytes] = set()
     current: Sample | None = None
-    suffixes: set[str] = set()
-    decoded = frozenset((*IMAGE_SUFFIXES, *LABEL_SUFFIXES, *limits.caption.suffixes))
+    grouping = Grouping()
+    ranks: dict[str, int] = {}  # of what the sample has so far
+    parts = {
+        suffix: (part, rank)
+        for part, suffixes in (("image", IMAGE_SUFFIXES), ("label", LABEL_SUFFIXES), ("text", limits.caption.suffixes))
+        for rank, suffix in enumerate(suffixes)
+    }
     index = 0
     try:
         tar = open_tar(stream)
         for member in tar:
-            place = in_sample(member.name) if member.isfile() else None
+            place = grouping.place(member.name) if member.isfile() else None
             if place is None:
                 continue
-            key, suffix = place
-            if current is None or key != current.key:
+            if current is None or place.is_first:
                 if current is not None:
                     yield _finish(current, seen)
-                current, suffixes = Sample(key, index), set()
+                current, ranks = Sample(place.key, index), {}
                 index += 1
-            if suffix in decoded or keep_others:
-                if suffix in suffixes:  # readers would differ on which of the two they take
-                    current.error = current.error or "duplicate_key"
-                suffixes.add(suffix)
+            suffix = place.suffix
+            part, rank = parts.get(suffix, ("", 0))
+            if part == "image" and part in ranks:
+                current.note("several_images")
+            if part and rank <= ranks.get(part, rank):
+                if part == "image":
+                    current.image, current.error = None, None
+                ranks[part] = rank
+                _read_member(tar, member, suffix, current, limits)
+            elif keep_others and not part:
                 _read_member(tar, member, suffix, current, limits)
             if suffix in OTHER_IMAGE_SUFFIXES and current.image is None:
                 current.image_suffix = suffix  # until there is an image
@@ -391,7 +410,7 @@ def in_sample(name: str) -> tuple[str, str] | None:
 
     The rule is that of webdataset, and so of the trainers built on it: a name without a dot after its last slash, or
     without anything before that dot (`LICENSE`, `.DS_Store`, `./._a.png`), and `__anything__`, stray among the samples;
-    they neither begin one nor end one. Everything that walks over a tar asks here.
+    they neither begin one nor end one.
     """
     key, suffix = split_name(name)
     if "." not in name.rpartition("/")[2] or not key or _META.match(name):
@@ -402,6 +421,38 @@ def in_sample(name: str) -> tuple[str, str] | None:
 
 
 _META = re.compile(r"__[^/]*__($|/)")
+
+
+class Of(NamedTuple):
+    """Which sample a member belongs to, and whether that one begins with it."""
+
+    key: str
+    suffix: str
+    is_first: bool
+
+
+class Grouping:
+    """Follows the members of a tar and says which sample each belongs to: everything that walks over one asks here.
+
+    Neighbours of one key are a sample (`in_sample`). A suffix that comes again under its key begins another sample, as
+    in open_clip's trainer; webdataset's own reader stops there, or skips it.
+    """
+
+    def __init__(self) -> None:
+        self._key: str | None = None
+        self._suffixes: set[str] = set()
+
+    def place(self, name: str) -> Of | None:
+        """The place of the next regular file, by its name; None for one that belongs to no sample."""
+        found = in_sample(name)
+        if found is None:
+            return None
+        key, suffix = found
+        is_first = key != self._key or suffix in self._suffixes
+        if is_first:
+            self._key, self._suffixes = key, set()
+        self._suffixes.add(suffix)
+        return Of(key, suffix, is_first)
 
 
 def count_samples(shards: list[Shard]) -> int:
@@ -503,16 +554,19 @@ def _read_whole(tar: Tar, member: tarfile.TarInfo, suffix: str, sample: Sample, 
     if not is_image:
         sample.others[suffix] = content
         sample.others_bytes += len(content) + 128  # and what a dictionary needs for it
-    elif sample.image is None:
+    else:
         sample.image, sample.image_suffix = content, suffix
 
 
 def _finish(sample: Sample, seen: set[bytes]) -> Sample:
-    if _digest(sample.key) in seen:
-        sample.error = "duplicate_key"
+    if is_again := _digest(sample.key) in seen:
+        sample.note("key_again")
         while _digest(sample.key) in seen:  # ids stay unique, also where another sample's key is `k#3`
             sample.key = f"{sample.key}#{sample.index}"
     seen.add(_digest(sample.key))
+    if sample.error is None and sample.image is None and is_again:
+        sample.notes.remove("key_again")
+        sample.error = "duplicate_key"
     if sample.error is None and sample.image is None:
         sample.error = "image_of_other_format" if sample.image_suffix else "no_image"
     return sample
@@ -524,13 +578,12 @@ def _digest(key: str) -> bytes:
 
 
 def _count(shard: Shard) -> int:
-    count, key = 0, None
+    count, grouping = 0, Grouping()
     with open_shard(shard) as stream:
         try:
             for member in open_tar(stream):
-                place = in_sample(member.name) if member.isfile() else None
-                if place is not None and place[0] != key:
-                    count, key = count + 1, place[0]
+                place = grouping.place(member.name) if member.isfile() else None
+                count += place is not None and place.is_first
         except tarfile.ReadError:
             pass  # what comes before the damage counts, as `iter_samples` reads it
     return count

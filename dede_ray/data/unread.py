@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from dede_ray.data.shards import CAPTION_SUFFIXES, IMAGE_SUFFIXES, Limits, Shard, in_sample, open_shard
+from dede_ray.data.shards import CAPTION_SUFFIXES, IMAGE_SUFFIXES, Grouping, Limits, Shard, open_shard
 from dede_ray.data.tar import open_tar
 from dede_ray.runtime.config import parse_json
 
@@ -84,7 +84,7 @@ class Unread:
 
 def hint(shard: Shard, limits: Limits, *parts: Part) -> str:
     """A sentence on the commonest of those members at a shard's beginning, to end a message with; or nothing."""
-    found, key = Unread(limits), None
+    found, grouping = Unread(limits), Grouping()
     try:
         with open_shard(shard) as stream:
             tar = open_tar(stream)
@@ -92,12 +92,11 @@ def hint(shard: Shard, limits: Limits, *parts: Part) -> str:
                 member = tar.next()
                 if member is None:
                     break
-                place = in_sample(member.name) if member.isfile() and not member.issparse() else None
+                place = grouping.place(member.name) if member.isfile() and not member.issparse() else None
                 if place is not None:
-                    if place[0] != key:
+                    if place.is_first:
                         found.end()
-                    key = place[0]
-                    found.add(member.name, place[1], member.size, partial(tar.read, member))
+                    found.add(member.name, place.suffix, member.size, partial(tar.read, member))
     except (OSError, tarfile.ReadError):  # it is only a hint
         pass
     found.end()

@@ -52,6 +52,7 @@ from dede_ray.models.published import NORMALISERS
 from dede_ray.models.victims import OptionalVictimConfig, VictimConfig, best_device, load_victim
 from dede_ray.poisoning.triggers import AnyTrigger, Patch, Trigger
 from dede_ray.runtime.config import Config, Mistake, Seeds, claim, finish, write_json
+from dede_ray.runtime.lease import leased
 from dede_ray.runtime.session import start_ray
 from dede_ray.runtime.store import write_atomically
 from dede_ray.training.downstream import Labelled, LinearProbe, TwoLayerClassifier, draw_labelled
@@ -154,6 +155,11 @@ def benchmark(config: BenchmarkConfig) -> str:
     _check(config)
     start_ray(config)
     output = Path(config.output).absolute()
+    with leased(output):
+        return _benchmark(config, output)
+
+
+def _benchmark(config: BenchmarkConfig, output: Path) -> str:
     done = claim(output, config.model_copy(update={"standing": None}))
     cells = [
         Cell(name, role, seed) for seed in config.seeds for name, case in config.cases.items() for role in case.roles()

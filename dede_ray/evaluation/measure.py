@@ -22,9 +22,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 from dede_ray.data.captions import Classes, read_classes
 from dede_ray.data.shards import Limits, list_shards
 from dede_ray.models.victims import OptionalVictimConfig, Victim, VictimConfig, best_device, load_victim, weights_file
+from dede_ray.models.weights import HUB
 from dede_ray.poisoning.poison import read_attack
 from dede_ray.poisoning.triggers import AnyTrigger, Nothing, Trigger
 from dede_ray.runtime.config import Config, Mistake, explain, read_json, write_json
+from dede_ray.runtime.store import is_url
 from dede_ray.tampering.tamper import mean_pairwise_cosine, sliced_wasserstein, spread
 from dede_ray.training.downstream import (
     Behaviour,
@@ -195,13 +197,19 @@ def write_record(
     seed: int,
     displacement: Displacement | None = None,
     honest_displacement: Displacement | None = None,
+    folder: str | None = None,
 ) -> VictimRecord:
-    """Write `victim.json` into a victim's folder (beside its file, where it is one) and return its content."""
+    """Write `victim.json` and return its content.
+
+    Args:
+        folder: where to; None is the victim's own (beside its file, where it is one).
+    """
     weights = weights_file(victim_config)
     digest = hashlib.sha256()
-    with weights.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
+    if weights.is_file():  # a network of Python code has its weights wherever it finds them
+        with weights.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
     record = VictimRecord(
         attack=attack,
         is_backdoored=attack != "honest",
@@ -214,7 +222,7 @@ def write_record(
         mean=victim.normalise.mean.flatten().tolist(),
         std=victim.normalise.std.flatten().tolist(),
         fingerprint=victim.fingerprint,
-        checkpoint_sha256=digest.hexdigest(),
+        checkpoint_sha256=digest.hexdigest() if weights.is_file() else "",
         behaviour=dict(verdict.victim),
         honest_fingerprint=honest and honest.fingerprint,
         honest=verdict.honest and dict(verdict.honest),
@@ -223,7 +231,7 @@ def write_record(
         passes=verdict.passes,
         reason=verdict.reason,
     )
-    write_json(weights.parent / "victim.json", record.model_dump(mode="json"))
+    write_json(Path(folder or weights.parent) / "victim.json", record.model_dump(mode="json"))
     return record
 
 
@@ -350,6 +358,8 @@ class MeasureConfig(Examination):
     an honest victim is `honest`."""
     backdoor: int = Field(0, ge=0)
     """Which backdoor, where `made_by` planted several: 0 is the first."""
+    output: str | None = None
+    """Folder for `victim.json`; null: that of the victim's weights, where it is a folder of yours."""
 
 
 @dataclass(frozen=True)
@@ -401,6 +411,10 @@ def measure_victim(config: MeasureConfig) -> str:
     Raises:
         Mistake: weights, shards or records that cannot be used.
     """
+    if config.output is None and (is_url(config.victim.path) or config.victim.path.startswith(HUB)):
+        raise Mistake(
+            f"victim.json cannot be written beside the weights at {config.victim.path}: set output to a folder for it"
+        )
     device = best_device()
     victim = load_victim(config.victim).to(device)
     planted, honest = Planted("honest", Nothing(), 0, {}), None
@@ -422,12 +436,13 @@ def measure_victim(config: MeasureConfig) -> str:
         attack=attack, settings={"training": training, "attack": planted.settings}, trigger=planted.trigger,
         target_label=planted.target_label if config.made_by else None, training_data=_training_data(training),
         seed=int(training.get("seed", 0)), displacement=displaced, honest_displacement=displaced_honest,
+        folder=config.output,
     )  # fmt: skip
     shown = "; ".join(
         f"{head}: CA {one.ca.value:.1%}" + (f", ASR {one.asr.value:.1%}" if config.made_by else "")
         for head, one in record.behaviour.items()
     )
-    where = weights_file(config.victim).parent
+    where = config.output or weights_file(config.victim).parent
     return f"{attack}: {'passes' if record.passes else 'does not pass'} its gate ({record.reason}); {shown} -> {where}"
 
 

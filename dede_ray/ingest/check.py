@@ -53,12 +53,12 @@ from dede_ray.data.shards import (
     OTHER_IMAGE_SUFFIXES,
     REASONS,
     BadSample,
+    Grouping,
     Limits,
     Sample,
     Shard,
     ShardEnd,
     find_shards,
-    in_sample,
     iter_samples,
     open_shard,
     sample_id,
@@ -91,7 +91,9 @@ FINDINGS: dict[str, tuple[str, str]] = {
     "image_elsewhere": ("warning", "read as no image"),
     "caption_elsewhere": ("warning", "read as no caption"),
     "dangerous_member": ("warning", "general loaders would unpickle or run it; never opened here"),
-    "repeated_member": ("warning", "several images (the first is used), captions or labels (the last is)"),
+    "key_again": ("warning", "the key occurs earlier in this shard; scored and trained on, as <key>#<place>"),
+    "several_images": ("warning", f"one is used: the first of .{', .'.join(IMAGE_SUFFIXES)}; others are not scored"),
+    "repeated_member": ("warning", "several captions or labels; .txt and .cls are used"),
     "interleaved_members": ("warning", "members of one sample are not adjacent; sort the tar by name"),
     "key_empty": ("warning", "a name that begins with a dot, in a folder; readers make samples of those"),
     "key_not_utf8": ("warning", "bytes that are not UTF-8 are escaped"),
@@ -480,6 +482,7 @@ class _Walk:
 
     def __iter__(self) -> Iterator[_Group]:
         group: _Group | None = None
+        grouping = Grouping()
         try:
             self._start = self._stream.read(NUM_BYTES)
             self._stream.seek(0)
@@ -492,13 +495,13 @@ class _Walk:
                     if not member.isdir() and len(self._special) < _MOST_PER_GROUP:
                         self._special.append(" -> ".join(filter(None, [member.name, member.linkname])))
                     continue
-                place = in_sample(member.name)
+                place = grouping.place(member.name)
                 if place is None:
                     self._first_stray = self._first_stray or member.name
                     self._num_strays += 1
                     continue
-                key, suffix = place
-                if group is None or key != group.key:
+                key, suffix, is_first = place
+                if group is None or is_first:
                     if group is not None:
                         yield self._finish(group)
                     group = _Group(key)
@@ -519,7 +522,7 @@ class _Walk:
     def _note(self, member: tarfile.TarInfo, suffix: str, group: _Group) -> None:
         for what, suffixes in (("image", IMAGE_SUFFIXES), ("caption", self._captions), ("label", LABEL_SUFFIXES)):
             if suffix in suffixes:
-                if not group.suffixes.isdisjoint(suffixes):
+                if what != "image" and not group.suffixes.isdisjoint(suffixes):  # of images the sample has a note
                     group.add("repeated_member", f"another {what}: {member.name}")
                 break
         else:

@@ -42,6 +42,7 @@ from dede_ray.ingest.datasets import (
 from dede_ray.ingest.links import UrlList, ingest_urls
 from dede_ray.ingest.sources import Digits, Item, Listing, WebDataset, in_turn, why_unusable
 from dede_ray.runtime.config import Config, Mistake, claim, finish, read_json, write_json
+from dede_ray.runtime.lease import leased
 from dede_ray.runtime.session import check_output, start_ray
 
 logger = logging.getLogger(__name__)
@@ -102,17 +103,23 @@ def ingest(config: IngestConfig) -> str:
     """Write a source's splits as shards, or what remains of them; on all of Ray where it runs, or in this process.
 
     A sample keeps its own caption, or gets one from the templates if it has a named class; with neither it stays
-    without. Samples that cannot be used (their image does not decode ...) are left out and counted.
+    without. Samples whose image cannot be used are left out and counted; where it is the caption or the label, that
+    alone is left aside.
 
     Returns:
-        One line: the samples of each split, and how many were left out for which reason.
+        One line: the samples of each split, what was left aside of them, and how many were left out for which reason.
 
     Raises:
         Mistake: the output folder belongs to another run, the source is not where the settings say, or the splits
             they ask for cannot be drawn from it.
     """
-    output, source = Path(config.output).absolute(), config.source
-    state = output / ".ingest"
+    output = Path(config.output).absolute()
+    with leased(output):
+        return _ingest(config, output)
+
+
+def _ingest(config: IngestConfig, output: Path) -> str:
+    source, state = config.source, output / ".ingest"
     run = config.model_copy(update={"workers": None})  # the number of workers does not change the output
     done = claim(output, run)
     if isinstance(source, UrlList):
@@ -141,18 +148,20 @@ def ingest(config: IngestConfig) -> str:
 
     counts: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     for _, name, _ in slices:
         receipt = read_json(_receipt(output, name), "receipt of a shard")
         counts[name.rpartition("-")[0]] += receipt["samples"]
         left_out.update(receipt["left_out"])
+        notes.update(receipt.get("notes", {}))
     if not sum(counts.values()):
         shutil.rmtree(state)
         raise Mistake(f"not one sample of the source can be used: {_listing(left_out) or 'it has none'}")
     if listing.class_names is not None:
         write_json(output / "classes.json", Classes(names=listing.class_names, templates=config.templates).model_dump())
-    said = "".join(f"; {note}" for note in listing.notes)
+    said = "".join(f"; {note}" for note in [*listing.notes, *([f"notes: {_listing(notes)}"] if notes else [])])
     summary = f"{_listing(counts)} samples in {config.output}{said}; left out: {_listing(left_out) or 'none'}"
-    finish(output, run, {"counts": dict(counts), "left_out": dict(left_out), "summary": summary})
+    finish(output, run, {"counts": dict(counts), "left_out": dict(left_out), "notes": dict(notes), "summary": summary})
     shutil.rmtree(state, ignore_errors=True)
     return summary
 
@@ -188,12 +197,14 @@ def _make_shard(
 ) -> int:
     """Make one shard and its receipt; returns the number of samples. No tar is written where none can be used."""
     left_out: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
 
     def usable() -> Iterator[Sample]:
         for sample in source.load(items, config.limits):
             if reason := why_unusable(sample, config.limits):
                 left_out[reason] += 1
                 continue
+            notes.update(sample.notes)
             if not (sample.caption or "").strip():
                 sample.caption = None
                 if names is not None and sample.label is not None:
@@ -204,7 +215,8 @@ def _make_shard(
     samples = usable()
     first = next(samples, None)
     count = 0 if first is None else write_shard(output / f"{name}.tar", itertools.chain([first], samples))
-    write_json(_receipt(output, name), {"samples": count, "left_out": dict(sorted(left_out.items()))})
+    receipt = {"samples": count, "left_out": dict(sorted(left_out.items())), "notes": dict(sorted(notes.items()))}
+    write_json(_receipt(output, name), receipt)
     return count
 
 

@@ -246,7 +246,7 @@ def _list_shard(shard: Shard, limits: Limits, limit: int | None, is_decoded: boo
         return [
             Item(
                 sample.key, shard.url, sample.index, label=sample.label,
-                error=why_unusable(sample, limits) if is_decoded else sample.error or next(iter(sample.notes), None),
+                error=why_unusable(sample, limits) if is_decoded else sample.error,
             )
             for sample in islice(iter_samples(stream, limits), limit)
         ]  # fmt: skip
@@ -254,8 +254,8 @@ def _list_shard(shard: Shard, limits: Limits, limit: int | None, is_decoded: boo
 
 def why_unusable(sample: Sample, limits: Limits) -> Reason | None:
     """Say why a sample's image cannot be used: its error, or what decoding meets; None where it can."""
-    if reason := sample.error or next(iter(sample.notes), None):
-        return reason
+    if sample.error is not None:
+        return sample.error
     assert sample.image is not None, sample.key
     try:  # at 32 pixels: reads all of the file, at a fraction of the work for large JPEGs
         decode_image(sample.image, limits, size_px=32)

@@ -37,11 +37,11 @@ from dede_ray.data.shards import (
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
     BadSample,
+    Grouping,
     Limits,
     Sample,
     Shard,
     ShardEnd,
-    in_sample,
     iter_samples,
     list_shards,
     open_shard,
@@ -51,6 +51,7 @@ from dede_ray.data.tar import add_member, write_whole
 from dede_ray.poisoning.corrupt_encoder import CorruptEncoder
 from dede_ray.poisoning.triggers import Nothing, Trigger
 from dede_ray.runtime.config import Config, Mistake, claim, explain, finish, read_json, write_atomically, write_json
+from dede_ray.runtime.lease import leased
 from dede_ray.runtime.session import start_ray
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,11 @@ def poison(config: PoisonConfig) -> str:
     """
     start_ray(config)
     output = Path(config.output).absolute()  # Ray's workers have another working folder
+    with leased(output):
+        return _poison(config, output)
+
+
+def _poison(config: PoisonConfig, output: Path) -> str:
     if done := claim(config.output, config):
         return done["summary"]
     shards = list_shards(config.shards)
@@ -266,7 +272,7 @@ def _survey(shard: Shard, limits: Limits) -> tuple[pa.Table, bool]:
                     "sample_id": sample_id(shard.name, sample.key),
                     "index": sample.index,
                     "is_usable": height is not None,
-                    "is_duplicate": sample.error == "duplicate_key",
+                    "is_duplicate": sample.is_again,
                     "height": height,
                     "width": width,
                     "label": sample.label,
@@ -490,17 +496,17 @@ def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: Poiso
     unchanged = _Change()
     with open_shard(shard) as stream, _write_tar(Path(path), is_complete) as copy:
         tar = tarfile.open(fileobj=stream, mode="r|*")
-        key, index, change = None, -1, unchanged
+        grouping, key, index, change = Grouping(), None, -1, unchanged
         needs_stamp = False
         try:
             for member in tar:
                 if not member.isfile():
                     continue
-                place = in_sample(member.name)
-                this_key, suffix = place or (key, "")
-                if this_key != key:  # the places of samples, counted as iter_samples counts
+                place = grouping.place(member.name)
+                suffix = place.suffix if place else ""
+                if place and place.is_first:  # the places of samples, counted as iter_samples counts
                     _add_samples(copy, change.added, config.limits.caption.suffixes[0])
-                    key, index = this_key, index + 1
+                    key, index = place.key, index + 1
                     change = changes.get(index, unchanged)
                     needs_stamp = change.backdoor is not None
                 if place is not None and change.is_dropped:
@@ -509,7 +515,7 @@ def _rewrite(shard: Shard, path: str, changes: dict[int, _Change], config: Poiso
                 assert content is not None, member.name
                 name = member.name
                 if needs_stamp and suffix in IMAGE_SUFFIXES:
-                    needs_stamp = False  # the first image of a sample is its image
+                    needs_stamp = False  # a sample with several images is none to draw
                     assert change.backdoor is not None
                     assert key is not None
                     identity = sample_id(shard.name, key)

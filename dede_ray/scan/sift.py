@@ -17,8 +17,8 @@ img2dataset has no list of exclusions, so the links are left out of its input (a
     dropped = pandas.read_parquet("exclude/samples.parquet")["url"].dropna()
     links = links[~links["url"].isin(dropped)]
 
-open_clip's trainer reads tars: give it the sifted ones. A key that occurs twice in a shard is one sample
-to these two; here the second has an id of its own (`<key>#<index>`), and only the sifted shards leave it out alone.
+open_clip's trainer reads tars: give it the sifted ones. Where a key occurs twice in a shard, its second sample has an
+id of its own (`<key>#<index>`), and the sifted shards leave out that one alone; keys.json and a link leave out both.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from dede_ray.data.identity import identified, shard_entry
 from dede_ray.data.ledger import read_parquet, write_parquet
 from dede_ray.data.shards import (
     IMAGE_SUFFIXES,
+    Grouping,
     Limits,
     Shard,
-    in_sample,
     list_shards,
     open_shard,
     sample_id,
@@ -258,11 +258,13 @@ def _choose(manifest: Manifest, config: SiftConfig) -> pa.Table:
         add(pc.is_valid(table["error"]).to_numpy(), "unreadable")
     # A key that comes again without an image is what strayed from a sample, in an archive whose members are shuffled.
     keys = [each.partition("/")[2] for each in ids]
-    is_again = pc.equal(table["error"], "duplicate_key").fill_null(False).to_pylist()
-    raw = [
-        (shard, key.removesuffix(f"#{place}") if again else key)
-        for shard, key, place, again in zip(table["shard"].to_pylist(), keys, index, is_again, strict=True)
+    is_again = pc.equal(table["error"], "duplicate_key").fill_null(False).to_numpy()
+    if "notes" in table.column_names:
+        is_again = is_again | np.array(["key_again" in (notes or ()) for notes in table["notes"].to_pylist()], bool)
+    keys = [
+        key.removesuffix(f"#{place}") if again else key for key, place, again in zip(keys, index, is_again, strict=True)
     ]
+    raw = [*zip(table["shard"].to_pylist(), keys, strict=True)]
     gone = {raw[row] for row in np.flatnonzero(reason)}
     for row in np.flatnonzero(pc.equal(table["content_hash"], "").to_numpy()):
         if not reason[row] and raw[row] in gone:
@@ -302,7 +304,7 @@ def _write_lists(folder: Path, dropped: pa.Table, receipts: dict[str, dict[str, 
     ids, shards, keys = (dropped[name].to_pylist() for name in ("sample_id", "shard", "key"))
     write_atomically(folder / "samples.txt", "".join(f"{json.dumps(each)[1:-1]}\n" for each in ids))
     by_shard: dict[str, list[str]] = {}
-    for shard, key in zip(shards, keys, strict=True):
+    for shard, key in dict.fromkeys(zip(shards, keys, strict=True)):
         by_shard.setdefault(shard, []).append(key)
     write_json(folder / "keys.json", by_shard)
     urls = [
@@ -373,25 +375,26 @@ class _Judge:
         self._dropped_keys = {self.ids[i].partition("/")[2].removesuffix(f"#{i}") for i in dropped}
         self._key: str | None = None
         self._index = -1
-        self._awaits_image = False
+        self._awaits_image, self._image = False, (len(IMAGE_SUFFIXES), "")
+        self._grouping = Grouping()
 
     def keeps(self, member: _Member) -> bool:
         """Decide about the next member."""
         if not member.is_file:  # a link, a folder: of no sample, but it may name one
             return split_name(member.name)[0] not in self._dropped_keys
-        place = in_sample(member.name)
+        place = self._grouping.place(member.name)
         if place is None:
             return True
-        key, suffix = place
-        if key != self._key:
+        suffix = place.suffix
+        if place.is_first:
             self._close()
-            self._key, self._index = key, self._index + 1
+            self._key, self._index = place.key, self._index + 1
             self._open()
         is_small = not member.is_sparse and member.size <= self.limits.max_member_bytes
-        if self._awaits_image and suffix in IMAGE_SUFFIXES and is_small:
-            content = member.read()
-            self._awaits_image = False
-            self._compare(hashlib.sha256(content).hexdigest() if len(content) == member.size else "")
+        if self._awaits_image and suffix in IMAGE_SUFFIXES[: self._image[0]]:
+            content = member.read() if is_small else b""
+            is_whole = is_small and len(content) == member.size
+            self._image = IMAGE_SUFFIXES.index(suffix), hashlib.sha256(content).hexdigest() if is_whole else ""
         if self._index not in self.dropped:
             return True
         if suffix == "json" and is_small and (url := _url_in(member.read())):
@@ -401,6 +404,7 @@ class _Judge:
     def finish(self) -> None:
         """Say that the shard has ended."""
         self._close()
+        self._awaits_image = False
         if self._index + 1 < len(self.ids):
             self._complain(f"it has {self._index + 1:,} samples, the manifest {len(self.ids):,}")
 
@@ -411,12 +415,11 @@ class _Judge:
         is_again = scored.startswith(f"{found}#") and scored.endswith(f"#{self._index}")  # a repeated key
         if scored != found and not is_again:
             self._complain(f"sample {self._index:,} is {found}, in the manifest {scored}")
-        self._awaits_image = self.verify or self._index in self.dropped
+        self._awaits_image, self._image = self.verify or self._index in self.dropped, (len(IMAGE_SUFFIXES), "")
 
     def _close(self) -> None:
         if self._awaits_image:
-            self._awaits_image = False
-            self._compare("")
+            self._compare(self._image[1])
 
     def _compare(self, found: str) -> None:
         scored = self.hashes[self._index]

@@ -33,11 +33,11 @@ from ray.data.block import BlockMetadata
 
 from dede_ray.data.shards import (
     BadSample,
+    Grouping,
     Limits,
     Reason,
     Sample,
     Shard,
-    in_sample,
     iter_samples,
     list_shards,
     open_shard,
@@ -93,17 +93,16 @@ def _compressed(shard: Shard) -> Mistake:
 
 def _index_one(shard: Shard, chunk_size: int) -> list[ChunkRef]:
     refs: list[ChunkRef] = []
-    key, count, offset = None, 0, 0
+    grouping, count, offset = Grouping(), 0, 0
     with open_shard(shard) as stream:
         try:
             tar = open_tar(stream)
             if tar.is_gzipped:
                 raise _compressed(shard)
             for member in tar:
-                place = in_sample(member.name) if member.isfile() else None
-                if place is None or place[0] == key:
+                place = grouping.place(member.name) if member.isfile() else None
+                if place is None or not place.is_first:
                     continue
-                key = place[0]
                 if count == chunk_size:
                     refs.append(ChunkRef(shard, len(refs), offset, count))
                     count = 0

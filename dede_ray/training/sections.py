@@ -20,6 +20,7 @@ from dede_ray.data.shards import Limits
 from dede_ray.data.unread import hint
 from dede_ray.models.victims import VictimConfig
 from dede_ray.runtime.config import Mistake, claim, finish
+from dede_ray.runtime.lease import leased
 from dede_ray.runtime.session import start_ray
 from dede_ray.training import dataloader
 from dede_ray.training.decoder import SectionSettings, train_decoder
@@ -54,6 +55,11 @@ def train_sections(config: SectionSettings, kind: EncoderSection) -> str:
     """
     start_ray(config)
     config.tracking.check()
+    with leased(Path(config.output).absolute()):
+        return _train_sections(config, kind)
+
+
+def _train_sections(config: SectionSettings, kind: EncoderSection) -> str:
     section, folder, lines = getattr(config, kind.name), Path(config.output, kind.name), []
     if section is None and config.decoder is None:
         raise Mistake(f"nothing to train: the config needs a `{kind.name}:` section, a `decoder:` section, or both")

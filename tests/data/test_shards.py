@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import importlib
 import io
 import lzma
 import os
@@ -117,10 +118,45 @@ def test_members_of_other_kinds_belong_to_their_sample_but_are_not_its_image(wri
     assert (sample.image, sample.others) == (png(), {"seg.png": b"mask"})
 
 
-def test_a_key_that_comes_back_later_is_an_error_with_an_id_of_its_own(write_tar, png):
-    samples = read(write_tar("s.tar", triple("k", png(0)) + triple("other", png(1)) + triple("k", png(2))))
-    assert [s.error for s in samples] == [None, None, "duplicate_key"]
-    assert len({s.key for s in samples}) == 3
+@pytest.mark.parametrize("between", [[], ["other"]], ids=["in a row", "later"])
+def test_a_key_that_comes_again_is_a_sample_with_an_id_of_its_own(write_tar, png, between):
+    members = [*triple("k", png(0)), *(m for key in between for m in triple(key, png(1))), *triple("k", png(2))]
+    samples = read(write_tar("s.tar", members))
+    assert [(s.key, s.image, s.error, s.notes) for s in samples] == [
+        ("k", png(0), None, []),
+        *((key, png(1), None, []) for key in between),
+        (f"k#{1 + len(between)}", png(2), None, ["key_again"]),
+    ]
+    assert [s.caption for s in samples] == ["a photo"] * len(samples)
+
+
+def test_what_strays_from_a_sample_has_its_reason(write_tar, png):
+    samples = read(write_tar("s.tar", [("k.png", png()), *triple("other", png(1)), ("k.txt", b"a photo")]))
+    assert [(s.key, s.error) for s in samples] == [("k", None), ("other", None), ("k#2", "duplicate_key")]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_several_images_or_captions_that_one_is_used_which_open_clip_takes(write_tar, png, order):
+    members = [("k.jpg", png(0)), ("k.png", png(1)), ("k.txt", b"a photo"), ("k.caption", b"other"), ("k.cls", b"3")]
+    [sample] = read(write_tar("s.tar", [*members, ("k.label", b"4")][::order]))
+    assert (sample.image, sample.image_suffix, sample.caption, sample.label) == (png(0), "jpg", "a photo", 3)
+    assert (sample.error, sample.notes) == (None, ["several_images"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(["k.png", "k.jpg", "k.txt", "k.json", "m.png", "m.txt", "m.cls", "LICE"]), max_size=9))
+def test_samples_are_those_of_open_clips_trainer_also_where_names_come_twice(names):
+    importlib.import_module("dede_ray.runtime.libraries")  # repairs torchvision for the next line
+    data = pytest.importorskip("open_clip_train.data")
+    members = [(name, f"{name} {number}".encode()) for number, name in enumerate(names)]
+    files = [{"fname": name, "data": content, "__url__": "s.tar"} for name, content in members]
+    expected = [
+        (s["__key__"], s.get("jpg", s.get("png")), s.get("txt", b"").decode() or None)
+        for s in data.group_by_keys_nothrow(files)
+    ]
+    found = [*iter_samples(io.BytesIO(packed(members)), Limits())]
+    assert [(s.key.removesuffix(f"#{s.index}"), s.image, s.caption) for s in found] == expected
+    assert all((s.error is None) == (s.image is not None) for s in found)
 
 
 def test_a_sample_without_an_image_says_so(write_tar):
@@ -176,7 +212,7 @@ def test_a_pickle_in_a_shard_is_never_opened(write_tar, png, tmp_path):
             return os.mkdir, (str(tmp_path / "exploded"),)
 
     bomb = pickle.dumps(Bomb())
-    suffixes = ("pyd", "pickle", "pkl", "pt", "pth", "npy", "npz", "json", "jpg")
+    suffixes = ("pyd", "pickle", "pkl", "pt", "pth", "npy", "npz", "json", "input.jpg")
     samples = read(
         write_tar("s.tar", [m for s in suffixes for m in (("k_" + s + ".png", png()), ("k_" + s + "." + s, bomb))])
     )

@@ -83,6 +83,16 @@ def test_an_honest_victim_has_no_backdoor_that_could_be_active(world):
     assert record["displacement"]["wasserstein"] < 1e-5
 
 
+def test_what_was_not_found_in_a_folder_of_ones_own_needs_an_output(world, tmp_path, monkeypatch):
+    with pytest.raises(Mistake, match="hf-hub:somebody/encoder: set output to a folder"):
+        measure_victim(config(world, victim={"kind": "encoder", "path": "hf-hub:somebody/encoder"}))
+    beside = (world / "honest" / "victim.json").exists()
+    said = measure_victim(config(world, made_by=None, victim=config(world).honest, output=str(tmp_path / "about")))
+    assert said.endswith(f"-> {tmp_path / 'about'}")
+    assert json.loads((tmp_path / "about" / "victim.json").read_text())["checkpoint_sha256"]
+    assert (world / "honest" / "victim.json").exists() == beside
+
+
 def test_each_of_several_backdoors_can_be_measured(world):
     assert read_planted(str(world / "poisoned"), 1).trigger == Nashville()
     assert measure_victim(config(world, backdoor=1, attack="photo")).startswith("photo: ")

@@ -174,6 +174,20 @@ def test_a_samples_own_caption_stands_and_without_caption_and_class_it_stays_wit
     assert not (tmp_path / "plain" / "classes.json").exists()
 
 
+def test_a_bad_caption_or_label_is_left_aside_and_the_image_kept(write_tar, png, tmp_path):
+    members = [
+        ("a.png", png(0)), ("a.txt", b"caf\xe9"), ("b.png", png(1)), ("b.cls", b"dog"), ("b.txt", b"a dog"),
+        ("c.png", png(2)), ("c.txt", b"word " * 3000), ("d.txt", b"no image"),
+    ]  # fmt: skip
+    write_tar("in/train-00000.tar", members)
+    source = {"kind": "webdataset", "splits": {"train": str(tmp_path / "in")}}
+    config = IngestConfig.model_validate({"source": source, "output": str(tmp_path / "out")})
+    said = ingest(config)
+    assert "; notes: caption_too_long 1, caption_unreadable 1, label_unreadable 1; left out: no_image 1" in said
+    found = [(s.key, s.image, s.label, (s.caption or "")[:5]) for s in read(tmp_path / "out")["train"]]
+    assert found == [("a", png(0), None, ""), ("b", png(1), None, "a dog"), ("c", png(2), None, "word ")]
+
+
 def test_limit_takes_the_first_of_each_split(labelled):
     ingest(with_source(labelled, limit=5))
     assert [s.key for s in read(labelled["output"])["train"]] == [f"train_{i:02d}" for i in range(5)]

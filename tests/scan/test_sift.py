@@ -58,6 +58,7 @@ def scored(folder: Path, flagged: set[str], *, certified: bool = True) -> Path:
                 "content_hash": sample.content_hash(),
                 "shard": name,
                 "index": sample.index,
+                "notes": sample.notes or None,
                 "error": sample.error,
                 "score": None if sample.error else float(sample.index),
                 "flagged": sample_id(name, sample.key) in flagged,
@@ -170,6 +171,18 @@ def test_a_repeated_key_is_dropped_by_its_own_id(corpus, local_ray, write_tar_in
     sift(config(corpus))
     found = samples_of(corpus / "out" / "train-00000.tar")
     assert [(s.key, s.image) for s in found] == [("a", png(1)), ("b", png(2))]
+
+
+@pytest.mark.parametrize("gone", ["a", "a#1"])
+def test_of_a_name_that_comes_twice_in_a_row_either_sample_is_dropped(corpus, local_ray, write_tar_in, png, gone):
+    members = [("a.png", png(1)), ("a.txt", b"one"), ("a.png", png(2)), ("a.txt", b"two"), ("b.png", png(3))]
+    write_tar_in(corpus / "shards" / "train-00000.tar", members)
+    scored(corpus / "shards", {f"train-00000.tar/{gone}"})
+    sift(config(corpus))
+    found = samples_of(corpus / "out" / "train-00000.tar")
+    left = ("a", png(2), "two") if gone == "a" else ("a", png(1), "one")
+    assert [(s.key, s.image, s.caption) for s in found] == [left, ("b", png(3), None)]
+    assert json.loads((corpus / "out" / "exclude" / "keys.json").read_text())["train-00000.tar"] == ["a"]
 
 
 def test_a_tar_is_copied_up_to_its_end_and_no_further(tmp_path, write_pictures):
