@@ -434,8 +434,7 @@ def read_onnx(
     for location in beside:
         data = file.parent / location
         is_inside = not Path(location).is_absolute() and ".." not in Path(location).parts
-        is_cached = "snapshots" in data.parts  # the hub's cache is made of links
-        if not is_inside or not data.is_file() or (data.is_symlink() and not is_cached):
+        if not is_inside or not data.is_file() or not _stays_inside(data, file.parent):
             raise Mistake(f"{file} wants data from {location!r}; expected a file in the folder of the ONNX file")
         with data.open("rb") as stream:
             while block := stream.read(2**20):
@@ -456,6 +455,14 @@ def read_onnx(
         raise Mistake(f"{file} takes images of any size; set image_size, the side in pixels of those it was trained on")
     width = width_of(model, image_size, str(file))
     return Foreign(model, image_size, width, statistics, {"library": "onnx", "output": model.output, "pool": pool})
+
+
+def _stays_inside(data: Path, folder: Path) -> bool:
+    """Whether no link leads a file out of its folder; in the hub's cache, which is made of links, out of its blobs."""
+    real = data.resolve()
+    commits = [one for one in (folder, *folder.parents) if one.parent.name == "snapshots"]
+    places = [folder.resolve(), *(one.parents[1].resolve() / "blobs" for one in commits)]
+    return any(real.is_relative_to(place) for place in places)
 
 
 def _external(message: Any) -> Iterator[str]:

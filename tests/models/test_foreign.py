@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -424,7 +425,7 @@ def test_what_is_no_onnx_network_of_images_is_a_mistake(tmp_path):
     refused("no checkpoint at")
 
 
-@pytest.mark.parametrize("place", ["weights.bin", "../weights.bin", "absolute", "link"])
+@pytest.mark.parametrize("place", ["weights.bin", "../weights.bin", "absolute", "link", "snapshots/link", "sub/link"])
 def test_an_onnx_file_reads_data_from_its_own_folder_only(place, tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
@@ -434,9 +435,13 @@ def test_an_onnx_file_reads_data_from_its_own_folder_only(place, tmp_path):
     onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     if place != "weights.bin":
         shutil.move(path.parent / "weights.bin", tmp_path / "weights.bin")
-        target = {"absolute": str(tmp_path / "weights.bin"), "link": "weights.bin"}.get(place, place)
-        if place == "link":
-            (path.parent / "weights.bin").symlink_to(tmp_path / "weights.bin")
+        target = str(tmp_path / "weights.bin") if place == "absolute" else place
+        if place == "sub/link":  # a link in the middle of the way
+            target = "sub/weights.bin"
+            (path.parent / "sub").symlink_to(tmp_path)
+        elif place.endswith("link"):
+            (path.parent / place).parent.mkdir(exist_ok=True)
+            (path.parent / place).symlink_to(tmp_path / "weights.bin")
         outer = onnx.load(path, load_external_data=False)
         for tensor in outer.graph.initializer:
             next(entry for entry in tensor.external_data if entry.key == "location").value = target
@@ -451,6 +456,64 @@ def test_an_onnx_file_reads_data_from_its_own_folder_only(place, tmp_path):
     data[3] ^= 1
     (path.parent / "weights.bin").write_bytes(data)
     assert load_victim(OnnxVictim(path=str(path), normaliser="none")).fingerprint != victim.fingerprint
+
+
+def test_onnx_data_in_the_hubs_cache_are_links_to_its_blobs(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    commit = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
+    path = onnx_file(commit / "onnx" / "model.onnx")
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    shutil.move(path.parent / "weights.bin", tmp_path / "models--a--b" / "blobs" / "1")
+    (path.parent / "weights.bin").symlink_to("../../../blobs/1")
+    assert foreign._stays_inside(path.parent / "weights.bin", path.parent)
+    (path.parent / "weights.bin").unlink()
+    (path.parent / "weights.bin").symlink_to("/etc/passwd")
+    with pytest.raises(Mistake, match="expected a file in the folder of the ONNX file"):
+        load_victim(OnnxVictim(path=str(path), normaliser="none"))
+
+
+# --- pickles
+
+
+class Bomb:
+    def __init__(self, place: Path):
+        self.place = place
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.place),)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "timm", "onnx", "open_clip", "published"])
+@pytest.mark.parametrize("how", ["torch", "legacy", "pickle", "as safetensors", "split"])
+def test_nothing_pickled_in_a_folder_runs_whatever_its_kind(kind, how, clip_config, tmp_path):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    if kind == "transformers":
+        saved(folder, "Dinov2Model")
+    elif kind == "timm":
+        timm_folder(folder, "resnet10t")
+    elif kind == "open_clip":
+        shutil.copy(clip_config, folder / "open_clip_config.json")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    content = {"state_dict": {"a.weight": torch.zeros(3)}, "bomb": Bomb(tmp_path / "exploded")}
+    safe, unsafe = {
+        "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"), "onnx": ("model.onnx",) * 2,
+    }.get(kind, ("model.safetensors", "pytorch_model.bin"))  # fmt: skip
+    path = folder / (safe if how == "as safetensors" else unsafe)
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=how != "legacy")
+    if how == "split":
+        write_json(folder / f"{unsafe}.index.json", {"weight_map": {"a.weight": "part.bin"}})
+        path.rename(folder / "part.bin")
+    more = {"published": {"path": str(path if how != "split" else folder / "part.bin")}, "onnx": {"normaliser": "none"}}
+    settings = {"kind": kind, "path": str(folder), **more.get(kind, {})}
+    with pytest.raises(Mistake):
+        load_victim(settings)
+    assert not (tmp_path / "exploded").exists()
 
 
 # --- the user's own network
