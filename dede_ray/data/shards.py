@@ -228,10 +228,17 @@ def find_shards(patterns: str | Sequence[str]) -> list[Shard]:
         if not found:
             raise Mistake(
                 f"no shards at {pattern} (looked from {Path.cwd()}); expected .tar or .tar.gz files, "
-                "a folder of them, or a pattern such as shards/train-*.tar"
+                f"a folder of them, or a pattern such as shards/train-*.tar{_below(pattern)}"
             )
         shards += [Shard(_name_of(file.url), file.url, file.num_bytes) for file in found]
     return _named_apart(shards)
+
+
+def _below(folder: str) -> str:
+    """What to write instead for a folder here whose sub-folders hold shards; or nothing."""
+    if is_url(folder) or not os.path.isdir(folder) or not any(Path(folder).glob("*/*.tar")):
+        return ""
+    return f". Its sub-folders have some: write {os.path.join(folder, '*', '*.tar')}"
 
 
 # Compressed tars that are not read: refused by name, as passing them over would leave a corpus half unseen.
@@ -242,8 +249,7 @@ _PACKED = (
 
 
 def _is_shard(file: File) -> bool:
-    name = _name_of(file.url)
-    if name.endswith((".tar", ".tar.gz", ".tgz")) or name.lower().endswith(_PACKED):
+    if _name_of(file.url).lower().endswith((".tar", ".tar.gz", ".tgz", *_PACKED)):
         return True
     if file.is_named:
         kind = what_is(read_start(file.url)) or "of no known format"

@@ -51,6 +51,7 @@ from dede_ray.data.shards import (
     IMAGE_SUFFIXES,
     Grouping,
     Limits,
+    Note,
     Shard,
     list_shards,
     open_shard,
@@ -112,7 +113,7 @@ class SiftConfig(Config):
     duplicates: bool = False
     """Drop every copy of a dropped image, too (the manifest's group_id)."""
     unreadable: bool = False
-    """Drop the samples that could not be scored, too."""
+    """Drop the samples that could not be scored, too, and those with several images, of which one was scored."""
     lists_only: bool = False
     """Write the lists, but no shards."""
     full_digest: bool = False
@@ -256,11 +257,10 @@ def _choose(manifest: Manifest, config: SiftConfig) -> pa.Table:
         add(pc.is_in(table["group_id"], value_set=groups).to_numpy(), "duplicate")
     if config.unreadable:
         add(pc.is_valid(table["error"]).to_numpy(), "unreadable")
+        add(_noted(table, "several_images"), "several_images")
     # A key that comes again without an image is what strayed from a sample, in an archive whose members are shuffled.
     keys = [each.partition("/")[2] for each in ids]
-    is_again = pc.equal(table["error"], "duplicate_key").fill_null(False).to_numpy()
-    if "notes" in table.column_names:
-        is_again = is_again | np.array(["key_again" in (notes or ()) for notes in table["notes"].to_pylist()], bool)
+    is_again = pc.equal(table["error"], "duplicate_key").fill_null(False).to_numpy() | _noted(table, "key_again")
     keys = [
         key.removesuffix(f"#{place}") if again else key for key, place, again in zip(keys, index, is_again, strict=True)
     ]
@@ -272,6 +272,13 @@ def _choose(manifest: Manifest, config: SiftConfig) -> pa.Table:
     table = table.append_column("key", pa.array(keys, pa.string()))
     table = table.append_column("reason", pa.array(reason, pa.string()))
     return table.filter(pa.array(reason != ""))
+
+
+def _noted(table: pa.Table, note: Note) -> np.ndarray:
+    """bool (N,): which rows have a note."""
+    if "notes" not in table.column_names:  # of an earlier version
+        return np.zeros(table.num_rows, bool)
+    return np.array([note in (notes or ()) for notes in table["notes"].to_pylist()], bool)
 
 
 def _chosen(table: pa.Table, ids: list[str], manifest: Manifest, drop: Drop) -> np.ndarray:

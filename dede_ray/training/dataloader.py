@@ -78,7 +78,7 @@ def index_shards(shards: list[Shard], chunk_size: int = CHUNK_SIZE) -> list[Chun
         Mistake: a compressed shard, which cannot be read from the middle.
     """
     for shard in shards:
-        if not shard.name.endswith(".tar"):
+        if not shard.name.lower().endswith(".tar"):
             raise _compressed(shard)
     index_one = ray.remote(num_cpus=1)(_index_one)
     return [ref for refs in ray.get([index_one.remote(shard, chunk_size) for shard in shards]) for ref in refs]

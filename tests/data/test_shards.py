@@ -266,6 +266,18 @@ def test_every_sample_is_read_or_has_a_reason_from_the_closed_list(write_tar, pn
 # --- listing
 
 
+def test_a_folder_of_folders_is_not_looked_into_but_told_of(write_tar, png, tmp_path):
+    write_tar("shards/cc3m/0.tar", triple("k", png()))
+    with pytest.raises(Mistake, match=r"Its sub-folders have some: write .*shards/\*/\*\.tar$"):
+        list_shards(str(tmp_path / "shards"))
+
+
+def test_a_suffix_in_capitals_is_one(write_tar, png, tmp_path):
+    for name in ("a.TAR", "b.Tar.GZ", "c.tar"):
+        write_tar(f"shards/{name}", triple("k", png()))
+    assert [shard.name for shard in list_shards(str(tmp_path / "shards"))] == ["a.TAR", "b.Tar.GZ", "c.tar"]
+
+
 def test_folders_globs_and_ranges_are_listed_by_name(write_tar, png, tmp_path):
     for name in ("b-00001.tar", "b-00000.tar", "a.tar.gz", "b-00002.tar"):
         write_tar(f"shards/{name}", triple("k", png()))

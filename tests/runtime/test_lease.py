@@ -9,17 +9,24 @@ import threading
 
 import pytest
 
+from dede_ray.ingest.ingest import IngestConfig, ingest
+from dede_ray.poisoning.poison import PoisonConfig, poison
 from dede_ray.runtime import lease as leases
 from dede_ray.runtime.config import Mistake
 from dede_ray.runtime.lease import Lease, leased
 from dede_ray.runtime.store import place
+from dede_ray.training.clip import TrainConfig, train
 
 
-@pytest.fixture(params=["disk", "store"])
-def folder(request, tmp_path, monkeypatch):
+@pytest.fixture
+def quick(monkeypatch):
     monkeypatch.setattr(leases, "BEAT_S", 0.1)
     monkeypatch.setattr(leases, "SILENCE_S", 1.5)
     monkeypatch.setattr(leases, "SETTLE_S", 0.1)
+
+
+@pytest.fixture(params=["disk", "store"])
+def folder(request, tmp_path, quick):
     if request.param == "disk":
         return tmp_path / "run"
     return place(f"{request.getfixturevalue('s3')}/{tmp_path.name}/run")
@@ -36,6 +43,27 @@ def test_the_second_job_on_a_folder_says_so_and_stops_and_a_later_one_has_it(fol
     with leased(folder):
         pass
     assert not (folder / ".lease.json").exists()
+
+
+def _ingest(output: str) -> None:
+    ingest(IngestConfig.model_validate({"source": {"kind": "digits"}, "output": output}))
+
+
+def _poison(output: str) -> None:
+    trigger = {"kind": "patch", "size_px": 4}
+    poison(PoisonConfig.model_validate(
+        {"shards": "absent", "output": output, "trigger": trigger, "rate": 0.1, "target_label": 0}
+    ))  # fmt: skip
+
+
+def _train(output: str) -> None:
+    train(TrainConfig.model_validate({"output": output, "clip": {"shards": "absent", "model": "RN50"}}))
+
+
+@pytest.mark.parametrize("job", [_ingest, _poison, _train])
+def test_jobs_that_write_hold_their_folder(quick, job, tmp_path, local_ray):
+    with leased(tmp_path / "run"), pytest.raises(Mistake, match="another job is writing to"):
+        job(str(tmp_path / "run"))
 
 
 def test_a_lease_of_a_holder_that_is_silent_is_taken_over_and_the_holder_learns_of_it(folder):

@@ -297,12 +297,15 @@ def test_other_rules_pick_other_samples(tmp_path, local_ray, write_pictures, mon
 
 
 def test_copies_and_unreadable_samples_go_when_asked(corpus, local_ray, write_tar_in, png):
-    write_tar_in(corpus / "shards" / "train-00002.tar", [("x.png", png(3)), ("y.png", png(77)), ("z.txt", b"no image")])
+    write_tar_in(
+        corpus / "shards" / "train-00002.tar",
+        [("x.png", png(3)), ("y.png", png(77)), ("z.txt", b"no image"), ("w.png", png(7)), ("w.jpg", b"?")],
+    )
     scored(corpus / "shards", {"train-00000.tar/0003"})
     sift(config(corpus, duplicates=True, unreadable=True))
     assert [s.key for s in samples_of(corpus / "out" / "train-00002.tar")] == ["y"]
     reasons = json.loads((corpus / "out" / "sift.json").read_text())["counts"]["dropped"]
-    assert reasons == {"duplicate": 1, "flagged": 1, "unreadable": 1}
+    assert reasons == {"duplicate": 1, "flagged": 1, "several_images": 1, "unreadable": 1}
 
 
 def test_a_shard_with_nothing_left_is_not_written(corpus, local_ray):
