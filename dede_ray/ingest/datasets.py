@@ -47,6 +47,7 @@ from dede_ray.ingest.columns import (
     CAPTIONS,
     FILES,
     LABELS,
+    LINKS,
     NO_CAPTIONS,
     PICTURES,
     SUFFIXES,
@@ -861,7 +862,8 @@ class _Table(Dataset):
         noted = [name for name in kinds if features.get(name) == "Image"]
         found = [n for n in dict.fromkeys([*noted, *usual(kinds, PICTURES), *kinds]) if holds_bytes(kinds[n])]
         if not found:
-            raise Mistake(f"{file} has no column of encoded images, only {listing}; name it as `image`")
+            links = "" if not usual(kinds, LINKS) else "; a list of links is a source of `kind: urls`"
+            raise Mistake(f"{file} has no column of encoded images, only {listing}; name it as `image`{links}")
         return [name for name in found if plain(name) in SUFFIXES] if plain(found[0]) in SUFFIXES else found[:1]
 
     def load(self, items: Sequence[Item], limits: Limits) -> Iterator[Sample]:

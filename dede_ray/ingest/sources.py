@@ -22,6 +22,7 @@ from pydantic import Field
 from dede_ray.data.images import decode_image, encode_image
 from dede_ray.data.sampling import draw_by_class
 from dede_ray.data.shards import BadSample, Limits, Reason, Sample, Shard, iter_samples, list_shards, open_shard
+from dede_ray.data.unread import hint
 from dede_ray.ingest.archives import Piece
 from dede_ray.runtime.config import Config, Mistake
 
@@ -220,7 +221,8 @@ class WebDataset(Dataset):
                     item = item._replace(key=f"{item.key}@{shard.name.partition('.')[0]}")
                 seen[split].add(item.key)
                 splits[split].append(self._checked(item))
-        return Listing(splits, self.class_names)
+        elsewhere = hint(shards[0][1], limits, "caption").removeprefix("; ")
+        return Listing(splits, self.class_names, [elsewhere] if elsewhere else [])
 
     def _checked(self, item: Item) -> Item:
         if item.label is not None and self.class_names and not 0 <= item.label < len(self.class_names):

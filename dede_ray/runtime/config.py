@@ -8,6 +8,7 @@ and the job ends with that message instead of a traceback.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import logging
@@ -15,7 +16,7 @@ import os
 import re
 import reprlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any, ClassVar, TypeVar
 
@@ -308,12 +309,13 @@ def claim(folder: Named, config: Config, places: Sequence[str] = ()) -> dict[str
         The result of the finished run; None where work remains.
 
     Raises:
-        Mistake: the folder belongs to a run with other settings, which has left something in it.
+        Mistake: the folder belongs to a run with other settings, which has left something in it, or cannot be written.
     """
     path = place(folder) / "run.json"
     settings = config.model_dump(mode="json")
     if not path.is_file():
-        write_json(path, {"settings": settings})
+        with written_to(folder):
+            write_json(path, {"settings": settings})
         return None
     run = read_json(path, "record of a run")
     there = run.get("settings")
@@ -334,6 +336,17 @@ def claim(folder: Named, config: Config, places: Sequence[str] = ()) -> dict[str
     if result is not None and not isinstance(result, dict):
         raise Mistake(f"{path} is damaged: its result is no JSON object; delete {folder} to start afresh")
     return result
+
+
+@contextlib.contextmanager
+def written_to(folder: Named) -> Iterator[None]:
+    """Where nothing can be written to an output folder, say so: there is a file, no permission, no room."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise Mistake(f"nothing can be written to the output {folder}: {error}; choose another folder") from None
 
 
 def _has_output(folder: Named) -> bool:

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dede_ray.runtime.config import Mistake
+from dede_ray.runtime.config import Mistake, written_to
 from dede_ray.runtime.store import Named, ObjectPath, Place, StoreError, place, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -123,10 +123,11 @@ def leased(folder: Named) -> Iterator[Lease]:
     """Hold an output folder while a job writes to it.
 
     Raises:
-        Mistake: another job holds it.
+        Mistake: another job holds it, or nothing can be written to it.
     """
     lease = Lease(place(folder))
-    lease.take()
+    with written_to(folder):
+        lease.take()
     threading.Thread(target=lease.beat, name="lease", daemon=True).start()
     try:
         yield lease

@@ -794,6 +794,7 @@ def test_a_broken_character_costs_one_row(shards_of, png, tmp_path):
     [
         ({"image": ["AAAA"] * 3}, {}, r"no column of encoded images, only image \(string\); name it as `image`"),
         ({"image": ["AAAA"] * 3}, {"image": "image"}, "'image' holds string, expected encoded images"),
+        ({"image": ["AAAA"] * 3, "URL": ["http://a/b"] * 3}, {}, "a list of links is a source of `kind: urls`"),
         ({"image": pa.array([[1.0]] * 3)}, {}, r"only image \(list<element: double>\)"),
         ({"text": [1, 2, 3]}, {"caption": "text"}, "'text' holds int64, expected text"),
         ({"y": pa.array([None] * 3, pa.date32())}, {"label": "y"}, r"'y' holds date32\[day\], expected integers"),

@@ -188,6 +188,15 @@ def test_a_bad_caption_or_label_is_left_aside_and_the_image_kept(write_tar, png,
     assert found == [("a", png(0), None, ""), ("b", png(1), None, "a dog"), ("c", png(2), None, "word ")]
 
 
+def test_captions_that_are_elsewhere_are_told_of(write_tar, png, tmp_path):
+    write_tar(
+        "in/train-00000.tar", [m for i in "ab" for m in ((f"{i}.png", png()), (f"{i}.json", b'{"caption": "a"}'))]
+    )
+    source = {"kind": "webdataset", "splits": {"train": str(tmp_path / "in")}}
+    said = ingest(IngestConfig.model_validate({"source": source, "output": str(tmp_path / "out")}))
+    assert "train-00000.tar has 2 members .json with a field `caption`: set limits.caption.field to caption; " in said
+
+
 def test_limit_takes_the_first_of_each_split(labelled):
     ingest(with_source(labelled, limit=5))
     assert [s.key for s in read(labelled["output"])["train"]] == [f"train_{i:02d}" for i in range(5)]

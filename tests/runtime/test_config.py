@@ -14,6 +14,7 @@ from dede_ray.poisoning.poison import PoisonConfig
 from dede_ray.runtime.cli import JOBS, main
 from dede_ray.runtime.cli import run_job as run_from_command_line
 from dede_ray.runtime.config import Config, Mistake, claim, finish, load, read_json, write_atomically, write_json
+from dede_ray.runtime.lease import leased
 from tests.benchmarks.speed import SpeedConfig
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +175,14 @@ def test_a_run_that_failed_before_it_wrote_anything_leaves_the_folder_to_the_cor
     assert claim(tmp_path, Small(number=2)) is None
     finish(tmp_path, Small(number=2), {"answer": 2})
     assert claim(tmp_path, Small(number=2)) == {"answer": 2}
+
+
+@pytest.mark.parametrize("take", [lambda folder: claim(folder, Config()), lambda folder: leased(folder).__enter__()])
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_a_file_in_the_place_of_an_output_folder_is_a_mistake(tmp_path, take, below):
+    (tmp_path / "there").write_text("a file")
+    with pytest.raises(Mistake, match=r"nothing can be written to the output .*there.*; choose another folder"):
+        take(f"{tmp_path / 'there'}{below}")
 
 
 def test_a_record_that_cannot_be_read_is_a_mistake(tmp_path):
