@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tars import packed, read, saved, triple
 
+from dede_ray.data import shards
+from dede_ray.data.first_bytes import NUM_BYTES
 from dede_ray.data.images import decode_image, encode_image
 from dede_ray.data.shards import (
     NOTES,
@@ -264,6 +266,23 @@ def test_every_sample_is_read_or_has_a_reason_from_the_closed_list(write_tar, pn
 
 
 # --- listing
+
+
+def test_of_many_shards_the_first_blocks_are_looked_at_together(write_tar, png, tmp_path, monkeypatch):
+    path = write_tar("shards/00.tar", triple("k", png()))
+    for number in range(1, 48):
+        os.link(path, path.with_name(f"{number:02d}.tar"))
+    asked: list[str] = []
+
+    def slowly(url: str) -> bytes:  # as a store answers
+        asked.append(url)
+        time.sleep(0.1)
+        return path.read_bytes()[:NUM_BYTES]
+
+    monkeypatch.setattr(shards, "read_start", slowly)
+    started = time.monotonic()
+    assert len(list_shards(str(tmp_path / "shards"))) == len(asked) == 48
+    assert time.monotonic() - started < 48 * 0.1 / 2
 
 
 def test_a_folder_of_folders_is_not_looked_into_but_told_of(write_tar, png, tmp_path):
