@@ -529,7 +529,7 @@ def text_in_json(content: bytes, name: str) -> str | None:
     Raises:
         ValueError: no JSON object, or something else in the field.
     """
-    value = parse_json(io.BytesIO(content))
+    value = parse_json(io.BytesIO(content), nan=True)
     for part in name.split("."):
         if value is None:
             return None

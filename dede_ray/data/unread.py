@@ -111,14 +111,18 @@ def why_no_image(shards: list[Shard], limits: Limits, reasons: Counter[str]) -> 
 def _text_field(content: bytes) -> str | None:
     """The field of a JSON object that seems to hold a caption; None where there is none."""
     try:
-        value = parse_json(io.BytesIO(content))
+        value = parse_json(io.BytesIO(content), nan=True)
     except ValueError:
         return None
+    if not isinstance(value, dict):
+        return None
+    within = [(f"{name}.", inner) for name, inner in value.items() if isinstance(inner, dict)]
+    ranks = _TEXT_FIELDS.pattern.split("|")
     texts = [
-        name
-        for name, text in (value.items() if isinstance(value, dict) else ())
+        (name.lower() not in ranks, bool(outer), outer + name)
+        for outer, fields in [("", value), *within]
+        for name, text in fields.items()
         if _TEXT_FIELDS.search(name.lower()) and "url" not in name.lower()
         if (isinstance(text, str) and text.strip()) or (isinstance(text, list) and text and isinstance(text[0], str))
     ]
-    ranks = _TEXT_FIELDS.pattern.split("|")
-    return min(texts, key=lambda name: (name.lower() not in ranks, name), default=None)
+    return min(texts)[-1] if texts else None

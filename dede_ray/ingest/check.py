@@ -182,6 +182,7 @@ DUPLICATE_SCHEMA = pa.schema(
 )
 
 _SCREEN_CHARS = 160  # of a line, about
+_ADVICE = ("shard_unreadable", "image_elsewhere", "caption_elsewhere")  # findings that say what to do
 _ROWS = 4096  # held, then written together
 _LISTED = 20  # groups listed in summary.json
 _MOST_PER_GROUP = 50  # findings about the members of one sample, or about the special members of one shard
@@ -889,6 +890,9 @@ def _screen(output: str, summary: dict[str, Any]) -> str:
         lines += [f"{level}s"] * bool(kinds)
         for kind, found in kinds[:10]:
             line = f"{found['count']:>9,} {kind}: {FINDINGS[kind][1]}"
+            if kind in _ADVICE and len(line) + len(found["first"]) > _SCREEN_CHARS:  # which should not be cut
+                lines += [f"{line}; first", f"          {printable(found['first'], _SCREEN_CHARS)}"]
+                continue
             example = printable(found["first"], _SCREEN_CHARS - len(line))
             lines.append(f"{line}; first {example}" if found["first"] else line)
         if len(kinds) > 10:

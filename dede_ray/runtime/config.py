@@ -257,23 +257,30 @@ def write_json(path: Named, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def parse_json(stream: IO[bytes]) -> Any:
+def parse_json(stream: IO[bytes], *, nan: bool = False) -> Any:
     """Read strict JSON, as strangers may have written it, from a file.
 
+    Args:
+        nan: read NaN and Infinity, which Python writes, as None.
+
     Raises:
-        ValueError: it is damaged, nested too deeply, longer than `MAX_JSON_BYTES`, or holds NaN, Infinity or half a
-            character (a lone surrogate).
+        ValueError: it is damaged, nested too deeply, longer than `MAX_JSON_BYTES`, or holds half a character (a lone
+            surrogate), NaN or Infinity.
     """
     content = stream.read(MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(f"longer than {MAX_JSON_BYTES:,} bytes")
     try:
-        value = json.loads(content, parse_constant=_no_number)
+        value = json.loads(content, parse_constant=_none if nan else _no_number)
         if b"\\ud" in content.lower():  # half a character could be read, and never written
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return value
+
+
+def _none(name: str) -> None:
+    return None
 
 
 def _no_number(name: str) -> float:

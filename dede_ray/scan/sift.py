@@ -446,7 +446,7 @@ class _Judge:
 def _url_in(content: bytes) -> str | None:
     """The url in a .json member as img2dataset writes it; None unless it is there and can be written to a file."""
     try:
-        found = parse_json(io.BytesIO(content))
+        found = parse_json(io.BytesIO(content), nan=True)
         url = found.get("url") if isinstance(found, dict) else None
         return url if isinstance(url, str) and url.encode() else None
     except ValueError:

@@ -47,6 +47,7 @@ def test_where_there_is_an_image_and_a_caption_nothing_is_told(shard, png):
         ({"TEXT": "a photo"}, "TEXT"),
         ({"captions": ["one", "two"], "text_url": "x"}, "captions"),
         ({"alt_text": "a photo", "title": "photo"}, "title"),
+        ({"meta": {"caption": "a photo"}, "score": float("nan")}, "meta.caption"),
         ({"caption": 3, "text": ""}, None),
     ],
 )
@@ -74,6 +75,7 @@ def test_training_says_where_the_text_is(shard, png):
         (CaptionFrom(field="caption"), b'{"text": "a photo"}', None, []),
         (CaptionFrom(field="caption"), b'{"caption": 3}', None, ["caption_unreadable"]),
         (CaptionFrom(field="caption"), b'["a photo"]', None, ["caption_unreadable"]),
+        (CaptionFrom(field="caption"), b'{"caption": "a photo", "score": NaN}', "a photo", []),
         (CaptionFrom(field="caption"), b"rubbish", None, ["caption_unreadable"]),
         (CaptionFrom(field="caption"), b'{"caption": "\\ud800"}', None, ["caption_unreadable"]),
         (CaptionFrom(field="caption"), b'{"caption": "%s"}' % (b"a" * 30), "a" * 20, ["caption_too_long"]),

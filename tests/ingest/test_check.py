@@ -269,7 +269,7 @@ def test_strays_are_named_and_split_no_sample(ward):
 def test_what_may_have_been_meant_is_named_on_the_screen(ward, local_ray, tmp_path):
     shards = [str(ward / "shards" / f"{part}_elsewhere.tar") for part in ("image", "caption")]
     screen = check(CheckConfig(shards=shards, output=str(tmp_path / "checked")))
-    assert "3 members .input.png, such as 0.input.png: a key ends at the first dot" in screen
+    assert "0.input.png: a key ends at the first dot of a name, so these are read as no image; rename them\n" in screen
     assert "3 members .json with a field `caption`: set limits.caption.field to caption" in screen
     details = [row["detail"] for row in findings(ward / "checked") if row["kind"] == "no_image"]
     assert details.count("but .input.png: keys end at the first dot of a name, so this is no image's suffix") == 3
