@@ -30,6 +30,7 @@ from dede_ray.models.weights import (
     Budget,
     origin,
     other_layout,
+    read_config,
     read_tensors,
     refuse_not_finite,
     resolve_weights,
@@ -37,7 +38,7 @@ from dede_ray.models.weights import (
     unwrapped,
     write_export,
 )
-from dede_ray.runtime.config import Config, Mistake, config_file, read_json
+from dede_ray.runtime.config import Config, Mistake, config_file
 from dede_ray.runtime.libraries import open_clip
 
 logger = logging.getLogger(__name__)
@@ -60,11 +61,11 @@ def model_description(architecture: str) -> dict[str, Any]:
     place = origin(architecture)
     if place.is_folder:
         try:
-            described = read_json(place.file(CONFIG_FILE), "exported CLIP (open_clip_config.json)")
+            described = read_config(place.file(CONFIG_FILE), "exported CLIP (open_clip_config.json)")
         except FileNotFoundError as error:
             raise Mistake(f"no exported CLIP: {error}{other_layout(place)}") from None
     elif place.path is not None and place.path.suffix == ".json":
-        described = read_json(config_file(place.path), "CLIP model config")
+        described = read_config(config_file(place.path), "CLIP model config")
         described = described if "model_cfg" in described else {"model_cfg": described, "preprocess_cfg": {}}
     else:
         known = open_clip.get_model_config(architecture.replace("/", "-"))  # OpenAI wrote ViT-B/32

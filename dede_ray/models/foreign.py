@@ -23,9 +23,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dede_ray.data.first_bytes import NUM_BYTES, what_is
 from dede_ray.models.encoders import load_strictly
-from dede_ray.models.weights import Budget, Origin, origin, read_tensors, refuse_not_finite, unlike, unwrapped
-from dede_ray.runtime.config import Mistake, read_json, to_install
+from dede_ray.models.weights import (
+    Budget,
+    Origin,
+    origin,
+    read_config,
+    read_tensors,
+    refuse_not_finite,
+    unlike,
+    unwrapped,
+)
+from dede_ray.runtime.config import Mistake, to_install
 from dede_ray.runtime.libraries import timm
 
 logger = logging.getLogger(__name__)
@@ -75,7 +85,7 @@ def width_of(model: nn.Module, image_size: int, what: str) -> int:
 
 def _config(place: Origin, name: str = "config.json") -> dict[str, Any]:
     try:
-        return read_json(place.file(name), "config of a network")
+        return read_config(place.file(name), "config of a network")
     except FileNotFoundError as error:
         raise Mistake(f"{place.name}: {error}; expected a folder or repository with {name} and weights") from None
 
@@ -216,7 +226,7 @@ def _pretrained(
 def _preprocessing(place: Origin, mean: Any, std: Any) -> tuple[Statistics, int | None]:
     """What the image processor beside the weights says: how to normalise, and the side of the images, in pixels."""
     file = place.find("preprocessor_config.json", "processor_config.json")
-    said = read_json(file, "config of an image processor") if file else {}
+    said = read_config(file, "config of an image processor") if file else {}
     said = said.get("image_processor", said)
     if not isinstance(said, dict) or (not said.get("image_mean") and said.get("do_normalize") is not False):
         said = {}
@@ -429,7 +439,9 @@ def read_onnx(
         content = onnx.load(file, load_external_data=False)
         beside = sorted(set(_external(content)))
     except Exception as error:  # protobuf's own errors
-        raise Mistake(f"{file} is no readable ONNX file: {error!r}") from None
+        with file.open("rb") as stream:
+            what = what_is(stream.read(NUM_BYTES))
+        raise Mistake(f"{file} is no readable ONNX file{f', but {what}' if what else f': {error!r}'}") from None
     digest = hashlib.sha256(file.read_bytes())
     for location in beside:
         data = file.parent / location

@@ -174,6 +174,19 @@ def _snapshot(place: Origin) -> Path | None:
     return next((one for one in found.parents if one.parent.name == "snapshots"), None) if found else None
 
 
+def read_config(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object beside weights; where something else stands in its place, say what that is."""
+    try:
+        return read_json(path, what)
+    except Mistake:
+        if path.is_file():
+            with path.open("rb") as file:
+                kind = what_is(file.read(NUM_BYTES))
+            if kind not in (None, "JSON"):
+                raise Mistake(f"{path} is no {what}, but {kind}") from None
+        raise
+
+
 def resolve_weights(init: str | Path) -> Path:
     """The local file behind an `init` setting, or the index of several.
 
@@ -191,7 +204,7 @@ def other_layout(place: Origin) -> str:
     """A hint for a folder or repository that is none of open_clip's: whose it is, and which kind of victim reads it."""
     if place.find("encoder.json"):
         return "; it is an encoder's: set victim.kind to encoder"
-    config = read_json(found, "config of a network") if (found := place.find("config.json")) else {}
+    config = read_config(found, "config of a network") if (found := place.find("config.json")) else {}
     for key, library in (("model_type", "transformers"), ("architecture", "timm")):
         if isinstance(config.get(key), str):
             return f"; it is a network of {library}'s ({config[key]}): set victim.kind to {library}"
@@ -258,7 +271,7 @@ def _parts(path: Path) -> list[Path]:
     """
     if not path.name.endswith(INDEX):
         return [path]
-    files = read_json(path, "index of split weights").get("weight_map")
+    files = read_config(path, "index of split weights").get("weight_map")
     names = sorted(set(files.values())) if isinstance(files, dict) and _are_names(files.values()) else []
     if not names or any(Path(name).name != name or name.endswith(INDEX) for name in names):
         raise Mistake(f"{path} is no index of split weights: its weight_map should name files beside it")
@@ -328,7 +341,7 @@ def _content(path: Path) -> Any:
     """What a file holds, with stand-ins for everything that would have to be executed."""
     with path.open("rb") as file:
         what = what_is(file.read(NUM_BYTES))
-    if path.suffix == ".onnx":
+    if path.suffix == ".onnx" and what is None:
         raise Mistake(f"{path} is an ONNX network; set victim.kind to onnx")
     if what is None and path.suffix == ".safetensors":
         what = "safetensors"
@@ -343,6 +356,8 @@ def _content(path: Path) -> Any:
             raise Mistake(f"{path} is no readable checkpoint: {error!r}") from None
     members = _members(path)
     names = [member.filename.split("/", 1)[-1] for member in members]
+    if names and all(name.endswith(".npy") for name in names):
+        raise Mistake(f"{path} is an archive of NumPy arrays, not of tensors; write them by safetensors.numpy")
     if "constants.pkl" in names or any(name.startswith("code/") for name in names):
         raise Mistake(
             f"{path} is a TorchScript archive, code and weights in one, as OpenAI published CLIP; loading it would "
@@ -619,7 +634,7 @@ def read_export(
         Mistake: nothing there, damaged, or absurd settings.
     """
     path = Path(folder) / description
-    content = read_json(path, f"exported {what} ({description})")
+    content = read_config(path, f"exported {what} ({description})")
     try:
         described = kind.model_validate(content)
     except ValidationError as error:

@@ -416,6 +416,21 @@ def test_what_stands_in_a_checkpoints_place_is_named(name, content, said, tmp_pa
     assert "execute" not in str(mistake.value)
 
 
+@pytest.mark.parametrize("kind", ["open_clip", "encoder", "transformers", "timm", "onnx"])
+def test_what_stands_in_the_place_of_a_config_or_a_network_is_named(kind, tmp_path):
+    names = {"open_clip": "open_clip_config.json", "encoder": "encoder.json", "onnx": "model.onnx"}
+    (tmp_path / names.get(kind, "config.json")).write_text("version https://git-lfs.github.com/spec/v1\nsize 1\n")
+    more = {"onnx": {"normaliser": "none"}}
+    with pytest.raises(Mistake, match="a pointer of Git LFS, not the file itself: run `git lfs pull`"):
+        load_victim({"kind": kind, "path": str(tmp_path), **more.get(kind, {})})
+
+
+def test_an_archive_of_numpys_arrays_is_named(tmp_path):
+    np.savez(tmp_path / "a.npz", weight=np.zeros(3))
+    with pytest.raises(Mistake, match="is an archive of NumPy arrays"):
+        read_tensors(tmp_path / "a.npz")
+
+
 def test_a_checkpoint_is_read_by_its_bytes_whatever_its_name(tmp_path):
     for name in ("a.pt", "a", "a.ckpt"):
         save_file(STATE, tmp_path / name)
