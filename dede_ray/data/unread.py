@@ -105,6 +105,8 @@ def hint(shard: Shard, limits: Limits, *parts: Part) -> str:
 
 def why_no_image(shards: list[Shard], limits: Limits, reasons: Counter[str]) -> str:
     """A sentence that leads on where many samples of a pass have no image; or nothing."""
+    if reasons["duplicate_key"] > reasons["no_image"]:
+        return "; the members of one sample are not neighbours there: sort the tar by name"
     return hint(shards[0], limits, "image") if reasons["no_image"] else ""
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 from passes import run
 from tars import read, triple
 
 from dede_ray.data.shards import CaptionFrom, Limits, list_shards
-from dede_ray.data.unread import hint
+from dede_ray.data.unread import hint, why_no_image
 from dede_ray.runtime.config import Mistake
 from dede_ray.training.dataloader import ChunkRef
 from dede_ray.training.sections import refuse_unfit
@@ -86,6 +87,10 @@ def test_captions_are_read_where_settings_say_that_they_are(write_tar, png, sour
     path = write_tar("s.tar", [("k.png", png()), ("k.json", content), ("k.txt", b"not this")])
     [sample] = read(path, Limits(caption=source, max_caption_chars=20))
     assert (sample.error, sample.caption, sample.notes) == (None, caption, notes)
+
+
+def test_a_tar_sorted_by_type_is_told_how_to_be_sorted():
+    assert "sort the tar by name" in why_no_image([], Limits(), Counter(duplicate_key=12))
 
 
 def test_a_suffix_of_images_or_labels_holds_no_captions():
