@@ -44,7 +44,7 @@ def odd(local_ray, write_tar_in, png, tmp_path_factory) -> tuple[Path, PassSumma
     """A finished pass over one shard with every fault, one that is cut, and one without a sample."""
     folder = tmp_path_factory.mktemp("odd")
     good = [(f"{i:02d}.png", png(i)) for i in range(9)]
-    bad = [("no.txt", b"words"), ("rubbish.png", b"rubbish"), ("cut.png", png(0)[:-40]), ("01.png", png(1))]
+    bad = [("no.txt", b"words"), ("rubbish.png", b"rubbish"), ("cut.png", png(0)[:-40]), ("01.txt", b"stray")]
     sizes = [("wide.png", png(0, 40, 60)), ("small.png", png(1, 9, 9))]
     write_tar_in(folder / "shards" / "bad.tar", [*good[:2], *bad[:2], *good[2:], *bad[2:], *sizes])
     cut = write_tar_in(folder / "shards" / "cut.tar", good)
