@@ -26,9 +26,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
+from scipy import special
 
 from dede_ray.metrics import ROUNDING_SLACK, threshold_at_fpr
 from dede_ray.runtime.config import Config, Mistake
+from dede_ray.scan.fusion import Fusion
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # Python 3.10 lacks it
@@ -43,6 +45,8 @@ NO_BINS = (
 )
 NUM_URNS = 10_000
 """Draws of a simulation that bounds come from."""
+LEAST_BULK = 50
+"""Samples from which an empirical null can be learnt."""
 
 
 class About(TypedDict, total=False):
@@ -61,6 +65,8 @@ class About(TypedDict, total=False):
     redraws: Sequence[Redraw]
     """The same samples as other divisions of the calibration samples score them: then `Conformal` decides by the
     average of all divisions' e-values, and p-values and ranks are the first one's."""
+    beneath: NDArray[np.bool_]
+    """bool (N,): what is no candidate of a column that tells candidates apart; for `EmpiricalNull`."""
 
 
 Redraw = tuple[ArrayLike, ArrayLike, Sequence[str | None] | None]
@@ -88,13 +94,15 @@ class Verdict:
     p-value. With probability `CONFIDENCE` this is true of all ranks at once, so of any that is chosen afterwards."""
     report: dict[str, Any]
     """The same in numbers and words, ready for JSON: rule, score, declared (the rule's settings), counts, threshold,
-    how (it was found), certified (the declared false discovery rate holds for this list), oracle (the rule knows what
-    only labels show), message, and the smallest achievable_q (at the expected poison rate, or where everything is
-    poisoned if none is expected) and achievable_poison_rate (at the declared q and false_alarm) of this many
-    calibration samples; None where nothing is.
+    how (it was found), certified (the declared false discovery rate holds for this list), mode (what kind of list it
+    is: certified or ranked; `calibration.py` knows two more), oracle (the rule knows what only labels show), message,
+    and the smallest achievable_q (at the expected poison rate, or where everything is poisoned if none is expected) and
+    achievable_poison_rate (at the declared q and false_alarm) of this many calibration samples; None where nothing is.
     `num_distinct` counts M, and `num_calibration_unused` the calibration samples left out as copies or as borders of
     bins; `alarm` is the p-value of there being no poison at all, `null_share` Storey's estimate of the share of clean
     samples, `bins` the strata and calibration samples of each bin, `poisoned_at_least` the bound for the flagged."""
+    local_fdr: NDArray[np.float64] | None = None
+    """(N,): estimated probability that a sample with this score is clean, by `EmpiricalNull` alone."""
 
     def refused(self, message: str, how: str = "none: refused") -> Verdict:
         """The same without a list and without any bound, because what they rest on does not hold; `message` says why.
@@ -102,7 +110,8 @@ class Verdict:
         P-values and ranks stay: they are the order of the scores, and no claim.
         """
         nothing = dict.fromkeys(("threshold", "poisoned_at_least", "alarm", "null_share"))
-        report = {**self.report, **nothing, "num_flagged": 0, "certified": False, "how": how, "message": message}
+        report = {**self.report, **nothing, "num_flagged": 0, "certified": False, "mode": "ranked"}
+        report |= {"how": how, "message": message}
         return replace(
             self,
             flagged=np.zeros_like(self.flagged),
@@ -431,8 +440,49 @@ class PoolMedian(Rule):
         )
 
 
+class EmpiricalNull(Rule):
+    """A list without calibration samples: the bulk of the corpus says how clean samples score. An estimate, no promise.
+
+    Where the column tells candidates apart (company, the second stage), the clean ones among them are normal on the
+    power scale that makes their middle so, the 5 to 70 % quantiles (Efron's central matching, by quantiles); of all
+    other columns, the share above a score falls beyond the highest 5 % as it did from 25 to 5 % (`Fusion`'s tail).
+    P-values come from that null, the list from Benjamini-Hochberg, and the local false discovery rate is the null's
+    density over that of all, as the p-values' falling density estimates it (Grenander). All of it hangs on the shape
+    of the tail, which nothing here can check: look at a random sample of the list.
+
+    Source: Efron, Large-scale simultaneous hypothesis testing, JASA 2004; Strimmer, fdrtool, Bioinformatics 2008.
+    """
+
+    kind: Literal["empirical_null"] = "empirical_null"
+    needs_calibration: ClassVar[bool] = False
+    q: float = Field(0.1, gt=0, lt=1)
+    """Estimated share of clean samples on the list, at most."""
+
+    def decide(
+        self, scores: ArrayLike, calibration: ArrayLike | None, sample_ids: Sequence[str], **about: Unpack[About]
+    ) -> Verdict:
+        evidence = _weigh(self, scores, None, sample_ids, about)
+        beneath = about.get("beneath")
+        is_judged = evidence.is_distinct if beneath is None else evidence.is_distinct & ~beneath
+        p_value = np.full(evidence.scores.size, np.nan)
+        p_value[is_judged] = null_p_values(evidence.scores[is_judged], beneath is not None)
+        cutoff = _benjamini_hochberg_cutoff(p_value, self.q)
+        local_fdr = np.where(np.isnan(evidence.scores), np.nan, 1.0)
+        local_fdr[is_judged] = local_false_discovery_rate(p_value[is_judged])
+        flagged = (p_value <= cutoff)[evidence.representative] & ~np.isnan(evidence.scores)
+        judged = flagged & evidence.is_distinct
+        verdict = evidence.verdict(
+            flagged,
+            threshold=float(evidence.scores[judged].min()) if judged.any() else None,
+            how=f"empirical null of {int(is_judged.sum()):,} samples, Benjamini-Hochberg at q = {self.q:g}",
+            message=f"flagged {flagged.sum():,} of {evidence.num_scored:,} samples, of which about {self.q:g} may be "
+            "clean by an estimate from the bulk of the corpus; promises nothing about errors",
+        )
+        return replace(verdict, local_fdr=local_fdr[evidence.representative])
+
+
 Decision = Annotated[
-    Conformal | CleanQuantile | FixedThreshold | AssumedPoisonRate | CleanMean | PoolMedian,
+    Conformal | CleanQuantile | FixedThreshold | AssumedPoisonRate | CleanMean | PoolMedian | EmpiricalNull,
     Field(discriminator="kind"),
 ]
 
@@ -636,6 +686,50 @@ def e_benjamini_hochberg(e_value: ArrayLike, q: float) -> NDArray[np.bool_]:
     return e_value >= falling[enough[-1]] if enough.size else np.zeros(e_value.size, bool)
 
 
+def null_p_values(score: ArrayLike, are_candidates: bool) -> NDArray[np.float64]:
+    """How often a clean sample would score as high, if the bulk is clean; see `EmpiricalNull`. (M,), 1 for all where
+    the bulk has one score."""
+    score = np.asarray(score, np.float64)
+    tenth, median, most = np.quantile(score, [0.1, 0.5, 0.7]) if score.size else (0, 0, 0)
+    if score.size < LEAST_BULK or not tenth < median < most:
+        return np.ones(score.size)
+    if not are_candidates:
+        tail = Fusion(columns=("score",))
+        return special.ndtr(-tail.normal_score(tail.fit({"score": score}), "score", score))
+    normal = special.ndtri(np.linspace(0.05, 0.7, 27))
+    middle = np.quantile(score, np.linspace(0.05, 0.7, 27))
+
+    def fitted(power: float) -> tuple[float, NDArray[np.float64]]:
+        """How far the middle is from normal on this scale, and all scores on it."""
+        scaled, all_scaled = (_power((one - median) / (median - tenth), power) for one in (middle, score))
+        spread, centre = np.polyfit(normal, scaled, 1)
+        return float(np.square((scaled - centre) / spread - normal).sum()), (all_scaled - centre) / spread
+
+    return special.ndtr(-min((fitted(power) for power in np.linspace(-1, 1, 41)), key=lambda one: one[0])[1])
+
+
+def _power(value: NDArray[np.float64], power: float) -> NDArray[np.float64]:
+    """Rising with the value; bent up by a positive power, down by a negative one."""
+    return value if power == 0 else np.expm1(np.clip(power * value, -30, 30)) / power
+
+
+def local_false_discovery_rate(p_value: ArrayLike) -> NDArray[np.float64]:
+    """Density of clean samples' p-values, which is 1, over the falling density that fits all p-values best; at most 1.
+
+    Source: Grenander 1956; all samples count as clean in the numerator, which errs on the safe side.
+    """
+    from sklearn.isotonic import isotonic_regression  # slow to import
+
+    p_value = np.asarray(p_value, np.float64)
+    if not p_value.size:
+        return p_value
+    edge, count = np.unique(p_value, return_counts=True)
+    width = np.diff(edge, prepend=0.0)
+    width[0] = max(width[0], np.finfo(np.float64).tiny)
+    density = isotonic_regression(count / p_value.size / width, sample_weight=width, increasing=False)
+    return np.minimum(1.0, 1 / density)[np.searchsorted(edge, p_value)]
+
+
 def _storey(p_value: NDArray[np.float64], bound: float) -> float:
     """Share of clean samples, from the p-values above a bound: (1 + #{p > bound}) / (N (1 - bound)), at most 1.
 
@@ -725,6 +819,7 @@ class _Evidence:
             **dict.fromkeys(("achievable_q", "achievable_poison_rate", "alarm", "null_share")),
             **(facts or {}),
             "certified": certified,
+            "mode": "certified" if certified else "ranked",
             "oracle": self.rule.is_oracle,
             "message": message,
         }

@@ -12,15 +12,16 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field
 
 from dede_ray.data.sampling import by_halves, sample_keys
 from dede_ray.runtime.config import Config, Mistake
-from dede_ray.scan.decisions import About, Conformal, Decision, FixedThreshold, Redraw, Verdict
+from dede_ray.scan.decisions import About, Conformal, Decision, EmpiricalNull, FixedThreshold, Redraw, Verdict
 from dede_ray.scan.fusion import Difficulty, Fusion, State
 from dede_ray.scan.groups import Finding, Grouping, Rows, copies, findings
-from dede_ray.scan.pool import Amplify, Classifier, Company, Looks
+from dede_ray.scan.pool import NO_COMPANY, Amplify, Classifier, Company, Looks
 from dede_ray.scan.shift import ShiftCheck
 
 Scores = NDArray[np.float64]
@@ -120,6 +121,12 @@ class Scored:
             residuals={name: np.concatenate([rows, others.residuals[name]]) for name, rows in self.residuals.items()},
         )
 
+    def beneath(self, name: str, score_N: Scores) -> NDArray[np.bool_] | None:
+        """Which samples are no candidates of a column that tells candidates apart, bool (N,); None of other columns."""
+        if name in self.late:
+            return self.is_beneath
+        return score_N < NO_COMPANY if name == COMPANY else None
+
     def part(self, kept: NDArray[np.bool_]) -> Scored:
         """Some of the samples."""
         rows = np.flatnonzero(kept).tolist()
@@ -154,6 +161,10 @@ class Judged:
     group_id: list[str | None]
     """The content hash of copies of one picture."""
     findings: list[Finding]
+    extra: Mapping[str, pa.Array] = field(default_factory=dict)
+    """More columns of the manifest's rows: who calibrates, what people said, an estimate."""
+    to_review: list[dict[str, Any]] | None = None
+    """What a person should look at, in order."""
 
     @property
     def report(self) -> dict[str, Any]:
@@ -204,10 +215,28 @@ def judge(
     if decision.score in corpus.late:
         others = np.empty(0) if calibration is None else calibration.columns[decision.score]
         judged_N = np.where(corpus.is_beneath, _floor(decision, score_N, others), score_N)
+    if isinstance(decision, EmpiricalNull):
+        about = {"groups": copies(corpus.content_hash, corpus.captions) if looks_at_captions else group_id}
+        if (beneath := corpus.beneath(decision.score, score_N)) is not None:
+            about["beneath"] = beneath
     verdict = decision.decide(judged_N.astype(np.float32), clean, corpus.sample_ids, **about)
     verdict, shift = _shifted(judging, decision, verdict, corpus, calibration)
     verdict = replace(verdict, report={**verdict.report, "shift": shift, "made": facts})
-    return Judged(verdict, score_N, made, group_id, _findings(judging, corpus, verdict))
+    return Judged(verdict, score_N, made, group_id, findings_of(judging, corpus, verdict))
+
+
+def with_made(
+    judging: Judging, corpus: Scored, calibration: Scored | None, covariates: Sequence[str]
+) -> tuple[Scored, Scored | None, dict[str, Any]]:
+    """Both with the columns that are made of others among their own, and what normalising did.
+
+    Calibration samples that taught the classifier have no score by it.
+    """
+    made, clean_made, _, facts = _made(judging, corpus, calibration, covariates)
+    corpus = replace(corpus, columns={**corpus.columns, **made})
+    if calibration is not None:
+        calibration = replace(calibration, columns={**calibration.columns, **clean_made})
+    return corpus, calibration, facts
 
 
 def _floor(decision: Decision, *scores: Scores) -> float:
@@ -347,7 +376,7 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _findings(judging: Judging, corpus: Scored, verdict: Verdict) -> list[Finding]:
+def findings_of(judging: Judging, corpus: Scored, verdict: Verdict) -> list[Finding]:
     if judging.grouping is None:
         return []
     rows = Rows(

@@ -4,6 +4,7 @@
                                       clock time
     <folder>/manifest/<shard>.parquet rows in the order of their sample ids; the files' order is theirs too
     <folder>/flagged.txt              sample ids of the flagged, one a line
+    <folder>/to_review.jsonl          samples to look at, in order, where the corpus calibrates itself (calibration.py)
 
 Equal runs give equal bytes. There is a manifest where there is a manifest.json, and rows whose digests it does not name
 are none of its own: a decision that was stopped half-way, or made by two at once, is not read. The manifest is the
@@ -142,14 +143,19 @@ class Manifest:
         cut = f", {len(counts['truncated_shards']):,} shards end early" if counts["truncated_shards"] else ""
         dropped = ", ".join(self.info.get("left_out", ()))
         left_out = f"; left out, as they could not be fitted: {dropped}" if dropped else ""
+        rule = decision["rule"] + (f", {decision['mode']}" if decision.get("mode") else "")
         return (
             f"{counts['flagged']:,} of {counts['scored']:,} samples flagged by {decision['score']} "
-            f"({decision['rule']}); {unreadable:,} unreadable{cut}{left_out} -> {self.folder}\n{decision['message']}"
+            f"({rule}); {unreadable:,} unreadable{cut}{left_out} -> {self.folder}\n{decision['message']}"
         )
 
 
 def write_manifest(
-    folder: Place, shards: Iterable[tuple[str, pa.Table]], info: dict[str, Any], findings: list[Any] | None = None
+    folder: Place,
+    shards: Iterable[tuple[str, pa.Table]],
+    info: dict[str, Any],
+    findings: list[Any] | None = None,
+    to_review: list[dict[str, Any]] | None = None,
 ) -> Manifest:
     """Write rows, findings and description; `shards` gives each shard's rows, in the order of the shards' sample ids.
 
@@ -177,6 +183,10 @@ def write_manifest(
     write_atomically(folder / "flagged.txt", "".join(f"{json.dumps(i)[1:-1]}\n" for i in flagged))
     if findings is not None:
         write_json(folder / "findings.json", {"findings": findings})
+    if to_review is not None:
+        write_atomically(folder / "to_review.jsonl", "".join(f"{json.dumps(one)}\n" for one in to_review))
+    else:
+        (folder / "to_review.jsonl").unlink(missing_ok=True)  # of another decision
     write_json(folder / "manifest.json", info)
     return Manifest(folder, info)
 

@@ -31,6 +31,8 @@ BLOCK = 1024
 """Candidates compared with all others at once."""
 LEAST_SEEDS, MOST_SEEDS = 20, 2000
 """Seeds that are amplified."""
+NO_COMPANY = -1.5
+"""Company below it is that of no candidate."""
 
 
 @dataclass(frozen=True, eq=False)

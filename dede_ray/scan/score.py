@@ -74,6 +74,7 @@ from dede_ray.runtime.config import Config, Mistake, as_settings, explain, read_
 from dede_ray.runtime.lease import leased
 from dede_ray.runtime.session import start_ray
 from dede_ray.runtime.store import Place, place, write_atomically
+from dede_ray.scan.calibration import CalibrationConfig, FromCorpus, judge_by_itself
 from dede_ray.scan.decisions import NO_BINS, CleanMean, Conformal, Decision, PoolMedian, lacks_calibration
 from dede_ray.scan.judge import AMPLIFIED, CLASSIFIER, COMBINED, COMPANY, FAIR, Judged, Judging, Scored, judge
 from dede_ray.scan.manifest import DECISION_COLUMNS, Manifest, write_manifest
@@ -85,6 +86,7 @@ from dede_ray.scan.overlap import (
     require_apart,
     require_other_shards,
 )
+from dede_ray.scan.reviews import read_reviews
 
 logger = logging.getLogger(__name__)
 
@@ -151,9 +153,10 @@ class ScoreConfig(Config):
     detectors: list[Detector] = Field(min_length=1)
     fitting: Fitting = Fitting()
     second_stage: SecondStage | None = None
-    calibration: str | list[str] | None = None
+    calibration: CalibrationConfig = None
     """Clean shards for conformal decisions. What has seen the corpus must have seen them alike: where the victim and
-    the decoder learnt the corpus, they learnt these too, unmarked; where they did not, they did not."""
+    the decoder learnt the corpus, they learnt these too, unmarked; where they did not, they did not. Who has none
+    draws them from the corpus, and looks at some: {from_corpus: 5000, reviewed: reviews.jsonl}."""
     overlap: Literal["refuse", "leave_out"] = "refuse"
     """What to do where calibration samples show pictures of the corpus, byte for byte: stop, or calibrate without
     these."""
@@ -293,13 +296,15 @@ def resolve(config: ScoreConfig) -> Inputs:
     if source is None:
         if not config.shards:
             raise Mistake("nothing to score: name `shards` to read, or `embeddings` of an earlier run")
-        shards, calibration = _found(config.shards, config), _found(config.calibration, config)
+        shards = _found(config.shards, config)
+        calibration = [] if isinstance(config.calibration, FromCorpus) else _found(config.calibration, config)
     else:
         lacking = [one.label for one in [*detectors, *second] if "image" in one.needs]
         if lacking:
             raise Mistake(f"{', '.join(lacking)} look at images, and stored embeddings have none; name shards instead")
         shards = shards_of_pass(source / "scores")
         is_calibrated = (source / "calibration" / "pass.json").is_file()
+        is_calibrated &= not isinstance(config.calibration, FromCorpus)
         calibration = shards_of_pass(source / "calibration") if is_calibrated else []
     fits = any(one.fits for one in [*detectors, *second])
     clean = _found(config.fitting.clean, config) if fits else []
@@ -366,9 +371,10 @@ def _check_decision(inputs: Inputs) -> None:
         raise Mistake(NO_BINS)
     if inputs.second:
         _ = inputs.chosen_by
-    if inputs.calibration:
+    by_itself = inputs.config.calibration
+    if inputs.calibration or (isinstance(by_itself, FromCorpus) and by_itself.from_corpus):
         return
-    if decision.needs_calibration:
+    if decision.needs_calibration and not (isinstance(by_itself, FromCorpus) and isinstance(decision, Conformal)):
         raise lacks_calibration(decision.score)
     if judging.classifier:
         raise Mistake(
@@ -857,7 +863,12 @@ class _Deciding:
         calibration = self._scored("calibration", self.calibration) if self.calibration else None
         calibration, num_left_out = self._apart(calibration)
         covariates = [name for name in self.controls if name.startswith("stat_")]
-        judged = judge(self.judging, config.decision, corpus, calibration, covariates, self.looks_at_captions)
+        asked = (self.judging, config.decision, corpus)
+        if isinstance(config.calibration, FromCorpus):
+            reviews = read_reviews(config.calibration.reviewed)
+            judged = judge_by_itself(*asked, config.calibration, reviews, covariates, self.looks_at_captions)
+        else:
+            judged = judge(*asked, calibration, covariates, self.looks_at_captions)
         if num_left_out:
             judged.report["num_calibration_in_corpus"] = num_left_out
         made_with = self.made_with
@@ -885,7 +896,7 @@ class _Deciding:
             },
         }
         findings = [asdict(one) for one in judged.findings]
-        return write_manifest(self.output, self._rows(judged), info, findings).info
+        return write_manifest(self.output, self._rows(judged), info, findings, judged.to_review).info
 
     def _apart(self, calibration: Scored | None) -> tuple[Scored | None, int]:
         """The calibration samples, without those whose picture is in the corpus if the settings want that; how many
@@ -975,6 +986,8 @@ class _Deciding:
                 table = table.append_column(pa.field(column, pa.float32()), pa.array(found, pa.float32()))
             for (name, kind), value in zip(DECISION_COLUMNS, values, strict=True):
                 table = table.append_column(pa.field(name, kind), pa.array(value, kind, from_pandas=True))
+            for name, column in judged.extra.items():
+                table = table.append_column(pa.field(name, column.type), column[here])
             yield shard.name, table.append_column("error", error)
 
     def _second_scores(self, name: str, shards: list[Shard]) -> tuple[dict[tuple[str, str], float], set[str]]:
