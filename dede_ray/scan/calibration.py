@@ -48,6 +48,7 @@ import pyarrow as pa
 import yaml
 from numpy.typing import NDArray
 from pydantic import Discriminator, Field, Tag
+from scipy.special import betaincinv
 from tyro.constructors import PrimitiveConstructorSpec
 
 from dede_ray.data.sampling import sample_keys
@@ -158,11 +159,7 @@ def most_share(num_found: int, num_looks: int, confidence: float = CONFIDENCE) -
     The largest p for which num_found or fewer of num_looks independent samples come with a probability of at least
     1 - confidence. For a draw without replacement, as here, it errs on the safe side.
     """
-    from scipy.stats import binomtest  # slow to import
-
-    if not num_looks:
-        return 1.0
-    return float(binomtest(num_found, num_looks, alternative="less").proportion_ci(confidence, "exact").high)
+    return 1.0 if num_found >= num_looks else float(betaincinv(num_found + 1, num_looks - num_found, confidence))
 
 
 def drawn_by_content(names: Sequence[str | None], num: int, seed: int) -> NDArray[np.bool_]:
@@ -334,7 +331,7 @@ def doubts(whole: _Corpus, null: Verdict, is_drawn: NDArray[np.bool_], to_look: 
     )
     assert null.local_fdr is not None
     explained = float((1 - null.local_fdr[to_look]).sum())
-    if struck.size > explained + 3 * np.sqrt(max(explained, 1.0)):
+    if struck.size > 2 * explained + 3 * np.sqrt(max(explained, 1.0)):  # the estimate errs on the low side
         found.append(
             f"{struck.size:,} of {to_look.size:,} calibration samples were struck out, where the scores of the corpus "
             f"explain about {explained:.0f}: {risk}"

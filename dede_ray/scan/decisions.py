@@ -443,9 +443,10 @@ class PoolMedian(Rule):
 class EmpiricalNull(Rule):
     """A list without calibration samples: the bulk of the corpus says how clean samples score. An estimate, no promise.
 
-    Where the column tells candidates apart (company, the second stage), the clean ones among them are normal on the
-    power scale that makes their middle so, the 5 to 70 % quantiles (Efron's central matching, by quantiles); of all
-    other columns, the share above a score falls beyond the highest 5 % as it did from 25 to 5 % (`Fusion`'s tail).
+    Of most columns, the share above a score falls beyond the highest 5 % as it did from 25 to 5 % (`Fusion`'s tail).
+    Where a column tells candidates apart (company, the second stage), much of it may be poison: the clean ones are the
+    lower of two normal groups if there are two, or else one group that is normal in its middle (Efron's central
+    matching, by quantiles).
     P-values come from that null, the list from Benjamini-Hochberg, and the local false discovery rate is the null's
     density over that of all, as the p-values' falling density estimates it (Grenander). All of it hangs on the shape
     of the tail, which nothing here can check: look at a random sample of the list.
@@ -690,27 +691,23 @@ def null_p_values(score: ArrayLike, are_candidates: bool) -> NDArray[np.float64]
     """How often a clean sample would score as high, if the bulk is clean; see `EmpiricalNull`. (M,), 1 for all where
     the bulk has one score."""
     score = np.asarray(score, np.float64)
-    tenth, median, most = np.quantile(score, [0.1, 0.5, 0.7]) if score.size else (0, 0, 0)
-    if score.size < LEAST_BULK or not tenth < median < most:
+    if score.size < LEAST_BULK or not np.ptp(np.quantile(score, [0.1, 0.6])):
         return np.ones(score.size)
     if not are_candidates:
         tail = Fusion(columns=("score",))
         return special.ndtr(-tail.normal_score(tail.fit({"score": score}), "score", score))
-    normal = special.ndtri(np.linspace(0.05, 0.7, 27))
-    middle = np.quantile(score, np.linspace(0.05, 0.7, 27))
+    from sklearn.mixture import GaussianMixture  # slow to import
 
-    def fitted(power: float) -> tuple[float, NDArray[np.float64]]:
-        """How far the middle is from normal on this scale, and all scores on it."""
-        scaled, all_scaled = (_power((one - median) / (median - tenth), power) for one in (middle, score))
-        spread, centre = np.polyfit(normal, scaled, 1)
-        return float(np.square((scaled - centre) / spread - normal).sum()), (all_scaled - centre) / spread
-
-    return special.ndtr(-min((fitted(power) for power in np.linspace(-1, 1, 41)), key=lambda one: one[0])[1])
-
-
-def _power(value: NDArray[np.float64], power: float) -> NDArray[np.float64]:
-    """Rising with the value; bent up by a positive power, down by a negative one."""
-    return value if power == 0 else np.expm1(np.clip(power * value, -30, 30)) / power
+    column, starts = score[:, None], np.quantile(score, [0.25, 0.95])[:, None]
+    one, two = GaussianMixture(1).fit(column), GaussianMixture(2, means_init=starts, random_state=0).fit(column)
+    centres, spreads = two.means_[:, 0], np.sqrt(two.covariances_[:, 0, 0])
+    are_apart = np.ptp(centres) > 3 * np.sqrt(np.square(spreads).mean())  # Ashman's D
+    if are_apart and two.bic(column) < one.bic(column):
+        lower = int(centres.argmin())
+        return special.ndtr(-(score - centres[lower]) / spreads[lower])
+    share = np.linspace(0.05, 0.6, 23)
+    spread, centre = np.polyfit(special.ndtri(share), np.quantile(score, share), 1)
+    return special.ndtr(-(score - centre) / spread)
 
 
 def local_false_discovery_rate(p_value: ArrayLike) -> NDArray[np.float64]:
