@@ -46,6 +46,7 @@ from dede_ray.metrics import roc_curve
 from dede_ray.models.decoder import load_decoder
 from dede_ray.models.victims import Victim
 from dede_ray.runtime.config import Mistake
+from dede_ray.scan.calibration import MODES
 from dede_ray.scan.score import ScoreConfig
 
 # Shapes: B images of the gallery, L patches.
@@ -395,7 +396,7 @@ def _verdict_section(metrics: Numbers) -> str:
     return f"""
 <section aria-labelledby="verdict">
 <h2 id="verdict">The verdict</h2>{void}
-<p class="lead">{_headline(metrics)}</p>{about}
+<p class="lead">{_headline(metrics)}</p>{_mode(metrics["decision"])}{about}
 <div class="tiles">{"".join(tiles)}</div>
 <p class="small">The victim <strong>{word}</strong>: {escape(gate["reason"])}. CA is the accuracy on clean test images,
 ASR the share of triggered test images taken for the target.{decided}</p>
@@ -409,7 +410,7 @@ def _headline(metrics: Numbers) -> str:
     if q is not None and decision["certified"]:
         words += f", with a declared false-discovery rate of at most {q:.0%}"
     elif q is not None:
-        words += "; the declared error rate could not be certified"
+        words += "; no error rate can be promised for this list"
     else:
         words += f" by the rule &ldquo;{escape(rule_text(decision))}&rdquo;, which promises no error rate for the list"
     if decision["num_flagged"] and not metrics["void"]:
@@ -419,6 +420,17 @@ def _headline(metrics: Numbers) -> str:
             f"({_percent(decision['false_discovery_proportion'])})"
         )
     return words + "."
+
+
+def _mode(decision: Numbers) -> str:
+    """What kind of list it is, and what audits say of it."""
+    mode = decision.get("mode")
+    if mode not in MODES:
+        return ""
+    audits = [one["said"] for one in decision.get("audit", {}).values() if one["num_looked_at"]]
+    lines = [f"The list is <strong>{mode}</strong>: {escape('; '.join([MODES[mode], *audits]))}."]
+    lines += [f"<strong>Warning:</strong> {_text(one)}." for one in decision.get("calibration", {}).get("warnings", ())]
+    return "".join(f'\n<p class="small">{line}</p>' for line in lines)
 
 
 def _of_the_list(decision: Numbers) -> str:
@@ -453,6 +465,12 @@ def _trust_section(metrics: Numbers) -> str:
             f'<tr{" class=control" * row["is_control"]}><th scope="row"><code>{escape(name)}</code>{mark}</th>'
             f"<td>{_forest(row)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
         )
+    certified = ""
+    if metrics["decision"]["certified"]:
+        certified = (
+            "<dt>Certified</dt><dd>There were enough clean calibration samples to keep the declared rate, if they "
+            "resemble the clean samples of the corpus.</dd>"
+        )
     return f"""
 <section aria-labelledby="trust">
 <h2 id="trust">Can you trust this number?</h2>
@@ -474,8 +492,7 @@ images. A stamp looks odd to any model; only what the victim adds to that is the
 alone tells the samples apart.</dd>
 <dt>False-discovery rate</dt><dd>The share of a list that is clean, on average. Declared before scoring; the realised
 proportion of this one list may lie above or below it.</dd>
-<dt>Certified</dt><dd>There were enough clean calibration samples to keep the declared rate, if they resemble the clean
-samples of the corpus.</dd></dl></details>
+{certified}</dl></details>
 </section>"""
 
 

@@ -212,7 +212,7 @@ def decision_in_words(metrics: Numbers) -> str:
         )
     words += f"; recall {share_text(decision['recall'])}; "
     if decision["certified"]:
-        return words + "certified"
+        return words + decision.get("mode", "certified")
     return words + (decision["message"] if decision["rule"] == "conformal" else "promises no error rate for the list")
 
 
@@ -221,6 +221,7 @@ def rule_text(decision: Numbers) -> str:
     name, value = {
         "conformal": ("conformal, false-discovery rate declared at most", declared.get("q")),
         "clean_quantile": ("clean quantile, FPR", declared.get("fpr")),
+        "empirical_null": ("empirical null, share of clean samples estimated at most", declared.get("q")),
         "fixed": ("fixed threshold", declared.get("threshold")),
         "assumed_rate": ("assumed poison rate", declared.get("rate")),
         "paper_mean": ("mean of the calibration scores (DeDe's text)", None),

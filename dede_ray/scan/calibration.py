@@ -70,6 +70,13 @@ LEAST_ALIKE = 10
 """Samples with which others can be compared."""
 Rows = NDArray[np.int64]
 Mode = Literal["certified", "trimmed", "audited", "ranked"]
+MODES: dict[str, str] = {
+    "certified": "calibrated by samples that are known to be clean",
+    "trimmed": "calibrated by samples of the corpus, of which a person struck out the poisoned ones among the highest",
+    "audited": "an estimate; a person looked at a random sample of it, which bounds how much of it is clean",
+    "ranked": "an order and an estimate, without any promise",
+}
+"""What each mode means, for pages and summaries."""
 
 
 class FromCorpus(Config):

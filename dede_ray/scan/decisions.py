@@ -492,8 +492,9 @@ def lacks_calibration(score: str, found: str = "none") -> Mistake:
     """The mistake of a rule that compares with clean samples and has none."""
     return Mistake(
         f"this decision needs {score} scores of calibration samples, found {found}; score a set of clean samples that "
-        "nothing was fitted on and name it as calibration, or choose a decision that needs none: kind fixed (a "
-        "threshold) or assumed_rate (a poison rate)"
+        "nothing was fitted on and name it as calibration, or have some drawn from the corpus, calibration: "
+        "{from_corpus: 5000}, and look at them; or choose a decision that needs none: kind fixed (a threshold) or "
+        "assumed_rate (a poison rate)"
     )
 
 

@@ -208,7 +208,8 @@ def _summarise(config: SiftConfig, counts: dict[str, Any], manifest: Manifest) -
         summary += f" -> {config.output}"
     decision = manifest.info["decision"]
     if config.drop.kind == "flagged" and not decision["certified"]:
-        summary += f"\nwarning: the manifest's decision certifies nothing: {decision['message']}"
+        mode = f" ({decision['mode']})" if decision.get("mode") else ""
+        summary += f"\nwarning: the manifest's decision{mode} certifies nothing: {decision['message']}"
     elif config.drop.kind == "flagged" and not manifest.info["counts"]["flagged"]:
         summary += "\nthe manifest flags nothing"
     return summary

@@ -47,7 +47,7 @@ from dede_ray.scan.fusion import Fusion
 from dede_ray.scan.judge import Judging
 from dede_ray.scan.manifest import Manifest, read_manifest
 from dede_ray.scan.pool import Amplify, Classifier, Company
-from dede_ray.scan.score import Fitting, ScoreConfig, SecondStage, highest, resolve, score
+from dede_ray.scan.score import Fitting, ScoreConfig, SecondStage, highest, resolve, score, settings_of
 
 STATISTICS = [
     f"stat_{name}"
@@ -147,7 +147,7 @@ def test_the_counts_and_the_summary_are_those_of_the_rows(scored):
     assert counts["flagged"] == sum(row["flagged"] for row in rows(scored))
     assert scored.info["decision"]["num_calibration"] == 60
     assert scored.info["controls"] == ["dede_null", *STATISTICS]
-    said = f"{counts['flagged']} of 43 samples flagged by dede_reverse (conformal); 2 unreadable"
+    said = f"{counts['flagged']} of 43 samples flagged by dede_reverse (conformal, certified); 2 unreadable"
     assert scored.summary().startswith(said)
 
 
@@ -485,6 +485,38 @@ def test_without_calibration_there_is_a_ranking(local_ray, small):
     assert [row["rank"] for row in by_score] == [*range(1, 21)]
     assert {row["p_value"] for row in by_score} == {None}
     assert {row["poisoned_at_least"] for row in by_score} == {0}
+
+
+def test_without_clean_samples_looks_decide_again_and_nothing_is_scored_again(local_ray, small, tmp_path):
+    looks, about = tmp_path / "looks.jsonl", {"from_corpus": 10, "looks": 4, "audit": 3}
+    config = {"calibration": about, "decision": Conformal(q=0.5), "shards": [small().shards, small().calibration]}
+    before = score(small(**config))
+    parts_before = parts(before.folder)
+    decision = before.info["decision"]
+    assert (decision["mode"], decision["certified"]) == ("ranked", False)
+    assert "(empirical_null, ranked)" in before.summary()
+    assert "certified" not in before.summary()
+    to_review = [json.loads(line) for line in (before.folder / "to_review.jsonl").read_text().splitlines()]
+    assert [row["place"] for row in to_review if row["why"] == "calibration"] == [1, 2, 3, 4]
+    assert {row["verdict"] for row in to_review} == {None}
+    assert {row["calibrates"] for row in rows(before)} == {False}  # in an estimate all are judged
+
+    said = {"who": "ada", "when": "2026-03-01T10:00:00Z"}
+    lines = [{"sample_id": row["sample_id"], "verdict": "clean", **said} for row in to_review]
+    lines[0]["verdict"] = "poisoned"
+    looks.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    after = score(small(**{**config, "calibration": {**about, "reviewed": str(looks)}}))
+    assert parts(after.folder) == parts_before
+    decision = after.info["decision"]
+    assert (decision["mode"], decision["num_calibration"], decision["calibration"]["struck"]) == ("trimmed", 9, 1)
+    assert sum(row["calibrates"] for row in rows(after)) == 9
+    assert lines[0]["sample_id"] in after.flagged
+    assert (after.folder / "flagged.txt").read_text().splitlines() == after.flagged
+    assert {row["reviewed"] for row in rows(after)} == {None, "clean", "poisoned"}
+    assert settings_of(after).calibration.reviewed == str(looks)
+
+    score(small(shards=config["shards"], calibration=None, decision=AssumedPoisonRate(rate=0.1)))
+    assert not (after.folder / "to_review.jsonl").exists()
 
 
 # --- mistakes
