@@ -192,7 +192,7 @@ class _Corpus:
     groups: Sequence[str]
     """What copies share, as far as the score sees."""
     said: NDArray[np.str_]
-    """(N,): poisoned, clean, unsure, or nothing. A look at one copy is a look at all."""
+    """(N,): poisoned, clean, unsure, or nothing. A look at one copy is a look at all of them."""
 
     def by_key(self, among: NDArray[np.bool_], salt: int) -> Rows:
         """Rows in the order of their keys, which nobody's look changes."""
@@ -245,9 +245,8 @@ def judge_by_itself(
     to_look, is_struck = whole.highest(is_drawn)[: settings.looks], is_drawn & (whole.said == "poisoned")
     is_trimmed = to_look.size > 0 and bool((whole.said[to_look] != "").all())
     verdict, is_judged, why = null, np.ones(len(corpus), bool), "nobody has clean samples"
-    if isinstance(decision, EmpiricalNull) or not decision.needs_calibration:
-        verdict = judge(plain, decision, corpus, None, *rest).verdict
-        why = ""
+    if not decision.needs_calibration:
+        verdict, why = judge(plain, decision, corpus, None, *rest).verdict, ""
     elif is_trimmed or not isinstance(decision, Conformal):
         kept = None if drawn is None else drawn.part(~is_struck[is_drawn])
         tried = judge(plain, decision, others, kept, *rest).verdict
@@ -297,8 +296,8 @@ def judge_by_itself(
     }
     wanted = {"calibration": to_look, **{name: rows for name, (_, rows) in audits.items()}}
     to_review = [
-        {"sample_id": corpus.sample_ids[row], "why": why, "place": place, "verdict": str(whole.said[row]) or None}
-        for why, rows in wanted.items()
+        {"sample_id": corpus.sample_ids[row], "why": role, "place": place, "verdict": str(whole.said[row]) or None}
+        for role, rows in wanted.items()
         for place, row in enumerate(rows.tolist(), 1)
     ]
     made = {name: corpus.columns[name] for name in judging.made}
@@ -407,10 +406,8 @@ def _message(
     else:
         if why and why != said[0]:
             said.insert(0, why)
-        claim = (
-            "a sample of the list was looked at" if mode == "audited" else "nobody has looked, so nothing is promised"
-        )
-        said.append(f"{mode}: {claim}")
+        claims = {"audited": "a person looked at a sample of it", "ranked": "too few looks for any promise"}
+        said.append(f"{mode}: {claims[mode]}")
     said += [str(audit) for audit, _ in audits.values() if audit.num_drawn and audit.num_looked_at]
     if num_left:
         said.append(
