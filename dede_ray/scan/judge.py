@@ -377,6 +377,7 @@ def _number(value: float) -> float | None:
 
 
 def findings_of(judging: Judging, corpus: Scored, verdict: Verdict) -> list[Finding]:
+    """What belongs together, as `Judging.grouping` asks; nothing without it."""
     if judging.grouping is None:
         return []
     rows = Rows(

@@ -45,6 +45,18 @@ def test_a_victim_that_passes_the_gate_is_not_void(scan, world, metrics):
     assert "Void" not in page
 
 
+def test_the_page_says_what_kind_of_list_it_is_and_the_word_certified_only_where_it_is_true(scan, metrics):
+    audit = {"list": {"said": "30 of 30 drawn looked at: at most 9.5% of this list is clean", "num_looked_at": 30}}
+    more = {"certified": False, "mode": "audited", "audit": audit, "calibration": {"warnings": ["<b>look again</b>"]}}
+    for mode, certified in (("audited", False), ("ranked", False), ("trimmed", True), ("certified", True)):
+        decision = {**metrics["decision"], **more, "mode": mode, "certified": certified}
+        page, _ = draw_page(scan, {**metrics, "decision": decision}, {"poisoned": [], "clean": []})
+        assert f"The list is <strong>{mode}</strong>" in page
+        assert "at most 9.5% of this list is clean" in page
+        assert "&lt;b&gt;look again&lt;/b&gt;" in page
+        assert certified or "certified" not in page.lower()
+
+
 def test_captions_of_strangers_are_text_on_the_page(report):
     source, page = (report / "report.html").read_text(), Page(report / "report.html")
     assert EVIL in page.text
