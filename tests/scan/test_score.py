@@ -502,7 +502,7 @@ def test_without_clean_samples_looks_decide_again_and_nothing_is_scored_again(lo
     assert {row["calibrates"] for row in rows(before)} == {False}  # in an estimate all are judged
 
     said = {"who": "ada", "when": "2026-03-01T10:00:00Z"}
-    lines = [{"sample_id": row["sample_id"], "verdict": "clean", **said} for row in to_review]
+    lines = [{"sample_id": row["sample_id"], "verdict": "clean", **said} for row in to_review[:4]]
     lines[0]["verdict"] = "poisoned"
     looks.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     after = score(small(**{**config, "calibration": {**about, "reviewed": str(looks)}}))
