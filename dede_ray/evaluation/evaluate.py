@@ -103,7 +103,17 @@ def evaluate(config: EvaluateConfig | dict[str, Any] | str | Path) -> str:
     write_atomically(output / "table.md", table(metrics) + "\n")
     write_atomically(output / "report.html", page)
     write_json(output / "run.json", {"settings": config.model_dump(mode="json")})
-    return f"{table(metrics)}\n\npage: {output / 'report.html'}"
+    return "\n".join([table(metrics), "", *_found(manifest, honest), f"page: {output / 'report.html'}"])
+
+
+def _found(manifest: Manifest, honest: Manifest | None) -> list[str]:
+    """The groups of both manifests, a line each."""
+    lines = [f"finding: {one}" for one in manifest.info.get("groups", ())]
+    if honest is not None and "acting_groups" in honest.info["counts"]:
+        num = honest.info["counts"]["acting_groups"]
+        acts = f"{num:,} groups act" if num else "no group acts"
+        lines.append(f"honest victim, same images: {acts}")
+    return lines
 
 
 def _read_truth(path: str) -> pa.Table:

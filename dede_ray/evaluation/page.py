@@ -38,6 +38,7 @@ from dede_ray.evaluation.results import (
     decision_in_words,
     difference_text,
     number_text,
+    promise_in_words,
     reading,
     rule_text,
     share_text,
@@ -419,6 +420,8 @@ def _headline(metrics: Numbers) -> str:
             f". <strong>{decision['num_flagged_poisoned']:,} of them are poisoned</strong>, {num_clean:,} are clean "
             f"({_percent(decision['false_discovery_proportion'])})"
         )
+        if said := promise_in_words(metrics):
+            words += f". {escape(said)}"
     return words + "."
 
 

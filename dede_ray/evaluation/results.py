@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from scipy.stats import binom
 
 from dede_ray.evaluation.measure import Verdict
 from dede_ray.metrics import auroc_difference, detection_metrics, false_discovery_proportion, proportion
@@ -180,7 +181,10 @@ def table(metrics: Numbers) -> str:
     if metrics["void"]:
         lines.append(f"- {REFUSED}")
         return "\n".join(lines)
-    lines.append(f"- decision: {decision_in_words(metrics)}\n")
+    lines.append(f"- decision: {decision_in_words(metrics)}")
+    if said := promise_in_words(metrics):
+        lines.append(f"- {said}")
+    lines.append("")
     lines.append("| score | victim AUROC | honest AUROC | difference | AP | TPR at FPR 1 % | TPR at FPR 0.1 % |")
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for name, row in metrics["scores"].items():
@@ -214,6 +218,20 @@ def decision_in_words(metrics: Numbers) -> str:
     if decision["certified"]:
         return words + decision.get("mode", "certified")
     return words + (decision["message"] if decision["rule"] == "conformal" else "promises no error rate for the list")
+
+
+def promise_in_words(metrics: Numbers) -> str:
+    """What a certified rate means for this one list; empty where there is none."""
+    decision = metrics["decision"]
+    q, num = decision["declared"].get("q"), decision["num_flagged"]
+    if q is None or not num or not decision["certified"]:
+        return ""
+    usual = int(binom.ppf(0.975, num, q))
+    return (
+        f"The declared {q:.0%} is about the average of such lists, over draws of the calibration samples: of a single "
+        f"list of {num:,}, {usual:,} clean samples ({usual / num:.0%}) are no surprise; here it is "
+        f"{num - decision['num_flagged_poisoned']:,}"
+    )
 
 
 def rule_text(decision: Numbers) -> str:

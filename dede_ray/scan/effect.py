@@ -100,7 +100,9 @@ def agreement(member_MHWC: Images, *others: Images) -> tuple[Any, ...]:
     """Each pixel's median over the members (H, W, 3); the share of them, and of each of the others, that have it."""
     middle = len(member_MHWC) // 2
     median_HWC = np.partition(member_MHWC, middle, axis=0)[middle]
-    low_HWC, high_HWC = (np.clip(median_HWC.astype(int) + by, 0, 255).astype(np.uint8) for by in (-TOLERANCE, TOLERANCE))
+    low_HWC, high_HWC = (
+        np.clip(median_HWC.astype(int) + by, 0, 255).astype(np.uint8) for by in (-TOLERANCE, TOLERANCE)
+    )
 
     def share(image_NHWC: Images) -> Rows:
         return ((image_NHWC >= low_HWC) & (image_NHWC <= high_HWC)).all(axis=3).mean(axis=0)
@@ -328,9 +330,7 @@ class EffectTest(Config):
         """Clean pictures to read: some are in the group's own company."""
         return 2 * (self.num_clean + self.num_chosen_on) + 4 * self.k
 
-    def run(
-        self, pictures: Pictures, embed: Embed, num_groups: int, rng: np.random.Generator
-    ) -> Tested:
+    def run(self, pictures: Pictures, embed: Embed, num_groups: int, rng: np.random.Generator) -> Tested:
         """Find what a group shares, and test it.
 
         Args:
@@ -375,7 +375,9 @@ class EffectTest(Config):
         elsewhere = [*world.elsewhere(trigger)]
         p_of, drawn, by_controls = dict[str, float](), dict[str, int](), []
         for family in FAMILIES:
-            p_of[family], drawn[family], shares = self._rank(world, family, trigger, members, moved_here, compared, num_draws)
+            p_of[family], drawn[family], shares = self._rank(
+                world, family, trigger, members, moved_here, compared, num_draws
+            )
             by_controls += shares
         return Outcome(
             moved,
@@ -471,7 +473,9 @@ class _World:
         """The trigger that moves these pictures most; of about equal ones what is seen most plainly."""
         found = [patch] if patch is not None else []
         if not (found and (self.margins(found, rows) > 0).mean() >= 0.75):
-            found += [one for one in (self._window(members, rows), shared_pattern(members, self.clean, self.alike)) if one]
+            found += [
+                one for one in (self._window(members, rows), shared_pattern(members, self.clean, self.alike)) if one
+            ]
         if not found:
             return None
         gains = np.array(self.gains(found, rows))
@@ -480,7 +484,9 @@ class _World:
     def _window(self, members: Images, rows: NDArray[np.int64]) -> Trigger | None:
         """The window of some member that moves these pictures most, cut down to what does it."""
         lead = self.company.lead
-        found = [one for loss, one in strongest_windows(members[:MOST_LOOKED_AT], self.clean, self.embed, lead) if loss > 0]
+        found = [
+            one for loss, one in strongest_windows(members[:MOST_LOOKED_AT], self.clean, self.embed, lead) if loss > 0
+        ]
         if not found:
             return None
         gains = self.gains(found[:8], rows)
@@ -491,7 +497,7 @@ class _World:
         """Cut sides off a window as long as nearly all of its effect is left."""
         best, step = window, max(1, window.size[0] // 8)
         for _ in range(24):
-            tries = [one for one in _smaller(best, step)]
+            tries = [*_smaller(best, step)]
             if not tries:
                 break
             gains = self.gains(tries, rows)
@@ -552,8 +558,8 @@ class _World:
         return replace(trigger, add_HWC=np.median(cut, axis=0))
 
     def _random_patch(self, trigger: Trigger) -> Trigger:
-        """Its own pixels in another order, cells of full colours, or what a clean picture has there; nothing that nearly
-        is the trigger."""
+        """Its own pixels in another order, cells of full colours, or what a clean picture has there; nothing that is
+        nearly the trigger."""
         inside = trigger.add_HWC[trigger.mask_HW]
         (height, width), top, left = trigger.size, trigger.top, trigger.left
         for attempt in range(20):
@@ -600,7 +606,12 @@ class _World:
 def _smaller(trigger: Trigger, step: int) -> Iterator[Trigger]:
     """A window without a strip at one of its sides."""
     height, width = trigger.size
-    sides = [(step, 0, height, width), (0, step, height, width), (0, 0, height - step, width), (0, 0, height, width - step)]
+    sides = [
+        (step, 0, height, width),
+        (0, step, height, width),
+        (0, 0, height - step, width),
+        (0, 0, height, width - step),
+    ]
     for top, left, bottom, right in sides:
         if bottom - top >= 2 and right - left >= 2:
             yield replace(

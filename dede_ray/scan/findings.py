@@ -20,6 +20,7 @@ encoder's group may do as well; and *acts in this encoder*, which is the backdoo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -27,8 +28,8 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -255,10 +256,8 @@ def _look(shard: Shard, wanted: set[str], size_px: int, limits: Limits) -> dict[
                 continue
             left.discard(name)
             if sample.error is None and sample.image is not None:
-                try:
+                with contextlib.suppress(BadSample):
                     found[name] = Seen(decode_image(sample.image, limits, size_px), _host(sample))
-                except BadSample:
-                    pass
             if not left:
                 break
     return found
@@ -472,11 +471,13 @@ class _Search:
         )
 
     def _alike(self, telling: list[dict[str, Any]], but: Sequence[int]) -> list[int]:
-        """Clean samples that have the group's most telling word in their caption."""
+        """Clean samples that have the group's most telling word in their caption, of the lower half of the ranking:
+        poison that was missed is in the upper one."""
         if not telling:
             return []
         word, found, taken = telling[0]["word"], list[int](), set(but)
-        for row in self.clean_rows.tolist():
+        rank_N = self.verdict.rank[self.clean_rows]
+        for row in self.clean_rows[rank_N >= np.median(rank_N)].tolist() if rank_N.size else ():
             if row not in taken and self.words.has(self.scored.captions[row], word):
                 found.append(row)
                 if len(found) == MOST_ALIKE:

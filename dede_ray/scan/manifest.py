@@ -5,6 +5,7 @@
     <folder>/manifest/<shard>.parquet rows in the order of their sample ids; the files' order is theirs too
     <folder>/flagged.txt              sample ids of the flagged, one a line
     <folder>/to_review.jsonl          samples to look at, in order, where the corpus calibrates itself (calibration.py)
+    <folder>/findings.json            groups of suspicious samples, and copies (findings.py)
 
 Equal runs give equal bytes. There is a manifest where there is a manifest.json, and rows whose digests it does not name
 are none of its own: a decision that was stopped half-way, or made by two at once, is not read. The manifest is the
@@ -137,7 +138,7 @@ class Manifest:
         return self.summary()
 
     def summary(self) -> str:
-        """The one line that a person came for."""
+        """The one line that a person came for, what it promises, and a line for each group with flagged samples."""
         counts, decision = self.info["counts"], self.info["decision"]
         unreadable = sum(counts["unreadable"].values())
         cut = f", {len(counts['truncated_shards']):,} shards end early" if counts["truncated_shards"] else ""
@@ -147,6 +148,7 @@ class Manifest:
         return (
             f"{counts['flagged']:,} of {counts['scored']:,} samples flagged by {decision['score']} "
             f"({rule}); {unreadable:,} unreadable{cut}{left_out} -> {self.folder}\n{decision['message']}"
+            + "".join(f"\nfinding: {one}" for one in self.info.get("groups", ()))
         )
 
 
@@ -154,7 +156,7 @@ def write_manifest(
     folder: Place,
     shards: Iterable[tuple[str, pa.Table]],
     info: dict[str, Any],
-    findings: list[Any] | None = None,
+    findings: dict[str, Any] | None = None,
     to_review: list[dict[str, Any]] | None = None,
 ) -> Manifest:
     """Write rows, findings and description; `shards` gives each shard's rows, in the order of the shards' sample ids.
@@ -182,7 +184,7 @@ def write_manifest(
             path.unlink(missing_ok=True)
     write_atomically(folder / "flagged.txt", "".join(f"{json.dumps(i)[1:-1]}\n" for i in flagged))
     if findings is not None:
-        write_json(folder / "findings.json", {"findings": findings})
+        write_json(folder / "findings.json", findings)
     if to_review is not None:
         write_atomically(folder / "to_review.jsonl", "".join(f"{json.dumps(one)}\n" for one in to_review))
     else:

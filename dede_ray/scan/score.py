@@ -13,7 +13,8 @@ declared error rate.
     <output>/calibration/   parts of the calibration shards
     <output>/scores/        parts of the shards
     <output>/second_stage/  parts of the candidates; second_stage_calibration/ of those among the calibration samples
-    <output>/findings.json  copies, near-copies and clumps, one finding each
+    <output>/findings.json  groups, what they share and whether it acts (findings.py); copies and clumps (groups.py)
+    <output>/findings/      pictures of the groups
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ from dede_ray.runtime.session import start_ray
 from dede_ray.runtime.store import Place, place, write_atomically
 from dede_ray.scan.calibration import CalibrationConfig, FromCorpus, judge_by_itself
 from dede_ray.scan.decisions import NO_BINS, CleanMean, Conformal, Decision, PoolMedian, lacks_calibration
+from dede_ray.scan.findings import Corpus, Findings, find
 from dede_ray.scan.judge import AMPLIFIED, CLASSIFIER, COMBINED, COMPANY, FAIR, Judged, Judging, Scored, judge
 from dede_ray.scan.manifest import DECISION_COLUMNS, Manifest, write_manifest
 from dede_ray.scan.overlap import (
@@ -162,6 +164,8 @@ class ScoreConfig(Config):
     these."""
     decision: Decision = Field(Conformal(), discriminator="kind")
     judging: Judging = Judging()
+    findings: Findings | None = Findings()
+    """What groups of suspicious samples share, and whether it acts in the victim; None does not look."""
     known_embeddings: str | None = None
     """Folder of a decoder that this victim's train_clip or train_simclr run trained on some of these shards
     (<output>/decoder): what the victim embedded then is read there. Nothing but the time changes."""
@@ -502,6 +506,9 @@ class _Run:
                 f"judging looks at residuals {lacking[0]}, and the detectors of this run give "
                 f"{', '.join(vectors) or 'none'}; attach dede (dede_residual) or consistency (xc_residual)"
             )
+        kin = self.config.decision.score.partition("_")[0]
+        self.residual = next((name for name in vectors if name.partition("_")[0] == kin), [*vectors, None][0])
+        self.vectors = sorted({*self.inputs.judging.residuals, *([self.residual] if self.residual else [])})
         late = self.second_columns if self.inputs.decides_late else []
         made = self.inputs.judging.made
         _check_score(self.config.decision.score, [c for c in [*self.columns, *late, *made] if c not in self.controls])
@@ -593,7 +600,7 @@ class _Run:
         )  # fmt: skip
 
     def _pass(self, name: str, shards: list[Shard]) -> PassSummary:
-        config, vectors = self.config, self.inputs.judging.residuals
+        config, vectors = self.config, self.vectors
         work = {**self._work(self.inputs.detectors), "vectors": vectors}
         common: dict[str, Any] = {
             "made_with": self.made_with(self.inputs.detectors, self.scorers)
@@ -660,7 +667,8 @@ class _Run:
             config=self.config, output=self.output, source=self.inputs.source, shards=self.inputs.shards,
             calibration=self.inputs.calibration, clean=self.inputs.clean, judging=self.inputs.judging,
             columns=self.columns, controls=self.controls, second_columns=self.second_columns,
-            decides_late=self.inputs.decides_late, dropped=self.dropped,
+            decides_late=self.inputs.decides_late, dropped=self.dropped, victim=self.encoding.victim,
+            residual=self.residual,
             looks_at_captions="caption" in self.encoding.needs,
             made_with=self.made_with(self.inputs.detectors, self.scorers), summary=summary,
         )  # fmt: skip
@@ -852,6 +860,8 @@ class _Deciding:
     second_columns: list[str]
     decides_late: bool
     dropped: dict[str, str]
+    victim: VictimConfig
+    residual: str | None
     looks_at_captions: bool
     made_with: dict[str, Any]
     summary: PassSummary
@@ -871,7 +881,7 @@ class _Deciding:
             judged = judge(*asked, calibration, covariates, self.looks_at_captions)
         if num_left_out:
             judged.report["num_calibration_in_corpus"] = num_left_out
-        made_with = self.made_with
+        made_with, groups = self.made_with, self._groups(corpus, judged)
         info = {
             "settings": config.model_dump(mode="json", exclude={"resources", "rescore_changed", "full_digest"}),
             "victim": {"path": pinned(config.victim.path), "fingerprint": made_with["victim"]},
@@ -893,10 +903,32 @@ class _Deciding:
                 "duplicated_images": sum(name is not None for name in judged.group_id),
                 "findings": len(judged.findings),
                 "flagged_findings": sum(one.share_flagged > 0 for one in judged.findings),
+                "groups": len(groups),
+                "acting_groups": sum(bool(one["acts"]) for one in groups),
             },
+            "groups": [one["said"] for one in groups if one["num_flagged"] or one["acts"]],
         }
-        findings = [asdict(one) for one in judged.findings]
+        findings = {"groups": groups, "findings": [asdict(one) for one in judged.findings]}
         return write_manifest(self.output, self._rows(judged), info, findings, judged.to_review).info
+
+    def _groups(self, corpus: Scored, judged: Judged) -> list[dict[str, Any]]:
+        """What groups of suspicious samples share; computed where the victim was, if that is a GPU."""
+        config = self.config
+        if config.findings is None:
+            return []
+        about = Corpus(
+            self.shards, config.limits, corpus, judged.verdict, self.output / "scores", self.residual,
+            has_pictures=self.source is None,
+        )  # fmt: skip
+        gpus = config.resources.gpus_per_actor
+        try:
+            if not gpus:
+                return find(config.findings, self.output, about, self.victim)
+            remote = ray.remote(find).options(num_cpus=1, num_gpus=gpus)
+            return ray.get(remote.remote(config.findings, self.output, about, self.victim))
+        except (Mistake, OSError, RayTaskError) as error:
+            logger.warning("findings: groups are left out: %s", error)
+            return []
 
     def _apart(self, calibration: Scored | None) -> tuple[Scored | None, int]:
         """The calibration samples, without those whose picture is in the corpus if the settings want that; how many

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 from scipy import ndimage
-from scipy.stats import binom
 
-from dede_ray.scan.effect import Company, EffectTest, Pictures, holm, shared_by, shared_patch, shared_pattern
+from dede_ray.scan.effect import EffectTest, Pictures
 
 SIDE, CLASSES = 32, 6
 QUICK = EffectTest(num_clean=40, num_compared=8)
