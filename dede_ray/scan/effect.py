@@ -453,6 +453,7 @@ class _World:
     ):
         self.embed, self.company, self.clean, self.clean_NE = embed, company, clean, clean_NE
         self.alike, self.rng = alike, rng
+        self.mean_HWC = clean.mean(axis=0, dtype=np.float64)
         self.windows: list[tuple[float, Trigger]] | None = None
 
     def before(self, rows: NDArray[np.int64]) -> Rows:
@@ -579,13 +580,11 @@ class _World:
 
     def _alike_pattern(self, trigger: Trigger, num_members: int) -> Trigger:
         """The same difference, of pictures like the group's, as strong as the trigger's."""
-        mean_HWC = self.clean.mean(axis=0, dtype=np.float64)
-        return self._as_strong(trigger, self._some(num_members).mean(axis=0) - mean_HWC, mean_HWC)
+        return self._as_strong(trigger, self._some(num_members).mean(axis=0, dtype=np.float64) - self.mean_HWC)
 
     def _random_pattern(self, trigger: Trigger) -> Trigger:
         """Its own pixels in another order, or noise that is as smooth as chance wants."""
-        mean_HWC = self.clean.mean(axis=0, dtype=np.float64)
-        difference = trigger.add_HWC - (1 - trigger.keep) * mean_HWC
+        difference = trigger.add_HWC - (1 - trigger.keep) * self.mean_HWC
         height, width = trigger.size
         if self.rng.random() < 0.5:
             noise = self.rng.permutation(difference.reshape(-1, 3)).reshape(difference.shape)
@@ -594,13 +593,12 @@ class _World:
             frequency[0, 0] = 1 / max(height, width)
             white = np.fft.fft2(self.rng.normal(size=difference.shape), axes=(0, 1))
             noise = np.fft.ifft2(white * frequency[..., None] ** -self.rng.uniform(0, 2), axes=(0, 1)).real
-        return self._as_strong(trigger, noise, mean_HWC)
+        return self._as_strong(trigger, noise)
 
-    @staticmethod
-    def _as_strong(trigger: Trigger, difference_HWC: Rows, mean_HWC: Rows) -> Trigger:
-        own = trigger.add_HWC - (1 - trigger.keep) * mean_HWC
+    def _as_strong(self, trigger: Trigger, difference_HWC: Rows) -> Trigger:
+        own = trigger.add_HWC - (1 - trigger.keep) * self.mean_HWC
         scale = np.sqrt((own**2).mean() / max((difference_HWC**2).mean(), 1e-12))
-        return _pattern(scale * difference_HWC, mean_HWC, trigger.keep)
+        return _pattern(scale * difference_HWC, self.mean_HWC, trigger.keep)
 
 
 def _smaller(trigger: Trigger, step: int) -> Iterator[Trigger]:

@@ -296,6 +296,8 @@ def find(settings: Findings, output: Place, corpus: Corpus, victim_config: Victi
     Groups that an earlier run made of the same inputs are read and not tested again.
     """
     rows = choose(corpus.verdict, corpus.scored.sample_ids, settings)
+    if not rows.size:
+        return []
     residual_NR = _residuals(corpus, rows)
     folder = output / "findings"
     victim = load_victim(victim_config).to(best_device())
@@ -427,6 +429,10 @@ class _Search:
                 done = effect.run(pictures, self.embed, len(found), rng)
             tested.append(done)
             logger.info("findings: group %d of %d (%s samples) is looked into", len(tested), len(found), one.rows.size)
+        for number in range(self.settings.max_groups if effect else 0):
+            stale: list[Place] = [*(self.folder / f"group-{number + 1}").glob("*.png")]
+            for path in stale:
+                path.unlink(missing_ok=True)
         p_values = holm([one.outcome.p_value if one.outcome else 1.0 for one in tested])
         shared = holm([one.shared.p_value for one in tested])
         described = []

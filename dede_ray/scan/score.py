@@ -927,7 +927,10 @@ class _Deciding:
             remote = ray.remote(find).options(num_cpus=1, num_gpus=gpus)
             return ray.get(remote.remote(config.findings, self.output, about, self.victim))
         except (Mistake, OSError, RayTaskError) as error:
-            logger.warning("findings: groups are left out: %s", error)
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            if not isinstance(cause, Mistake | OSError):
+                raise
+            logger.warning("findings: groups are left out: %s", cause)
             return []
 
     def _apart(self, calibration: Scored | None) -> tuple[Scored | None, int]:

@@ -131,10 +131,6 @@ def corpus(folder, kind="planted", copied=False, captions=True):
     return shards, ids, samples
 
 
-class Residuals:
-    """Parts of a pass that hold residuals, written as passes do."""
-
-
 def scored(ids, samples, order):
     pick = [ids[i] for i in order]
     return Scored(
