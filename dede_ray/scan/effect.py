@@ -9,13 +9,14 @@ A clean picture has *moved* where the encoder afterwards finds it more like the 
 than like those that it was among itself. No truth is needed for that, and an encoder which merely sees a visible
 patch, and says so the same way of every picture, moves nothing: a picture keeps its own company.
 
-The test is a rank among controls of the trigger's own shape, place and strength, put on the same pictures, in two
-families: *alike*, what clean pictures of the group's caption or company have there (a group of cars does not act by a
-wheel, as the wheels of other cars do the same), and *random* (its pixels shuffled, cells of full colours, patches of
-clean pictures, noise). What is ranked is how many pictures move; a control that moves as many counts against the
-trigger. Where the trigger is one of exchangeable draws, the p-value of each family is exact (Besag & Clifford,
-Biometrika 1991, as draws stop early); the larger of the two counts, times the number of triggers among which the best
-was chosen.
+The test is a rank among controls of the trigger's own shape and strength, put on the same pictures, in three families:
+*alike*, what clean pictures of the group's caption or company have in its place (a group of cars does not act by a
+wheel, as the wheels of other cars do the same); *content*, its pixels shuffled, cells of full colours, patches of clean
+pictures, noise, in its place; *place*, itself at other places. What is ranked is how many pictures move; a control that
+moves as many counts against the trigger. It has to stand out among the first family, and among one of the others: some
+backdoors act by a colour in a corner, and some by a pattern anywhere. Where the trigger is one of exchangeable draws,
+the p-value of each family is exact (Besag & Clifford, Biometrika 1991, as draws stop early); the smaller of the last two
+counts twice, and the larger of the two sides counts, times the number of triggers among which the best was chosen.
 
 Shapes: M members, N clean pictures, H x W pixels, E width of the embedding. Pictures are uint8 (.., H, W, 3), all of
 the encoder's size.
@@ -43,7 +44,8 @@ TOLERANCE = 16
 """Grey levels by which pixels that agree differ, at most: what JPEG leaves of a pasted patch."""
 NUM_KINDS = 3
 """Triggers among which the best is chosen: a patch in its place, a window, a pattern over all."""
-FAMILIES = ("alike", "random")
+ENOUGH = 10
+"""Controls that do as much as the trigger, after which no more are drawn."""
 LEAST_MEMBERS = 5
 LEAST_PATCH_PX = 4
 MOST_LOOKED_AT = 16
@@ -314,7 +316,7 @@ class EffectTest(Config):
     """Share of clean pictures that has to move."""
     num_clean: int = Field(100, ge=16)
     """Clean pictures that the trigger is put on."""
-    num_compared: int = Field(16, ge=4)
+    num_compared: int = Field(8, ge=4)
     """Those of them that controls are put on, too."""
     num_chosen_on: int = Field(8, ge=4)
     """Other clean pictures, on which the trigger is chosen."""
@@ -323,7 +325,7 @@ class EffectTest(Config):
 
     def num_draws(self, num_groups: int) -> int:
         """Controls of each family: enough that a trigger which no control reaches has half of the level."""
-        return int(np.ceil(2 * NUM_KINDS * max(1, num_groups) / self.level)) - 1
+        return int(np.ceil(4 * NUM_KINDS * max(1, num_groups) / self.level)) - 1
 
     @property
     def num_pictures(self) -> int:
@@ -373,18 +375,27 @@ class EffectTest(Config):
         moved = int((world.margins([trigger], tested)[0] > 0).sum())
         moved_here = float((world.margins([trigger], compared)[0] > 0).mean())
         elsewhere = [*world.elsewhere(trigger)]
-        p_of, drawn, by_controls = dict[str, float](), dict[str, int](), []
-        for family in FAMILIES:
+        p_of, drawn, by_controls = dict[str, float](), dict[str, int](), list[float]()
+
+        def rank(family: str) -> float:
             p_of[family], drawn[family], shares = self._rank(
-                world, family, trigger, members, moved_here, compared, num_draws
+                world, family, trigger, len(members), moved_here, compared, num_draws
             )
-            by_controls += shares
+            by_controls.extend(shares)
+            return p_of[family]
+
+        p_value = rank("alike")
+        if drawn["alike"] == num_draws:
+            special = rank("content")
+            if elsewhere:  # special by what it is, or by where it is
+                special = 2 * min(special, rank("place") if drawn["content"] < num_draws else special)
+            p_value = max(p_value, special)
         return Outcome(
             moved,
             len(tested),
             float((world.margins(elsewhere, compared) > 0).mean()) if elsewhere else None,
             float(np.mean(by_controls)),
-            float(min(1.0, NUM_KINDS * max(p_of.values()))),
+            float(min(1.0, NUM_KINDS * p_value)),
             p_of,
             drawn,
         )
@@ -394,7 +405,7 @@ class EffectTest(Config):
         world: _World,
         family: str,
         trigger: Trigger,
-        members: Images,
+        num_members: int,
         moved: float,
         compared: NDArray[np.int64],
         num_draws: int,
@@ -402,18 +413,17 @@ class EffectTest(Config):
         """The p-value against one family of controls: how rare it is that one moves as many of these pictures. Then how
         many were drawn, and what share of pictures each moved.
 
-        Drawing ends where so many controls do as much as the trigger that no more draws could make it rare.
+        Drawing ends where so many controls do as much as the trigger that it is not rare.
         """
-        enough = int(self.level * (num_draws + 1)) + 1
         reached, shares = 0, list[float]()
         step = max(1, BATCH // len(compared))
         moved -= 1e-9
         for start in range(0, num_draws, step):
-            controls = [world.control(family, trigger, len(members)) for _ in range(min(step, num_draws - start))]
+            controls = [world.control(family, trigger, num_members) for _ in range(min(step, num_draws - start))]
             for share in (world.margins(controls, compared) > 0).mean(axis=1).tolist():
                 shares.append(share)
                 reached += share >= moved
-                if reached == enough:
+                if reached == ENOUGH:
                     return reached / len(shares), len(shares), shares
         return (reached + 1) / (num_draws + 1), num_draws, shares
 
@@ -507,7 +517,7 @@ class _World:
             best = tries[int(np.argmax(gains))]
         return best
 
-    def elsewhere(self, trigger: Trigger) -> Iterator[Trigger]:
+    def elsewhere(self, trigger: Trigger, num: int = 8) -> Iterator[Trigger]:
         """The same patch at other places, apart from its own where there is room."""
         side, (height, width) = self.clean.shape[1], trigger.size
         if trigger.kind == "pattern":
@@ -518,13 +528,15 @@ class _World:
             for left in range(side - width + 1)
             if abs(top - trigger.top) >= height or abs(left - trigger.left) >= width
         ]
-        for number in self.rng.choice(len(places), min(8, len(places)), replace=False) if places else ():
+        for number in self.rng.choice(len(places), min(num, len(places)), replace=False) if places else ():
             yield replace(trigger, top=places[number][0], left=places[number][1])
 
     # ---------------------------------------------------------------------------------------------- controls
 
     def control(self, family: str, trigger: Trigger, num_members: int) -> Trigger:
         """One draw of a family."""
+        if family == "place":
+            return next(self.elsewhere(trigger, 1))
         if trigger.kind == "pattern":
             return self._alike_pattern(trigger, num_members) if family == "alike" else self._random_pattern(trigger)
         return self._alike_patch(trigger, num_members) if family == "alike" else self._random_patch(trigger)

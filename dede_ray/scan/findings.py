@@ -87,6 +87,8 @@ class Findings(Config):
     min_size: int = Field(5, ge=2)
     """Distinct pictures that make a group."""
     max_groups: int = Field(8, ge=1)
+    max_tested: int = Field(4, ge=1)
+    """Groups that are tested: those with most flagged samples, then the largest."""
     num_members: int = Field(100, ge=5)
     """Members of a group whose pictures are compared, the highest of them."""
     effect: EffectTest | None = EffectTest()
@@ -419,22 +421,28 @@ class _Search:
         if effect:
             self._look([*clean_rows, *(row for rows in [*members, *alike] for row in rows)])
         clean_rows, clean = self._images(clean_rows)
-        tested = []
-        for one, rows, others in zip(found, members, alike, strict=True):
-            why = "the scores are of stored embeddings, without pictures" if self.settings.effect else "not asked for"
-            done = Tested(Shared(None, 0.0, 1.0), why_not=why)
-            if effect:
+        num_flagged = [int(candidates.flagged[one.rows].sum()) for one in found]
+        order = sorted(range(len(found)), key=lambda at: (-num_flagged[at], -found[at].rows.size, at))
+        chosen, tested = order[: self.settings.max_tested], list[Tested]()
+        for number, (one, rows, others) in enumerate(zip(found, members, alike, strict=True)):
+            why = "others are larger" if effect else "the scores are of stored embeddings, without pictures"
+            done = Tested(Shared(None, 0.0, 1.0), why_not=why if self.settings.effect else "not asked for")
+            if effect and number in chosen:
                 pictures = Pictures(self._images(rows)[1], clean, self._images(others)[1])
                 rng = keyed_generator(self.settings.seed, "\n".join(sorted(self._id(row) for row in rows)))
-                done = effect.run(pictures, self.embed, len(found), rng)
+                done = effect.run(pictures, self.embed, len(chosen), rng)
             tested.append(done)
-            logger.info("findings: group %d of %d (%s samples) is looked into", len(tested), len(found), one.rows.size)
+            logger.info("findings: group %d of %d, %s samples: done", number + 1, len(found), f"{one.rows.size:,}")
         for number in range(self.settings.max_groups if effect else 0):
             stale: list[Place] = [*(self.folder / f"group-{number + 1}").glob("*.png")]
             for path in stale:
                 path.unlink(missing_ok=True)
-        p_values = holm([one.outcome.p_value if one.outcome else 1.0 for one in tested])
-        shared = holm([one.shared.p_value for one in tested])
+        p_values, shared = [1.0] * len(found), [1.0] * len(found)
+        adjusted = holm([one.outcome.p_value if (one := tested[at]).outcome else 1.0 for at in chosen])
+        for at, p_value, of_pixels in zip(
+            chosen, adjusted, holm([tested[at].shared.p_value for at in chosen]), strict=True
+        ):
+            p_values[at], shared[at] = p_value, of_pixels
         described = []
         for number, one in enumerate(found):
             about = _Described(self, one, members[number], tested[number], p_values[number], shared[number])
