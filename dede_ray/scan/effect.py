@@ -15,8 +15,8 @@ wheel, as the wheels of other cars do the same); *content*, its pixels shuffled,
 pictures, noise, in its place; *place*, itself at other places. What is ranked is how many pictures move; a control that
 moves as many counts against the trigger. It has to stand out among the first family, and among one of the others: some
 backdoors act by a colour in a corner, and some by a pattern anywhere. Where the trigger is one of exchangeable draws,
-the p-value of each family is exact (Besag & Clifford, Biometrika 1991, as draws stop early). The smaller of the last two
-is doubled; the larger of that and the first counts, times the number of triggers among which the best was chosen.
+the p-value of each family is exact (Besag & Clifford, Biometrika 1991, as draws stop early). The smaller of the last
+two is doubled; the larger of that and the first counts, times the number of triggers among which the best was chosen.
 
 Shapes: M members, N clean pictures, H x W pixels, E width of the embedding. Pictures are uint8 (.., H, W, 3), all of
 the encoder's size.
