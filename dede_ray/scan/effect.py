@@ -44,6 +44,8 @@ TOLERANCE = 16
 """Grey levels by which pixels that agree differ, at most: what JPEG leaves of a pasted patch."""
 NUM_KINDS = 3
 """Triggers among which the best is chosen: a patch in its place, a window, a pattern over all."""
+FAR = 64
+"""Mean grey levels by which a patch is another one than the trigger: a quarter of the range."""
 ENOUGH = 10
 """Controls that do as much as the trigger, after which no more are drawn."""
 LEAST_MEMBERS = 5
@@ -388,7 +390,8 @@ class EffectTest(Config):
         if drawn["alike"] == num_draws:
             special = rank("content")
             if elsewhere:  # special by what it is, or by where it is
-                special = 2 * min(special, rank("place") if drawn["content"] < num_draws else special)
+                is_least = special < 1.5 / (num_draws + 1)
+                special = 2 * min(special, special if is_least else rank("place"))
             p_value = max(p_value, special)
         return Outcome(
             moved,
@@ -586,7 +589,7 @@ class _World:
                 cell = int(self.rng.integers(1, max(2, max(height, width) + 1)))
                 grid = 255.0 * self.rng.integers(0, 2, (-(-height // cell), -(-width // cell), 3))
                 add = np.kron(grid, np.ones((cell, cell, 1)))[:height, :width]
-            if abs(add - trigger.add_HWC)[trigger.mask_HW].mean() >= 2 * TOLERANCE:
+            if abs(add - trigger.add_HWC)[trigger.mask_HW].mean() >= FAR:
                 break
         return replace(trigger, add_HWC=add)
 
