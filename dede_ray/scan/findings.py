@@ -169,7 +169,7 @@ def grouped(candidates: Candidates, settings: Findings, words: Words) -> list[Gr
     free_N = candidates.flagged & ~np.isin(np.arange(len(candidates)), [row for one in found for row in one.rows])
     while len(found) < settings.max_groups:
         rows = np.flatnonzero(free_N)
-        telling = words.telling([candidates.captions[row] for row in rows.tolist()], 1e-6)
+        telling = words.telling([candidates.captions[row] for row in rows.tolist()], 1e-6, 0)
         groups = [rows[[words.has(candidates.captions[row], one["word"]) for row in rows.tolist()]] for one in telling]
         groups = [one for one in groups if np.unique(copy_N[one]).size >= settings.min_size]
         if not groups:
@@ -204,14 +204,16 @@ class Words:
     def has(caption: str | None, word: str) -> bool:
         return word in words_of(caption)
 
-    def telling(self, captions: Sequence[str | None], level: float = 0.01) -> list[dict[str, Any]]:
+    def telling(
+        self, captions: Sequence[str | None], level: float = 0.01, least_share: float = 0.3
+    ) -> list[dict[str, Any]]:
         """Words that are in more of these captions than chance would have it, the most telling first."""
         counts = Counter(word for caption in captions for word in words_of(caption))
         found = []
         for word, count in counts.items():
             of_corpus = max(self.counts[word], count)
             chance = hypergeom.sf(count - 1, max(self.num, len(captions)), of_corpus, len(captions))
-            if count >= 0.3 * len(captions) and chance * len(counts) <= level:
+            if count >= least_share * len(captions) and chance * len(counts) <= level:
                 found.append((float(hypergeom.logsf(count - 1, self.num, of_corpus, len(captions))), -count, word))
         return [
             {"word": word, "in_group": -count, "in_corpus": self.counts[word]} for _, count, word in sorted(found)[:5]
