@@ -445,13 +445,13 @@ class _Search:
             chosen, adjusted, holm([tested[at].shared.p_value for at in chosen]), strict=True
         ):
             p_values[at], shared[at] = p_value, of_pixels
-        described = []
+        written = list[dict[str, Any]]()
         for number, one in enumerate(found):
             about = _Described(self, one, members[number], tested[number], p_values[number], shared[number])
-            described.append(about.json(f"group-{number + 1}", clean_rows))
+            written.append(about.json(f"group-{number + 1}", clean_rows))
             if effect:
                 about.draw(self.folder / f"group-{number + 1}", clean)
-        return described
+        return written
 
     def _distinct(self, rows: list[int]) -> list[int]:
         """The first of each picture, copies and almost equal ones."""

@@ -22,7 +22,7 @@ def decided(folder, threshold: float, shards=("x.tar", "y.tar"), findings=()) ->
             yield name, pa.table({"sample_id": ids, "a": score, "flagged": flagged, "error": pa.nulls(4, pa.string())})
 
     decision = {**INFO["decision"], "threshold": threshold}
-    write_manifest(folder, rows(), {**INFO, "decision": decision}, list(findings))
+    write_manifest(folder, rows(), {**INFO, "decision": decision}, {"findings": list(findings)})
 
 
 def agrees(folder) -> bool:
