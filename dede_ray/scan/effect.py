@@ -232,7 +232,7 @@ class Company:
         np.fill_diagonal(cosine_NN, -np.inf)
         near_Nk = np.argsort(-cosine_NN, axis=1, kind="stable")[:, :k]
         self.own_NE = clean[near_Nk].mean(axis=1)
-        in_target = np.isin(near_Nk, self.nearest[:k]).any(axis=1)
+        in_target = np.asarray(np.isin(near_Nk, self.nearest[:k]).any(axis=1))
         in_target[self.nearest[:k]] = True
         self.apart = np.flatnonzero(~in_target)
         """Clean pictures that are in other company than the group."""
@@ -567,7 +567,7 @@ class _World:
             window = self.windows[number][1]
             spare = [max(0, whole - part) for whole, part in zip(window.size, trigger.size, strict=True)]
             at_top, at_left = (int(self.rng.integers(room + 1)) for room in spare)
-            some = window.add_HWC[None]
+            some = np.asarray(window.add_HWC[None])
         cut = some[:, at_top : at_top + height, at_left : at_left + width]
         if cut.shape[1:3] != (height, width):
             cut = self._some(1)[:, top : top + height, left : left + width]

@@ -440,7 +440,8 @@ class _Search:
             for path in stale:
                 path.unlink(missing_ok=True)
         p_values, shared = [1.0] * len(found), [1.0] * len(found)
-        adjusted = holm([one.outcome.p_value if (one := tested[at]).outcome else 1.0 for at in chosen])
+        outcomes = [tested[at].outcome for at in chosen]
+        adjusted = holm([outcome.p_value if outcome else 1.0 for outcome in outcomes])
         for at, p_value, of_pixels in zip(
             chosen, adjusted, holm([tested[at].shared.p_value for at in chosen]), strict=True
         ):
