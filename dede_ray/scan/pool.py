@@ -33,6 +33,8 @@ LEAST_SEEDS, MOST_SEEDS = 20, 2000
 """Seeds that are amplified."""
 NO_COMPANY = -1.5
 """Company below it is that of no candidate."""
+MOST_FITTED = 20_000
+"""Samples of the pool, and clean learners, that one classifier is fitted to at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +90,14 @@ class Company(Config):
         rows = np.flatnonzero(is_candidate)
         group = looks.part(rows).groups()
         unit_CR = residual_NR[rows] / np.maximum(np.linalg.norm(residual_NR[rows], axis=1, keepdims=True), 1e-30)
+        unit_CR = unit_CR.astype(np.float32)
         leaders = np.flatnonzero(group == np.arange(rows.size))
         for start in range(0, rows.size, BLOCK):
             block = slice(start, start + BLOCK)
             cosine = unit_CR[block] @ unit_CR[leaders].T
             cosine[group[block, None] == leaders[None]] = -np.inf  # no company to oneself
-            nearest = -np.sort(-cosine, axis=1)[:, : self.k]
-            score_N[rows[block]] = np.where(np.isfinite(nearest), nearest, 0).sum(axis=1) / self.k
+            nearest = np.partition(cosine, -min(self.k, leaders.size), axis=1)[:, -self.k :]
+            score_N[rows[block]] = np.where(np.isfinite(nearest), nearest, 0).sum(axis=1, dtype=np.float64) / self.k
         return score_N
 
 
@@ -175,8 +178,13 @@ class Classifier(Config):
         pool_UF = pool_NF[usable]
         centre_F, scale_F = pool_UF.mean(axis=0), pool_UF.std(axis=0)
         scale_F[scale_F == 0] = 1
-        pool_UF, clean_MF = (pool_UF - centre_F) / scale_F, (clean_MF - centre_F) / scale_F
+        pool_UF, clean_MF = (
+            ((some - centre_F) / scale_F).astype(np.float32)
+            for some in (pool_UF, clean_MF[:: -(-len(clean_MF) // MOST_FITTED)])
+        )
         names = [looks.content_hash[i] or looks.sample_ids[i] for i in usable.tolist()]  # copies share a fold
+        key_U, last = sample_keys(names, self.seed, 4).numpy(), min(MOST_FITTED, usable.size) - 1
+        is_drawn_U = key_U <= np.partition(key_U, last)[last]
         total_U = np.zeros(usable.size)
         for repeat in range(self.repeats):
             fold_U = sample_keys(names, self.seed, 3, repeat).numpy() % self.folds
@@ -184,10 +192,12 @@ class Classifier(Config):
                 out = fold_U == fold
                 if not out.any() or out.all():
                     continue
-                fitted = LogisticRegression(C=self.inverse_penalty, class_weight="balanced", max_iter=1000, tol=1e-6)
+                fitted = LogisticRegression(
+                    C=self.inverse_penalty, class_weight="balanced", solver="newton-cholesky", tol=1e-6
+                )
+                taught = is_drawn_U & ~out
                 fitted.fit(
-                    np.concatenate([clean_MF, pool_UF[~out]]),
-                    np.repeat([0, 1], [len(clean_MF), int((~out).sum())]),
+                    np.concatenate([clean_MF, pool_UF[taught]]), np.repeat([0, 1], [len(clean_MF), int(taught.sum())])
                 )
                 total_U[out] += fitted.decision_function(pool_UF[out])
         score_N[usable] = total_U / self.repeats
