@@ -1,15 +1,19 @@
 """The benchmark: attack x victim x detector over several seeds, every number beside its controls.
 
 A *cell* is one encoder of one case (the backdoored victim, its honest twin, or another control) under one seed. It
-trains the DeDe decoder, fits the detectors and scores its sets of images, in one Ray task with one thread, and writes
-a Parquet file. So a benchmark that was stopped resumes, and the tables (leaderboard.py) are made without running a
-model. Nothing that is fitted sees a test image, and no threshold sees a label.
+trains the DeDe decoder and fits the detectors on a heap of training images, some of them poisoned, scores its sets of
+images, in one Ray task with one thread, and writes a Parquet file. So a benchmark that was stopped resumes, and the
+tables (leaderboard.py) are made without running a model. No threshold sees a label.
 
-The sets, all from test images that the victim was not trained on:
+The sets:
 
-    clean        as they are; half of them calibrate, the others are judged
-    triggered    the judged half, stamped with the attacker's trigger: the positives
-    patch        some of them with a patch of the same size and place that no victim has learnt
+    suspected    that heap: corpora and calibration samples are drawn from it afterwards, in sample as a user has them
+
+and, from test images, which neither the victim nor anything that was fitted has seen:
+
+    clean        as they are
+    triggered    some of them, stamped with the attacker's trigger: the positives
+    patch        some with a patch of the same size and place that no victim has learnt
     shuffled     clean and triggered ones with the embedding of another image of the same kind
     misstamped   stamped after normalisation, with a normalised mask: the artefact of published code
 """
@@ -17,9 +21,10 @@ The sets, all from test images that the victim was not trained on:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,20 +39,22 @@ from pydantic import Field, model_validator
 
 from dede_ray.data.images import decode_image, square, to_square, to_unit_range
 from dede_ray.data.ledger import write_parquet
+from dede_ray.data.near_duplicates import perceptual_hash
 from dede_ray.data.sampling import draw
 from dede_ray.data.shards import BadSample, Limits, list_shards
 from dede_ray.data.workers import Chunk
 from dede_ray.detectors.asset import PublishedAsset, asset_published
-from dede_ray.detectors.contract import DetectorSettings, Scorer, open_scorer
+from dede_ray.detectors.contract import DetectorSettings, Scorer, everything_of, open_scorer
 from dede_ray.detectors.decree import Decree, Inversion, invert, save_stamp
 from dede_ray.detectors.dede import DeDe
 from dede_ray.detectors.density import compat_scores
 from dede_ray.detectors.kinds import Detector
-from dede_ray.evaluation.leaderboard import About, LeaderboardSettings, write_leaderboard
+from dede_ray.evaluation.evaluate import read_truth
+from dede_ray.evaluation.leaderboard import DECIDED, About, LeaderboardSettings, write_leaderboard
 from dede_ray.evaluation.measure import Examination
 from dede_ray.models.clip import Normalise
 from dede_ray.models.decoder import save_decoder
-from dede_ray.models.embedding import Batch, Encoders, Encoding
+from dede_ray.models.embedding import Batch, Encoders, Encoding, in_one_heap
 from dede_ray.models.published import NORMALISERS
 from dede_ray.models.victims import OptionalVictimConfig, VictimConfig, best_device, load_victim
 from dede_ray.poisoning.triggers import AnyTrigger, Patch, Trigger
@@ -55,7 +62,7 @@ from dede_ray.runtime.config import Config, Mistake, Seeds, claim, finish, write
 from dede_ray.runtime.lease import leased
 from dede_ray.runtime.session import start_ray
 from dede_ray.runtime.store import write_atomically
-from dede_ray.training.downstream import Labelled, LinearProbe, TwoLayerClassifier, draw_labelled
+from dede_ray.training.downstream import Labelled, TwoLayerClassifier, draw_labelled
 from dede_ray.training.reconstruction import DecoderPreset, changed_preset, fit_decoder
 
 logger = logging.getLogger(__name__)
@@ -79,6 +86,9 @@ class Case(Config):
     """As the attacker stamps it at test time."""
     training_trigger: Trigger | None = None
     """As it is stamped on the poisoned samples of the corpus; None is the same as `trigger`."""
+    learnt: str | None = None
+    """Folder of the poisoned shards that the victim learnt, as `dede-ray poison` left it: in-sample corpora are drawn
+    from these, poisoned as they are. None stamps some of `train_shards`."""
     target_label: int = Field(ge=0)
 
     @model_validator(mode="after")
@@ -126,9 +136,10 @@ class BenchmarkConfig(Examination):
     decoder: DecoderTraining = DecoderTraining()
     seeds: Seeds = Field([0, 1, 2])
     num_suspected: int = Field(10_000, ge=100)
-    """Training images of each suspected corpus: decoders and statistics are fitted on it."""
+    """Training images of each heap: decoders and statistics are fitted on it, in-sample corpora and calibration samples
+    are drawn from it."""
     poison_rate: float = Field(0.01, ge=0, lt=0.5)
-    """Share of it that is stamped."""
+    """Share of it that is poisoned; a corpus then holds this much or less."""
     num_clean: int = Field(1000, ge=1)
     """Other training images, known to be clean, for the detectors that want some."""
     num_triggered: int = Field(2500, ge=1)
@@ -180,13 +191,19 @@ def _benchmark(config: BenchmarkConfig, output: Path) -> str:
         for said in ray.get(ready):
             logger.info("[%d/%d] %s", total - len(todo), total, said)
     about = {name: About(list(case.roles()), case.target_label) for name, case in config.cases.items()}
-    said = write_leaderboard(config.standing or LeaderboardSettings(), output, about, config.seeds)
+    said = write_leaderboard(config.standing or LeaderboardSettings(), output, about, config.seeds, _side_by_side)
     if left_out := _left_out(cells, output):
         said += left_out
         write_atomically(output / "table.md", said + "\n")
     if done is None:
         finish(output, config.model_copy(update={"standing": None}), {"cells": len(cells)})
     return said
+
+
+def _side_by_side(work: Callable[..., Any], many: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Call a function with each of many arguments, one core each."""
+    task = ray.remote(num_cpus=1)(work)
+    return ray.get([task.remote(*one) for one in many])
 
 
 def _left_out(cells: Sequence[Cell], output: Path) -> str:
@@ -264,6 +281,12 @@ class _Pictures:
         ids, content = ([whole[i] for i in index] for whole in (self.sample_ids, self.content))
         return _Pictures(ids, content, self.image_NHWC[index], self.label_N[index])
 
+    def looks(self) -> dict[str, Any]:
+        """What tells copies and almost equal pictures."""
+        content = [hashlib.blake2b(image_HWC.tobytes(), digest_size=16).hexdigest() for image_HWC in self.image_NHWC]
+        perceptual = [perceptual_hash(image_HWC) for image_HWC in self.image_NHWC]
+        return {"content_hash": np.array(content), "perceptual_hash": pa.array(perceptual, pa.uint64())}
+
     def stamped(self, trigger: AnyTrigger, limits: Limits) -> _Pictures:
         """The same images with a trigger, stamped as the gate does, before the victim's size; the ids name it."""
         size, named = self.image_NHWC.shape[1], zip(self.content, self.sample_ids, strict=True)
@@ -311,21 +334,26 @@ def _fill(here: tuple[BenchmarkConfig, _Images], cell: Cell, output: Path) -> st
 
 class _Filling:
     def __init__(self, config: BenchmarkConfig, images: _Images, cell: Cell, output: Path):
-        self.config, self.cell, self.case, self.output = config, cell, config.cases[cell.case], output
+        self.config, self.images, self.cell, self.output = config, images, cell, output
+        self.case = config.cases[cell.case]
         self.is_first = cell.seed == config.seeds[0]
         self.left_out: dict[str, str] = {}
         everyone: list[DetectorSettings] = [*config.detectors, *config.second_stage]
         needs = frozenset().union(*(one.needs for one in everyone))
         self.encoders = Encoders(Encoding(self.case.roles()[cell.role], config.reference, needs))
         self.victim, size = self.encoders.victim, self.encoders.image_size
-        drawn = draw(images.train, config.num_suspected + config.num_clean, cell.seed)
-        suspected = sorted(drawn[: config.num_suspected], key=lambda one: one.sample_id)
-        self.suspected, self.is_poisoned = self._poisoned(_decode(suspected, size, config.limits))
-        self.known = _decode(drawn[config.num_suspected :], size, config.limits)
+        self.suspected, self.is_poisoned = (
+            self._learnt(self.case.learnt, size) if self.case.learnt else self._stamped(size)
+        )
+        seen = {*self.suspected.content}
+        others = [one for one in images.train if one.content not in seen]
+        self.known = _decode(draw(others, config.num_clean, cell.seed), size, config.limits)
         self.test = _decode(images.test, size, config.limits)
 
-    def _poisoned(self, pictures: _Pictures) -> tuple[_Pictures, np.ndarray]:
-        """Stamp a share of a corpus; the others keep their bytes."""
+    def _stamped(self, size: int) -> tuple[_Pictures, NDArray[np.bool_]]:
+        """A heap of clean training images, a share of them stamped here; the others keep their bytes."""
+        drawn = draw(self.images.train, self.config.num_suspected, self.cell.seed)
+        pictures = _decode(sorted(drawn, key=lambda one: one.sample_id), size, self.config.limits)
         rng, num = np.random.default_rng(self.cell.seed), len(pictures.sample_ids)
         rows = np.sort(rng.permutation(num)[: round(self.config.poison_rate * num)])
         is_poisoned = np.zeros(num, bool)
@@ -336,6 +364,23 @@ class _Filling:
             image_NHWC[rows] = pictures.part(rows).stamped(trigger, self.config.limits).image_NHWC
         return replace(pictures, image_NHWC=image_NHWC), is_poisoned
 
+    def _learnt(self, folder: str, size: int) -> tuple[_Pictures, NDArray[np.bool_]]:
+        """A heap of what the victim learnt, with the same share of poisoned samples."""
+        config, path = self.config, f"{folder}/truth.parquet"
+        truth = read_truth(path)
+        poisoned = {*truth.filter(truth["is_poisoned"])["sample_id"].to_pylist()}
+        num_poisoned, drawn = round(config.poison_rate * config.num_suspected), []
+        everyone = draw_labelled(list_shards(folder), 10**9, 0, config.limits)
+        for wanted, num in ((True, num_poisoned), (False, config.num_suspected - num_poisoned)):
+            drawn += draw([one for one in everyone if (one.sample_id in poisoned) == wanted], num, self.cell.seed)
+        if len(drawn) < config.num_suspected:
+            raise Mistake(
+                f"{folder}: {len(drawn):,} samples of {num_poisoned:,} poisoned and "
+                f"{config.num_suspected - num_poisoned:,} clean ones; lower num_suspected or poison_rate"
+            )
+        pictures = _decode(sorted(drawn, key=lambda one: one.sample_id), size, config.limits)
+        return pictures, np.array([name in poisoned for name in pictures.sample_ids])
+
     def run(self) -> str:
         config, cell = self.config, self.cell
         suspected, known = self._embedded(self.suspected), self._embedded(self.known)
@@ -345,35 +390,36 @@ class _Filling:
         )  # fmt: skip
         folder = self.output / "decoders" / f"{cell.case}-{cell.role}-{cell.seed}"
         save_decoder(folder, decoder, {})
-        self.decoder_folder, self.known_batch = folder, known
-        self.fitted, self.scorers = self._opened(config.detectors, suspected)
-        is_clean = ~self.is_poisoned
-        labelled = suspected.embedding_BE.numpy()[is_clean], self.suspected.label_N[is_clean]
-        heads = {"probe": LinearProbe().fit(*labelled)}
+        self.decoder_folder, self.known_batch, self.heap = folder, known, in_one_heap(suspected)
+        self.fitted, self.scorers = self._opened(config.detectors)
+        heads = {}
         if self.is_first:
             published = TwoLayerClassifier(epochs=100, learning_rate=0.01, batch_size=256)
-            heads["compat_head"] = published.fit(*labelled)
-        rng = np.random.default_rng([cell.seed, 1])
-        order = rng.permutation(len(self.test.sample_ids))
-        is_judged = np.zeros(len(order), bool)
-        is_judged[order[: len(order) // 2]] = True
-        judged = order[: len(order) // 2]
-        few = judged[: config.num_controls]
+            is_clean = ~self.is_poisoned
+            heads["compat_head"] = published.fit(
+                suspected.embedding_BE.numpy()[is_clean], self.suspected.label_N[is_clean]
+            )
+        order = np.random.default_rng([cell.seed, 1]).permutation(len(self.test.sample_ids))
+        few = np.sort(order[: config.num_controls])
         sets = {
+            "suspected": self.suspected,
             "clean": self.test,
-            "triggered": self.test.part(np.sort(judged[: config.num_triggered])).stamped(
+            "triggered": self.test.part(np.sort(order[: config.num_triggered])).stamped(
                 self.case.trigger, config.limits
             ),
-            "patch": self.test.part(np.sort(few)).stamped(self._unlearned(), config.limits),
+            "patch": self.test.part(few).stamped(self._unlearned(), config.limits),
         }
         tables = []
         for name, pictures in sets.items():
-            batch = self._embedded(pictures)
-            columns = self._scored(pictures, batch)
-            for head, predict in heads.items():
-                columns[head] = predict(batch.embedding_BE.numpy()).astype(np.int64)
-            if name == "clean":
-                columns["is_judged"] = is_judged
+            batch = suspected if name == "suspected" else self._embedded(pictures)
+            columns: dict[str, Any] = self._scored(pictures, batch, with_vectors=name in DECIDED)
+            if name in DECIDED:
+                seen_BE = batch.embedding_BE if batch.reference_BR is None else batch.reference_BR
+                columns |= {"embedding": seen_BE.numpy(), **pictures.looks()}
+            if name == "suspected":
+                columns["is_poisoned"] = self.is_poisoned
+            else:
+                columns |= {head: use(batch.embedding_BE.numpy()).astype(np.int64) for head, use in heads.items()}
             tables.append(_table(name, pictures, columns))
             if name in ("clean", "triggered"):
                 some = np.arange(len(pictures.sample_ids))[: config.num_controls]
@@ -381,9 +427,9 @@ class _Filling:
                 tables.append(
                     _table(f"shuffled_{name}", pictures.part(some), self._scored(pictures.part(some), shuffled))
                 )
-        tables.append(self._misstamped(np.sort(few), self._plain_scorers()))
+        tables.append(self._misstamped(few, self._plain_scorers()))
         if self.is_first:
-            tables += self._slow(sets, suspected)
+            tables += self._slow(sets)
         about = {"victim": self.victim.fingerprint, "case": cell.case, "role": cell.role, "seed": cell.seed}
         about |= {"left_out": self.left_out} if self.left_out else {}
         table = pa.concat_tables(tables, promote_options="default").replace_schema_metadata(
@@ -392,16 +438,14 @@ class _Filling:
         write_parquet(table, cell.path(self.output))
         return f"{cell.case}, {cell.role}, seed {cell.seed}" + "".join(f"; without {one}" for one in self.left_out)
 
-    def _opened(
-        self, detectors: Sequence[DetectorSettings], suspected: Batch
-    ) -> tuple[list[DetectorSettings], list[Scorer]]:
-        """Fit and open detectors; those that cannot be fitted here are left out of this cell, and named."""
+    def _opened(self, detectors: Sequence[DetectorSettings]) -> tuple[list[DetectorSettings], list[Scorer]]:
+        """Fit detectors to the heap and open them; those that cannot be fitted are left out of this cell, and named."""
         kept: list[tuple[DetectorSettings, Scorer]] = []
         for detector in detectors:
             if isinstance(detector, DeDe):
                 detector = detector.model_copy(update={"decoder": str(self.decoder_folder)})
             try:
-                state = detector.fit(suspected, self.known_batch) if detector.fits else {}
+                state = detector.fit(self.heap, self.known_batch) if detector.fits else {}
             except (Mistake, np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
                 self.left_out[detector.label] = str(error)
             else:
@@ -428,18 +472,14 @@ class _Filling:
             reference_BR=torch.cat(references) if references else None,
         )
 
-    def _scored(
-        self, pictures: _Pictures, batch: Batch, image_NCHW: torch.Tensor | None = None
-    ) -> dict[str, np.ndarray]:
+    def _scored(self, pictures: _Pictures, batch: Batch, with_vectors: bool = False) -> dict[str, np.ndarray]:
         parts: list[dict[str, np.ndarray]] = []
+        score = everything_of if with_vectors else lambda scorer, one: scorer.score(one)
         for start in range(0, len(batch), BATCH_SIZE):
             rows = range(start, min(start + BATCH_SIZE, len(batch)))
-            if image_NCHW is None:
-                image_BCHW = to_unit_range(torch.from_numpy(pictures.image_NHWC[rows.start : rows.stop]))
-            else:
-                image_BCHW = image_NCHW[rows.start : rows.stop]
+            image_BCHW = to_unit_range(torch.from_numpy(pictures.image_NHWC[rows.start : rows.stop]))
             one = replace(batch.part(rows), image_BCHW=image_BCHW)
-            parts.append({name: column for scorer in self.scorers for name, column in scorer.score(one).items()})
+            parts.append({name: column for scorer in self.scorers for name, column in score(scorer, one).items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _unlearned(self) -> Patch:
@@ -484,15 +524,15 @@ class _Filling:
             found.append({name: score_B for scorer in scorers for name, score_B in scorer.score(batch).items()})
         return _table("misstamped", pictures, {name: np.concatenate([one[name] for one in found]) for name in found[0]})
 
-    def _slow(self, sets: dict[str, _Pictures], suspected: Batch) -> list[pa.Table]:
+    def _slow(self, sets: dict[str, _Pictures]) -> list[pa.Table]:
         """Score the few images of second-stage detectors and published protocols, under the first seed only."""
         config, tables = self.config, []
-        _, scorers = self._opened(config.second_stage, suspected)
+        _, scorers = self._opened(config.second_stage)
         if config.inversion is not None:
             stamp = invert(self.victim, self.known.image_NHWC, config.inversion, self.cell.seed)
             folder = self.output / "stamps" / f"{self.cell.case}-{self.cell.role}"
             save_stamp(folder, stamp)
-            scorers += self._opened([Decree(stamp=str(folder), displacement=True)], suspected)[1]
+            scorers += self._opened([Decree(stamp=str(folder), displacement=True)])[1]
             verdict = {"pl1": stamp.pl1, "is_collapsing": stamp.is_collapsing, "cosine": stamp.cosine}
             write_json(self.output / "stamps" / f"{self.cell.case}-{self.cell.role}.json", verdict)
         if scorers:
@@ -544,12 +584,12 @@ class _Filling:
         return tables
 
 
-def _table(name: str, pictures: _Pictures, columns: dict[str, np.ndarray]) -> pa.Table:
-    return pa.table(
-        {
-            "set": [name] * len(pictures.sample_ids),
-            "sample_id": pictures.sample_ids,
-            "label": pictures.label_N,
-            **columns,
-        }
-    )
+def _table(name: str, pictures: _Pictures, columns: Mapping[str, Any]) -> pa.Table:
+    """The rows of a set; vectors are kept as float16."""
+    given = {"set": [name] * len(pictures.sample_ids), "sample_id": pictures.sample_ids, "label": pictures.label_N}
+    vectors = {
+        column: pa.FixedSizeListArray.from_arrays(values.astype(np.float16).ravel(), values.shape[1])
+        for column, values in columns.items()
+        if getattr(values, "ndim", 1) == 2
+    }
+    return pa.table({**given, **columns, **vectors})

@@ -73,7 +73,7 @@ def evaluate(config: EvaluateConfig | dict[str, Any] | str | Path) -> str:
     check_output(config)
     manifest = read_manifest(config.manifest)
     honest = read_manifest(config.honest_manifest) if config.honest_manifest else None
-    scan = join(manifest, honest, _read_truth(config.truth), config.truth)
+    scan = join(manifest, honest, read_truth(config.truth), config.truth)
     attack = read_attack(config.attack)
     victim = _load_victim(manifest)
     record = read_record(victim, settings_of(manifest).victim)
@@ -116,7 +116,8 @@ def _found(manifest: Manifest, honest: Manifest | None) -> list[str]:
     return lines
 
 
-def _read_truth(path: str) -> pa.Table:
+def read_truth(path: str) -> pa.Table:
+    """Which samples of poisoned shards are poisoned, and their captions before and after."""
     columns = ["sample_id", "is_poisoned", "caption", "poisoned_caption"]
     try:
         return pq.read_table(path, columns=columns)

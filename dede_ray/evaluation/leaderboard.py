@@ -1,20 +1,16 @@
 """The benchmark's tables and figures, and one Parquet file of their numbers, made from the scores of its cells.
 
-Everything is computed from the cells' files: no model runs here. Table rows are means over the seeds. Whatever is
-fitted to scores (normalisation by difficulty, fusion) is fitted to the clean calibration half alone; every list is
-decided without labels.
-
-Two kinds of columns are computed here from others: `<score>_fair`, a score without the part that image statistics
-explain (scan/fusion.py, `Difficulty`), and `combined`, the fusion of some columns. Nothing is fitted to attacks, so
-there is no attack to leave out.
+Everything is computed from the cells' files: no model runs here. Table rows are means over the seeds. Every list is
+decided without labels and as `dede-ray score` decides: by `scan.judge.judge`, on corpus and calibration samples that
+are drawn anew each time, from what the detectors were fitted on (in sample, as a user has them) and from what nothing
+has seen. Whatever a list is made of, such as `combined` or `company`, is made there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,11 +26,13 @@ from pydantic import Field
 from scipy import stats
 
 from dede_ray.data.ledger import write_parquet
-from dede_ray.data.sampling import by_halves
 from dede_ray.metrics import auroc, average_precision, false_discovery_proportion, tpr_at_fpr
-from dede_ray.runtime.config import Config, Mistake, read_json, write_atomically
+from dede_ray.models.embedding import matrix
+from dede_ray.runtime.config import Config, read_json, write_atomically
 from dede_ray.scan.decisions import Conformal
-from dede_ray.scan.fusion import Difficulty, Fusion
+from dede_ray.scan.fusion import Fusion
+from dede_ray.scan.judge import Judged, Judging, Scored, choose, judge
+from dede_ray.scan.pool import Classifier, Company
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,31 +43,48 @@ PAPER = "dede_mean"
 """The published detector: `dede_sum` over a constant."""
 DEFAULT = "dede_reverse"
 """The score that decisions are made on by default."""
-SHOWN = (PAPER, DEFAULT, "xc_misplaced", "dao", "combined")
-"""Scores whose lists are shown; all are judged."""
-NO_SCORES = {"set", "sample_id", "label", "is_judged", "probe", "compat_head"}
+CHOSEN = "chosen"
+"""The list whose column `scan.judge.choose` chose."""
+DECIDED = ("suspected", "clean", "triggered")
+"""Sets that corpora and calibration samples are drawn from."""
+NO_SCORES = {"set", "sample_id", "label", "compat_head", "content_hash", "perceptual_hash", "embedding", "is_poisoned"}
+WHERE = ("in sample", "unseen")
+LEAST_CORPUS = 100
+"""Clean samples that a corpus has at least."""
 
-
-FITTED_PARTS = ("clean", "triggered", "patch", "shuffled_clean", "shuffled_triggered")
-"""Sets that have all streaming columns, so that others can be computed from them."""
+LISTS: dict[str, Judging] = {
+    "dede_reverse": Judging(),
+    "xc_misplaced": Judging(),
+    "combined": Judging(combined=Fusion(columns=("dede_reverse", "xc_misplaced"))),
+    "company": Judging(company=Company()),
+    "company_xc": Judging(company=Company(of="xc_misplaced", residual="xc_residual")),
+    "classifier": Judging(classifier=Classifier()),
+}
 
 
 class LeaderboardSettings(Config):
-    """Which poison rates, lists and derived columns the tables show."""
+    """Which poison rates and lists the tables show."""
 
     poison_rates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.01, 0.001)
     """Poison rates of the mixtures; the tables quote these three, and leave out a rate for which clean images
-    are too few. Lists are also decided on a corpus without poison."""
+    are too few."""
     num_mixtures: int = Field(20, ge=1)
     """Draws of each rare mixture and each seed."""
-    num_lists: int = Field(20, ge=2)
-    """Draws of calibration set and corpus, over all seeds, for the error of decided lists."""
+    num_lists: int = Field(21, ge=2)
+    """Draws of calibration samples and corpus, over all seeds, for the error of decided lists."""
+    list_rates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field((0.01, 0.003, 0.001), min_length=1)
+    """Poison rates of decided corpora, beside corpora without poison; the tables are about the first."""
+    calibration_sizes: tuple[Annotated[int, Field(gt=0)], ...] = Field((2500, 500, 5000), min_length=1)
+    """Numbers of calibration samples; the tables are about the first, at which every score is decided on."""
+    corpus_size: int = Field(5000, ge=LEAST_CORPUS)
+    """Clean samples of a corpus, at most."""
     q: float = Field(0.1, gt=0, lt=1)
     false_alarm: float | None = Field(0.05, gt=0, lt=1)
-    fair: tuple[str, ...] = ("dede_mean", "dede_reverse")
-    """Columns that are also shown without the part that image statistics explain."""
-    combined: Fusion = Fusion(columns=("dede_reverse", "xc_misplaced", "dao"))
-    """Those of its columns that the run has are combined."""
+    lists: dict[str, Judging] = LISTS
+    """By name, what is decided on at every poison rate and number of calibration samples: the column that the settings
+    make, or the one of this name where they make none. Lists that need what a run lacks are left out."""
+    chosen_from: tuple[str, ...] = ("company", "company_xc", "dede_reverse", "xc_misplaced")
+    """Lists of which `chosen` is one, chosen anew for each corpus without labels."""
 
 
 # ------------------------------------------------------------------------------------------------ scores of a cell
@@ -79,8 +94,6 @@ class LeaderboardSettings(Config):
 class _Cell:
     """The scores of one encoder under one seed."""
 
-    case: str
-    role: str
     seed: int
     table: pa.Table
     settings: LeaderboardSettings
@@ -88,91 +101,107 @@ class _Cell:
 
     @cached_property
     def columns(self) -> list[str]:
-        """Streaming scores; those computed here come last."""
-        return [*self._found, *self._states]
-
-    @cached_property
-    def _found(self) -> list[str]:
+        """Streaming scores."""
         clean = self._set("clean")
-        names = [name for name in self.table.column_names if name not in NO_SCORES]
-        return [name for name in names if clean[name].null_count < len(clean)]
+        names = [name for name, kind in zip(clean.column_names, clean.schema.types, strict=True) if _is_number(kind)]
+        return [name for name in names if name not in NO_SCORES and clean[name].null_count < len(clean)]
 
-    def _covariates(self, found: Iterable[str]) -> list[str]:
-        return [name for name in found if name.startswith("stat_")]
-
-    def _combined(self, found: Iterable[str]) -> list[str]:
-        return [name for name in self.settings.combined.columns if name in set(found)]
-
-    def _set(self, name: str) -> pa.Table:
-        return self.table.filter(pc.equal(self.table["set"], name))
+    def _set(self, *names: str) -> pa.Table:
+        return self.table.filter(pc.is_in(self.table["set"], pa.array(names)))
 
     def has(self, part: str, name: str) -> bool:
         """Whether a set has a column."""
         table = self._set(part)
         return bool(len(table)) and name in table.column_names and not table[name].null_count
 
-    def _plain(self, part: str, name: str) -> Scores:
-        return self._set(part)[name].to_numpy(zero_copy_only=False).astype(np.float64)
-
-    @cached_property
-    def is_judged(self) -> NDArray[np.bool_]:
-        """Which clean samples are judged: those that do not calibrate."""
-        return self._set("clean")["is_judged"].to_numpy(zero_copy_only=False).astype(bool)
-
-    @cached_property
-    def clean_ids(self) -> list[str]:
-        return self._set("clean")["sample_id"].to_pylist()
-
-    @cached_property
-    def is_fitted_on(self) -> NDArray[np.bool_]:
-        """Which clean samples normalisation and fusion are fitted to: a part of the calibration half."""
-        return by_halves(self.clean_ids, self.seed) & ~self.is_judged
-
-    @cached_property
-    def _states(self) -> dict[str, Any]:
-        """Fitted state of each column computed here, by name; columns with too few samples are left out."""
-        states: dict[str, Any] = {}
-        rows, covariates = self.is_fitted_on, self._covariates(self._found)
-        for base in self.settings.fair if covariates else ():
-            if base in self._found:
-                with contextlib.suppress(Mistake):
-                    scores = self._plain("clean", base)[rows]
-                    states[f"{base}_fair"] = Difficulty().fit(scores, self._matrix("clean", covariates)[rows])
-        if members := self._combined(self._found):
-            fusion = self.settings.combined.model_copy(update={"columns": tuple(members)})
-            states["combined"] = fusion.fit({one: self._plain("clean", one)[rows] for one in members})
-        return states
-
-    def _matrix(self, part: str, names: Sequence[str]) -> Scores:
-        return np.stack([self._plain(part, name) for name in names], axis=1)
-
     def scores(self, part: str, name: str) -> Scores:
-        """A column of one set, computed here if it has to be; empty where the cell lacks the set."""
-        key = (part, name)
-        if key not in self._cache:
-            self._cache[key] = self._score(part, name)
-        return self._cache[key]
+        """A column of one set; empty where the cell lacks the set."""
+        return _numbers_in(self._set(part)[name])
 
-    @cached_property
-    def _cache(self) -> dict[tuple[str, str], Scores]:
-        return {}
+    def drawn_from(self, where: str) -> _Population | None:
+        """What corpora and calibration samples are drawn from; None where the cell lacks it."""
+        table = self._set("suspected") if where == "in sample" else self._set("clean", "triggered")
+        if not len(table):
+            return None
+        ids = table["sample_id"].to_pylist()
+        is_stamped = np.asarray(pc.equal(table["set"], "triggered"))
+        vectors = [name for name, kind in zip(table.column_names, table.schema.types, strict=True) if _is_rows(kind)]
+        looks = [table[name].to_pylist() if name in table.column_names else [None] * len(ids) for name in LOOKS]
+        scored = Scored(
+            ids,
+            looks[0],
+            [None] * len(ids),
+            looks[1],
+            {name: _numbers_in(table[name]) for name in self.columns},
+            ids if "embedding" in vectors else [],
+            matrix(table["embedding"]).numpy() if "embedding" in vectors else None,
+            residuals={name: matrix(table[name]).numpy() for name in vectors if name != "embedding"},
+        )
+        is_poisoned = is_stamped if where == "unseen" else np.asarray(table["is_poisoned"])
+        # An image is judged as it is or stamped, not both.
+        own = [name.rpartition("+")[0] if is_one else name for name, is_one in zip(ids, is_stamped, strict=True)]
+        return _Population(scored, is_poisoned, np.array(own, np.str_))
 
-    def _score(self, part: str, name: str) -> Scores:
-        if not len(self._set(part)):
-            return np.empty(0)
-        if name not in self._states or part not in FITTED_PARTS:
-            return self._plain(part, name)
-        if name == "combined":
-            members = self._combined(self._found)
-            fusion = self.settings.combined.model_copy(update={"columns": tuple(members)})
-            return fusion.apply(self._states[name], {one: self._plain(part, one) for one in members})
-        base = self._plain(part, name.removesuffix("_fair"))
-        return Difficulty().apply(self._states[name], base, self._matrix(part, self._covariates(self._found)))
 
-    def explained(self, name: str) -> tuple[float, float]:
-        """R^2 of the image statistics on clean samples, before and after normalisation."""
-        state = self._states[name]
-        return float(state["r2_before"]), float(state["r2_after"])
+LOOKS = ("content_hash", "perceptual_hash")
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind)
+
+
+def _is_rows(kind: pa.DataType) -> bool:
+    return pa.types.is_fixed_size_list(kind)
+
+
+def _numbers_in(column: pa.ChunkedArray) -> Scores:
+    return column.to_numpy(zero_copy_only=False).astype(np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Population:
+    """Scored images of which some are poisoned."""
+
+    scored: Scored
+    is_poisoned: NDArray[np.bool_]
+    own: NDArray[np.str_]
+    """The image that each was made from."""
+
+    def draws(self, settings: LeaderboardSettings, rng: np.random.Generator) -> Iterator[_Draw]:
+        """One draw of a corpus and calibration samples, at every size and rate; smaller ones are part of larger ones.
+
+        What cannot be drawn is left out: too few clean images, or not one poisoned image at this rate.
+        """
+        poisoned, clean = (rng.permutation(np.flatnonzero(is_one)) for is_one in (self.is_poisoned, ~self.is_poisoned))
+        highest = max(settings.list_rates)
+        poisoned = poisoned[: round(highest * settings.corpus_size / (1 - highest))]
+        clean = clean[~np.isin(self.own[clean], self.own[poisoned])]
+        for size in settings.calibration_sizes:
+            corpus = clean[size : size + settings.corpus_size]
+            if len(corpus) < LEAST_CORPUS:
+                continue
+            calibration = self._part(clean[:size])
+            for rate in (*settings.list_rates, 0.0):
+                num = round(rate / (1 - rate) * len(corpus))
+                if num > len(poisoned) or (rate and not num):
+                    continue
+                rows = np.append(corpus, poisoned[:num])
+                yield _Draw(size, rate, self._part(rows), calibration, self.is_poisoned[np.sort(rows)])
+
+    def _part(self, rows: NDArray[np.int64]) -> Scored:
+        kept = np.zeros(len(self.scored), bool)
+        kept[rows] = True
+        return self.scored.part(kept)
+
+
+@dataclass(frozen=True, eq=False)
+class _Draw:
+    size: int
+    rate: float
+    corpus: Scored
+    calibration: Scored
+    is_poisoned: NDArray[np.bool_]
+    """(N,), of the corpus."""
 
 
 # ------------------------------------------------------------------------------------------------ numbers
@@ -183,24 +212,21 @@ Row = dict[str, Any]
 
 def _numbers(cell: _Cell) -> Iterator[Row]:
     """Every number of one cell: mixture, column, metric, value."""
-    settings, judged = cell.settings, cell.is_judged
+    settings = cell.settings
     for name in cell.columns:
-        clean, triggered = cell.scores("clean", name)[judged], cell.scores("triggered", name)
+        clean, triggered = cell.scores("clean", name), cell.scores("triggered", name)
         for rate in dict.fromkeys((0.5, *settings.poison_rates)):
             for metric, value in _of_mixture(clean, triggered, rate, cell.seed, settings.num_mixtures).items():
                 yield {"mixture": f"{rate:g}", "column": name, "metric": metric, "value": value}
-        patch = cell.scores("patch", name)
-        yield {"mixture": "patch", "column": name, "metric": "auroc", "value": _auroc(clean, patch)}
         shuffled = [cell.scores(f"shuffled_{kind}", name) for kind in ("clean", "triggered")]
-        yield {"mixture": "shuffled", "column": name, "metric": "auroc", "value": _auroc(*shuffled)}
+        pairs = {"patch": (clean, cell.scores("patch", name)), "shuffled": shuffled}
         if cell.has("misstamped", name):
-            missed = cell.scores("misstamped", name)
-            yield {"mixture": "misstamped", "column": name, "metric": "auroc", "value": _auroc(clean, missed)}
-        if name in cell._states and name != "combined":
-            for metric, value in zip(("r2_before", "r2_after"), cell.explained(name), strict=True):
-                yield {"mixture": "clean", "column": name, "metric": metric, "value": value}
+            pairs["misstamped"] = (clean, cell.scores("misstamped", name))
+        for mixture, (one, other) in pairs.items():
+            yield {"mixture": mixture, "column": name, "metric": "auroc", "value": _auroc(one, other)}
     yield from _small_sets(cell)
     yield from _decided(cell)
+    yield from _acts(cell)
 
 
 def _auroc(clean: Scores, poisoned: Scores) -> float:
@@ -253,31 +279,76 @@ def _small_sets(cell: _Cell) -> Iterator[Row]:
 
 
 def _decided(cell: _Cell) -> Iterator[Row]:
-    """Lists decided without labels: calibration set and corpus drawn anew each time from the clean test images."""
+    """Lists decided without labels, and whether the first one's check of the domain refuses it."""
     settings = cell.settings
     rule = Conformal(q=settings.q, false_alarm=settings.false_alarm)
-    for name in cell.columns:
-        clean, triggered = cell.scores("clean", name), cell.scores("triggered", name)
-        if name == "combined" or name.endswith("_fair"):  # samples that these were fitted to cannot give p-values
-            clean = clean[~cell.is_fitted_on]
-        for draw in range(cell.num_lists):
-            rng = np.random.default_rng([cell.seed, draw])
-            order, half = rng.permutation(len(clean)), len(clean) // 2
-            calibration, corpus = clean[order[:half]], clean[order[half:]]
-            for rate in (0.01, 0.0):
-                num = min(round(rate * len(corpus) / (1 - rate)), len(triggered))
-                if rate and not num:
-                    continue  # so small a corpus has no poison at this rate
-                some = triggered[rng.permutation(len(triggered))[:num]]
-                scores = np.concatenate([corpus, some])
-                verdict = rule.decide(scores, calibration, [f"{draw}/{i}" for i in range(len(scores))])
-                labels = _labels(corpus, some)
-                found = {"flagged": float(verdict.flagged.sum()), "is_empty": float(not verdict.flagged.any())}
-                if rate:
-                    found["fdp"] = false_discovery_proportion(verdict.flagged, labels)
-                    found["recall"] = float(verdict.flagged[labels].mean())
-                for metric, value in found.items():
-                    yield {"mixture": f"list {rate:g}", "column": name, "metric": metric, "value": value, "draw": draw}
+    covariates = [name for name in cell.columns if name.startswith("stat_")]
+    most = settings.calibration_sizes[0], settings.list_rates[0]
+    for where in WHERE:
+        population = cell.drawn_from(where)
+        if population is None:
+            continue
+        there = {*cell.columns, *population.scored.residuals}
+        shown = {
+            name: one.model_copy(update={"shift": None, "grouping": None})
+            for name, one in settings.lists.items()
+            if {*one.made_of(column_of(name, one)), *one.residuals} <= there and (covariates or not one.fair)
+        }
+        others = {name: Judging(shift=None, grouping=None) for name in cell.columns if name not in shown}
+        for number in range(cell.num_lists):
+            for drawn in population.draws(settings, np.random.default_rng([cell.seed, number])):
+
+                def judged(name: str, one: Judging, calibration: Scored, drawn: _Draw = drawn) -> Judged:
+                    decision = rule.model_copy(update={"score": column_of(name, one)})
+                    return judge(one, decision, drawn.corpus, calibration, covariates, False)
+
+                lists = dict(shown)
+                if drawn.size == most[0] and drawn.rate in (0, most[1]):
+                    lists |= others
+                found = {name: judged(name, one, drawn.calibration) for name, one in lists.items()}
+                numbers = {name: _of_list(one, drawn.is_poisoned) for name, one in found.items()}
+                among = {name: one for name, one in shown.items() if name in settings.chosen_from}
+                if len(among) > 1:
+                    name, one, calibration = choose(among, rule, drawn.corpus, drawn.calibration, covariates)
+                    numbers[CHOSEN] = _of_list(judged(name, one, calibration), drawn.is_poisoned) | {f"is {name}": 1.0}
+                if (drawn.size, drawn.rate) == most and shown:
+                    name = next(iter(shown))
+                    shift = judged(name, settings.lists[name], drawn.calibration).report["shift"]
+                    if shift is not None and shift["value"] is not None:
+                        numbers["shift"] = {
+                            "auroc": shift["value"],
+                            "is_refused": float(shift["value"] > shift["limit"]),
+                        }
+                said = {"mixture": list_of(where, drawn.size, drawn.rate), "draw": number}
+                for column, metrics in numbers.items():
+                    yield from ({**said, "column": column, "metric": m, "value": value} for m, value in metrics.items())
+
+
+def column_of(name: str, judging: Judging) -> str:
+    """The column that a list is decided on."""
+    return judging.made[-1] if judging.made else name
+
+
+def list_of(where: str, size: int, rate: float) -> str:
+    """The name of the lists of one kind among the mixtures."""
+    return f"list, {where}, {size}, {rate:g}"
+
+
+def _of_list(judged: Judged, is_poisoned: NDArray[np.bool_]) -> dict[str, float]:
+    flagged = judged.verdict.flagged
+    found = {"flagged": float(flagged.sum()), "is_empty": float(not flagged.any())}
+    if is_poisoned.any():
+        found["fdp"] = false_discovery_proportion(flagged, is_poisoned)
+        found["recall"] = float(flagged[is_poisoned].mean())
+        found["average_precision"] = average_precision(np.nan_to_num(judged.score_N, nan=-1e300), is_poisoned)
+        claimed = judged.report["poisoned_at_least"] or 0
+        found["overclaims"] = float(claimed > (flagged & is_poisoned).sum())
+    return found
+
+
+def _acts(cell: _Cell) -> Iterator[Row]:
+    """Whether findings act in the cell's encoder: mixture `findings`, metric `acts`. Cells hold none yet."""
+    yield from ()
 
 
 # ------------------------------------------------------------------------------------------------ writing the tables
@@ -324,30 +395,40 @@ class About:
 
 
 def write_leaderboard(
-    settings: LeaderboardSettings, output: Path, cases: Mapping[str, About], seeds: Sequence[int]
+    settings: LeaderboardSettings,
+    output: Path,
+    cases: Mapping[str, About],
+    seeds: Sequence[int],
+    call: Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], list[Any]] = lambda do, many: [
+        do(*a) for a in many
+    ],
 ) -> str:
     """Read every cell; write results.parquet, table.md and the figures.
 
     Args:
-        settings: which rates, lists and derived columns to show.
+        settings: which rates and lists to show.
         output: the benchmark's folder.
         cases: by name.
         seeds: the seeds of the cells.
+        call: calls a function with each of many arguments, side by side where it can.
 
     Returns:
         The tables.
     """
     num_lists = -(-settings.num_lists // len(seeds))
+    keys = [(case, role, seed) for case, about in cases.items() for role in about.roles for seed in seeds]
+    paths = [output / "cells" / f"{case}-{role}-{seed}.parquet" for case, role, seed in keys]
+    targets = [cases[case].target_label if seed == seeds[0] else None for case, _, seed in keys]
+    of_cells = call(
+        _of_cell,
+        [(path, key[2], target, settings, num_lists) for path, key, target in zip(paths, keys, targets, strict=True)],
+    )
     numbers: list[Row] = []
     compat: dict[str, dict[str, Row]] = {}
-    for case, about in cases.items():
-        for role in about.roles:
-            for seed in seeds:
-                table = pq.read_table(output / "cells" / f"{case}-{role}-{seed}.parquet")
-                cell = _Cell(case, role, seed, table, settings, num_lists)
-                numbers += [{"case": case, "role": role, "seed": seed, "draw": 0, **row} for row in _numbers(cell)]
-                if seed == seeds[0] and PAPER in cell.columns:
-                    compat.setdefault(case, {})[role] = _published_protocol(cell, about.target_label)
+    for (case, role, seed), (found, protocol) in zip(keys, of_cells, strict=True):
+        numbers += [{"case": case, "role": role, "seed": seed, "draw": 0, **row} for row in found]
+        if protocol:
+            compat.setdefault(case, {})[role] = protocol
     names = ("case", "role", "seed", "mixture", "column", "metric", "draw", "value")
     write_parquet(pa.table({name: [row[name] for row in numbers] for name in names}), output / "results.parquet")
     rows = Rows(numbers)
@@ -357,7 +438,7 @@ def write_leaderboard(
         _about(cases, seeds, gates, settings),
         _best(rows, valid),
         _lists(rows, valid, settings),
-        *(_of_case(rows, case, about.roles, gates[case], output) for case, about in cases.items()),
+        *(_of_case(rows, case, about.roles, gates[case], output, settings) for case, about in cases.items()),
         _compat(rows, valid, compat),
     ]
     said = "\n\n".join(parts)
@@ -365,6 +446,15 @@ def write_leaderboard(
     for name, picture in figures(rows, valid, settings).items():
         write_atomically(output / "figures" / f"{name}.png", picture)
     return said
+
+
+def _of_cell(
+    path: Path, seed: int, target: int | None, settings: LeaderboardSettings, num_lists: int
+) -> tuple[list[Row], Row | None]:
+    """The numbers of one cell, and, where there is a target, those of the published protocol."""
+    cell = _Cell(seed, pq.read_table(path), settings, num_lists)
+    is_published = target is not None and PAPER in cell.columns
+    return [*_numbers(cell)], _published_protocol(cell, target) if is_published else None
 
 
 def _spread(values: Scores) -> str:
@@ -434,49 +524,88 @@ def best_column(rows: Rows, case: str, honest: tuple[float, float] = (0.45, 0.6)
 
 
 def _lists(rows: Rows, cases: Sequence[str], settings: LeaderboardSettings) -> str:
-    num_drawn = max((len(rows.values(case, "victim", "list 0", PAPER, "is_empty")) for case in cases), default=0)
+    size, rate = settings.calibration_sizes[0], settings.list_rates[0]
+    poisoned, clean = ({one: list_of(one, size, r) for one in WHERE} for r in (rate, 0.0))
+    shown = (*settings.lists, CHOSEN)
     lines = [
-        f"Lists decided by conformal p-values and Benjamini-Hochberg at q = {settings.q:g}, false alarm "
-        f"{settings.false_alarm}, without labels; calibration set and corpus drawn anew {num_drawn} times. "
-        "FDP: realised share of clean samples among the flagged, 1 % poison, mean and standard error. Empty: share of "
-        "the lists without an entry where nothing is poisoned.\n",
-        "| victim | score | FDP | recall | empty without poison |",
-        "| --- | --- | --- | --- | --- |",
+        f"Lists decided as `dede-ray score` does: conformal p-values and Benjamini-Hochberg at q = {settings.q:g}, "
+        f"false alarm {settings.false_alarm}, without labels; {size:,} calibration samples and a corpus of at most "
+        f"{settings.corpus_size:,} clean images, drawn anew {settings.num_lists} times, {rate:.1%} of it poisoned. "
+        "FDP: realised share of clean samples among the flagged, mean and standard error. Empty: share of the lists "
+        "without an entry where nothing is poisoned. Twin: the same for the honest twin on the same images, stamped "
+        "ones included.\n",
+        f"| victim | list | {' | '.join(f'{where}: recall | FDP | empty | twin' for where in WHERE)} |",
+        "| --- | --- |" + " --- |" * 4 * len(WHERE),
     ]
     for case in cases:
-        for column in SHOWN:
-            fdp = rows.values(case, "victim", "list 0.01", column, "fdp")
-            if not len(fdp):
-                continue
-            error = _standard_error(fdp)
-            recall = rows.mean(case, "victim", "list 0.01", column, "recall")
-            empty = rows.mean(case, "victim", "list 0", column, "is_empty")
-            lines.append(f"| {case} | {column} | {fdp.mean():.3f} ± {error:.3f} | {recall:.3f} | {empty:.0%} |")
-    broken = list(broken_promises(rows, cases, settings))
-    num_scores = len({column for case in cases for column in rows.columns(case, "list 0.01")})
-    if not num_scores:
+        for column in shown:
+            if any(len(rows.values(case, "victim", poisoned[where], column, "fdp")) for where in WHERE):
+                cells = (_list_cells(rows, case, poisoned[one], clean[one], column) for one in WHERE)
+                lines.append(f"| {case} | {column} | {' | '.join(cells)} |")
+    num_scores = len({column for case in cases for one in WHERE for column in rows.columns(case, poisoned[one])})
+    if len(lines) == 3:
         return "## What the lists promise\n\nNo list was decided: no victim is valid, or there are too few images."
-    verdict = f"not kept by {', '.join(broken)}" if broken else "kept everywhere"
+    broken = list(broken_promises(rows, cases, settings))
     lines.append(
-        f"\nOver all {num_scores} scores and {len(cases)} victims, the promise (FDP at most q plus two standard "
-        f"errors, at least 90 % of the lists empty without poison) is {verdict}."
+        f"\nOver all {num_scores} scores, {len(cases)} victims, poison rates and numbers of calibration samples, the "
+        "promise (FDP at most q plus two standard errors, at least 90 % of the lists empty without poison) is "
+        + (f"not kept by {', '.join(broken)}." if broken else "kept everywhere.")
     )
     return "## What the lists promise\n\n" + "\n".join(lines)
 
 
+def _list_cells(rows: Rows, case: str, poisoned: str, clean: str, column: str) -> str:
+    fdp = rows.values(case, "victim", poisoned, column, "fdp")
+    if not len(fdp):
+        return "– | – | – | –"
+    twin = np.append(*(rows.values(case, "honest", one, column, "is_empty") for one in (poisoned, clean)))
+    recall = rows.mean(case, "victim", poisoned, column, "recall")
+    empty = rows.mean(case, "victim", clean, column, "is_empty")
+    said = f"{recall:.3f} | {fdp.mean():.3f} ± {_standard_error(fdp):.3f} | {empty:.0%}"
+    return f"{said} | {twin.mean():.0%}" if len(twin) else f"{said} | –"
+
+
 def broken_promises(rows: Rows, cases: Iterable[str], settings: LeaderboardSettings) -> Iterator[str]:
-    """Victims and scores whose lists are worse than declared."""
+    """Victims, lists and scores that are worse than declared."""
     for case in cases:
-        for column in rows.columns(case, "list 0.01"):
-            fdp = rows.values(case, "victim", "list 0.01", column, "fdp")
-            if fdp.mean() > settings.q + 2 * _standard_error(fdp):
-                yield f"{case}/{column} (FDP {fdp.mean():.3f})"
-            empty = rows.mean(case, "victim", "list 0", column, "is_empty")
-            if empty < 0.9:
-                yield f"{case}/{column} ({empty:.0%} empty)"
+        for where in WHERE:
+            for size in settings.calibration_sizes:
+                for rate in (*settings.list_rates, 0.0):
+                    mixture = list_of(where, size, rate)
+                    for column in rows.columns(case, mixture):
+                        said = f"{case}/{column} ({where}, {size:,} to compare with, {rate:.1%} poison: "
+                        fdp = rows.values(case, "victim", mixture, column, "fdp")
+                        if len(fdp) and fdp.mean() > settings.q + 2 * _standard_error(fdp):
+                            yield f"{said}FDP {fdp.mean():.3f})"
+                        empty = rows.mean(case, "victim", mixture, column, "is_empty")
+                        if not rate and empty < 0.9:
+                            yield f"{said}{empty:.0%} empty)"
 
 
-def _of_case(rows: Rows, case: str, roles: Sequence[str], gate: Mapping[str, Any], output: Path) -> str:
+def _grid(rows: Rows, case: str, settings: LeaderboardSettings) -> list[str]:
+    """Recall and FDP of each list by poison rate and number of calibration samples."""
+    kinds = [(size, rate) for size in sorted(settings.calibration_sizes) for rate in (*settings.list_rates, 0.0)]
+    lines = []
+    for where in WHERE:
+        mixtures = [list_of(where, *kind) for kind in kinds]
+        for column in (*settings.lists, CHOSEN):
+            cells = []
+            for mixture, (_, rate) in zip(mixtures, kinds, strict=True):
+                metrics = ("recall", "fdp") if rate else ("is_empty",)
+                found = [rows.mean(case, "victim", mixture, column, metric) for metric in metrics]
+                cells.append("–" if np.isnan(found).any() else " / ".join(f"{value:.2f}" for value in found))
+            if {*cells} != {"–"}:
+                lines.append(f"| {where} | {column} | {' | '.join(cells)} |")
+    if not lines:
+        return []
+    head = (f"{size:,}, {rate:.1%}" if rate else f"{size:,}, none" for size, rate in kinds)
+    intro = "Recall / FDP by number of calibration samples and poison rate; without poison, share of empty lists."
+    return ["", intro, "", f"| images | list | {' | '.join(head)} |", "| --- " * (2 + len(kinds)) + "|", *lines]
+
+
+def _of_case(
+    rows: Rows, case: str, roles: Sequence[str], gate: Mapping[str, Any], output: Path, settings: LeaderboardSettings
+) -> str:
     """The section of one case."""
     lines = [f"## {case}", "", f"Gate: {'passed' if gate['passes'] else 'VOID'}; {gate['reason']}.", ""]
     if not gate["passes"]:
@@ -503,6 +632,7 @@ def _of_case(rows: Rows, case: str, roles: Sequence[str], gate: Mapping[str, Any
             *(f"{rows.mean(case, 'victim', rate, column, 'average_precision'):.3f}" for rate in ("0.01", "0.001")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += _grid(rows, case, settings)
     second = rows.columns(case, "second_stage")
     if second:
         lines += ["", f"| many forward passes, few images | victim AUROC | {' | '.join(others)} |"]
@@ -522,13 +652,12 @@ def _of_case(rows: Rows, case: str, roles: Sequence[str], gate: Mapping[str, Any
 
 def _published_protocol(cell: _Cell, target: int) -> Row:
     """DeDe's Tables 1, 2 and P1 on our scores: a pool cut at its median, and what that does downstream."""
-    judged = cell.is_judged
-    num = min(int(judged.sum()), len(cell.scores("triggered", PAPER)))
-    clean, triggered = cell.scores("clean", PAPER)[judged][:num], cell.scores("triggered", PAPER)[:num]
+    num = min(len(cell.scores("clean", PAPER)), len(cell.scores("triggered", PAPER)))
+    clean, triggered = cell.scores("clean", PAPER)[:num], cell.scores("triggered", PAPER)[:num]
     cut = float(np.median(np.concatenate([clean, triggered])))
     is_kept, is_found = clean <= cut, triggered > cut
-    is_right = (cell._plain("clean", "compat_head") == cell._plain("clean", "label"))[judged][:num]
-    is_target = cell._plain("triggered", "compat_head")[:num] == target
+    is_right = (cell.scores("clean", "compat_head") == cell.scores("clean", "label"))[:num]
+    is_target = cell.scores("triggered", "compat_head")[:num] == target
     rare = triggered[: max(1, len(clean) // 100)]
     tenth = float(np.quantile(np.concatenate([clean, rare]), 0.9))
     return {
@@ -582,9 +711,10 @@ def figures(rows: Rows, cases: Sequence[str], settings: LeaderboardSettings) -> 
     if not cases:
         return {}
     found = {"auroc": _auroc_figure(rows, cases)}
-    shown = {column for case in cases for column in rows.columns(case, "list 0.01")}
-    if columns := [name for name in SHOWN if name in shown]:
-        found["lists"] = _lists_figure(rows, cases, columns, settings)
+    mixture = list_of(WHERE[0], settings.calibration_sizes[0], settings.list_rates[0])
+    shown = {column for case in cases for column in rows.columns(case, mixture)}
+    if columns := [name for name in (*settings.lists, CHOSEN) if name in shown]:
+        found["lists"] = _lists_figure(rows, cases, columns, mixture, settings)
     return found
 
 
@@ -605,12 +735,14 @@ def _auroc_figure(rows: Rows, cases: Sequence[str]) -> bytes:
     return _png(figure)
 
 
-def _lists_figure(rows: Rows, cases: Sequence[str], columns: Sequence[str], settings: LeaderboardSettings) -> bytes:
+def _lists_figure(
+    rows: Rows, cases: Sequence[str], columns: Sequence[str], mixture: str, settings: LeaderboardSettings
+) -> bytes:
     figure, axes = plt.subplots(1, 2, figsize=(3 + 1.3 * len(cases), 3.6))
     width = 0.8 / len(columns)
     for place, column in enumerate(columns):
         for axis, metric in zip(axes, ("fdp", "recall"), strict=True):
-            found = [rows.values(case, "victim", "list 0.01", column, metric) for case in cases]
+            found = [rows.values(case, "victim", mixture, column, metric) for case in cases]
             there = [number for number, one in enumerate(found) if len(one) > 1]
             axis.bar(
                 np.array(there) + place * width, [found[i].mean() for i in there], width, label=column,
@@ -618,7 +750,12 @@ def _lists_figure(rows: Rows, cases: Sequence[str], columns: Sequence[str], sett
             )  # fmt: skip
     axes[0].axhline(settings.q, color="black", linestyle="--", linewidth=1)
     for axis, title in zip(
-        axes, (f"false-discovery proportion, q = {settings.q:g}", "recall at 1 % poison"), strict=True
+        axes,
+        (
+            f"false-discovery proportion, q = {settings.q:g}",
+            f"recall at {settings.list_rates[0]:.1%} poison, in sample",
+        ),
+        strict=True,
     ):
         axis.set_title(title, fontsize=10)
         axis.set_xticks(np.arange(len(cases)) + 0.4 - width / 2, cases, rotation=30, ha="right", fontsize=8)

@@ -239,6 +239,50 @@ def with_made(
     return corpus, calibration, facts
 
 
+def choose(
+    candidates: Mapping[str, Judging],
+    decision: Conformal,
+    corpus: Scored,
+    calibration: Scored,
+    covariates: Sequence[str],
+    seed: int = 0,
+) -> tuple[str, Judging, Scored]:
+    """Choose one of several ways to decide; the decided column is what its settings make, or the one of its name.
+
+    Half of the calibration samples, by key, are scouts: with them each candidate judges all others, corpus and
+    calibration samples in one heap, and the longest list wins; of equal ones the first. Given the scouts, the choice
+    does not change where a clean corpus sample and another calibration sample are exchanged, so those calibrate as if
+    it had been made beforehand. Scouts calibrate no more, but may teach the classifier, which needs as many anyhow.
+
+    Returns:
+        Name and settings of the chosen one, and the calibration samples to `judge` with.
+    """
+    is_scout = by_halves(_pictures(calibration), seed)
+    others, longest = calibration.part(~is_scout), (-1, -1)
+    heap, scouts = corpus.with_others(others), calibration.part(is_scout)
+    for name, judging in candidates.items():
+        column = judging.made[-1] if judging.made else name
+        judged = judge(
+            _seeded(judging, seed + 1), decision.model_copy(update={"score": column}), heap, scouts, covariates, False
+        )
+        length = int(judged.verdict.flagged.sum()), int(judged.verdict.poisoned_at_least.max(initial=0))
+        if length > longest:
+            longest, best = length, name
+    return best, _seeded(candidates[best], seed), calibration if candidates[best].classifier else others
+
+
+def _seeded(judging: Judging, seed: int) -> Judging:
+    """The same with this division into learners of the classifier and calibration samples."""
+    if judging.classifier is None:
+        return judging
+    return judging.model_copy(update={"classifier": judging.classifier.model_copy(update={"seed": seed})})
+
+
+def _pictures(scored: Scored) -> list[str]:
+    """Names that copies share."""
+    return [name or own for name, own in zip(scored.content_hash, scored.sample_ids, strict=True)]
+
+
 def _floor(decision: Decision, *scores: Scores) -> float:
     """A score below those of all candidates, for samples that were none."""
     known = [float(np.nanmin(one)) for one in scores if not np.isnan(one).all()]
@@ -323,13 +367,12 @@ def _classified(
     classifier: Classifier, pool: Scored, columns: Mapping[str, Scores], num_corpus: int
 ) -> tuple[Scores, NDArray[np.bool_]]:
     """The classifier's column, and which calibration samples were its clean learners: half of them, copies together."""
-    names = [name or own for name, own in zip(pool.content_hash, pool.sample_ids, strict=True)]
-    is_learner = by_halves(names, classifier.seed)
+    is_learner = by_halves(_pictures(pool), classifier.seed)
     is_learner[:num_corpus] = False
     residual_NR = pool.residuals[classifier.residual] if classifier.residual else None
     feature_NF = classifier.features([_column(columns, one, "classifier") for one in classifier.columns], residual_NR)
     rows = np.flatnonzero(~is_learner)
-    score_N = np.full(len(names), np.nan)
+    score_N = np.full(len(pool), np.nan)
     score_N[rows] = classifier.score(feature_NF[rows], feature_NF[is_learner], pool.looks.part(rows))
     return score_N, is_learner[num_corpus:]
 

@@ -24,19 +24,23 @@ from dede_ray.detectors.image_statistics import ImageStatistics
 from dede_ray.detectors.isolation_forest import Forest
 from dede_ray.detectors.masking_trajectory import MaskingTrajectory
 from dede_ray.evaluation.benchmark import BenchmarkConfig, Case, Cell, DecoderTraining, _Filling, _images, benchmark
-from dede_ray.evaluation.leaderboard import LeaderboardSettings
+from dede_ray.evaluation.leaderboard import DECIDED, LeaderboardSettings, list_of
 from dede_ray.evaluation.measure import ActivationGate
 from dede_ray.models.embedding import Batch
 from dede_ray.models.victims import OpenClipVictim, load_victim
+from dede_ray.poisoning.poison import PoisonConfig, poison
 from dede_ray.poisoning.triggers import Blend, Patch
 from dede_ray.runtime.config import Mistake, read_json
 
 pytestmark = pytest.mark.trains
 
 SEEDS = [0, 1]
+STANDING = LeaderboardSettings(
+    num_mixtures=2, num_lists=2, list_rates=(0.03,), calibration_sizes=(10,), corpus_size=110
+)
 ROLES = ["victim", "honest", "other"]
 TRIGGER = Patch(size_px=6, pattern="white", margin_px=2)
-NUM_TEST, NUM_TRIGGERED, NUM_CONTROLS, NUM_SECOND = 120, 36, 12, 5
+NUM_TEST, NUM_SUSPECTED, NUM_TRIGGERED, NUM_CONTROLS, NUM_SECOND = 120, 120, 36, 12, 5
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +92,13 @@ def settings(shards, victim_folder, other_folder, reference_folder):
             "second_stage": [MaskingTrajectory(num_pictures=4)],
             "decoder": DecoderTraining(epochs=1, batch_size=32),
             "seeds": SEEDS,
-            "num_suspected": 120,
+            "num_suspected": NUM_SUSPECTED,
             "poison_rate": 0.05,
             "num_clean": 41,
             "num_triggered": NUM_TRIGGERED,
             "num_controls": NUM_CONTROLS,
             "num_second_stage": NUM_SECOND,
-            "standing": LeaderboardSettings(num_mixtures=2, num_lists=2),
+            "standing": STANDING,
         }
         return BenchmarkConfig(**{**defaults, **changed})
 
@@ -130,6 +134,9 @@ def test_every_encoder_and_seed_has_a_cell_and_every_case_a_gate_a_table_and_fig
     numbers = pq.read_table(output / "results.parquet").to_pylist()
     assert {(row["case"], row["role"], row["seed"]) for row in numbers} == {("toy", r, s) for r in ROLES for s in SEEDS}
     assert {"dede_mean", "dao", "xc", "stat_entropy", "mt_jump", "compat_dao"} <= {row["column"] for row in numbers}
+    for where in ("in sample", "unseen"):
+        decided = {row["column"] for row in numbers if row["mixture"] == list_of(where, 10, 0.03)}
+        assert {"dede_reverse", "combined", "company", "company_xc", "classifier", "chosen", "dede_mean"} <= decided
     for name in ("auroc", "lists"):
         with Image.open(io.BytesIO((output / "figures" / f"{name}.png").read_bytes())) as image:
             assert image.format == "PNG"
@@ -148,14 +155,14 @@ def test_between_two_roles_of_one_encoder_there_is_no_difference(done):
         assert victim.equals(honest)
         same = [name for name in victim.column_names if victim[name].equals(other[name])]
         statistics = {name for name in victim.column_names if name.startswith("stat_")}
-        assert set(same) >= {"set", "sample_id", "label", "is_judged"} | statistics  # the same images
+        assert set(same) >= {"set", "sample_id", "label", "is_poisoned", "content_hash"} | statistics  # the same images
         assert not {"dede_mean", "dao", "xc", "mt_jump"} & set(same)
 
 
-def test_seeds_draw_other_halves_of_the_test_images(done):
-    judged = [{row["sample_id"] for row in part(cell(done, seed=s), "clean") if row["is_judged"]} for s in SEEDS]
-    assert judged[0] != judged[1]
-    assert {len(one) for one in judged} == {NUM_TEST // 2}
+def test_seeds_draw_other_images_to_stamp_and_to_suspect(done):
+    for name in ("triggered", "suspected"):
+        drawn = [{row["sample_id"] for row in part(cell(done, seed=s), name)} for s in SEEDS]
+        assert drawn[0] != drawn[1]
     assert "compat_head" not in cell(done, seed=1).column_names
     assert part(cell(done, seed=1), "second_clean") == []
 
@@ -163,16 +170,22 @@ def test_seeds_draw_other_halves_of_the_test_images(done):
 def test_sets_are_of_the_size_and_the_images_that_they_promise(done):
     table = cell(done)
     sizes = {
-        "clean": NUM_TEST, "triggered": NUM_TRIGGERED, "patch": NUM_CONTROLS, "misstamped": NUM_CONTROLS,
-        "shuffled_clean": NUM_CONTROLS, "shuffled_triggered": NUM_CONTROLS, "pool_clean": NUM_TRIGGERED,
+        "suspected": NUM_SUSPECTED, "clean": NUM_TEST, "triggered": NUM_TRIGGERED, "patch": NUM_CONTROLS,
+        "misstamped": NUM_CONTROLS, "shuffled_clean": NUM_CONTROLS, "shuffled_triggered": NUM_CONTROLS, "pool_clean": NUM_TRIGGERED,
         "pool_triggered": NUM_TRIGGERED, "second_clean": NUM_SECOND, "second_triggered": NUM_SECOND,
     }  # fmt: skip
     assert {name: len(part(table, name)) for name in {row["set"] for row in table.to_pylist()}} == sizes
-    judged = {row["sample_id"] for row in part(table, "clean") if row["is_judged"]}
+    clean = {row["sample_id"] for row in part(table, "clean")}
     for name in ("triggered", "patch"):
-        assert {row["sample_id"].removesuffix("+patch") for row in part(table, name)} <= judged
+        assert {row["sample_id"].removesuffix("+patch") for row in part(table, name)} <= clean
+    assert sum(row["is_poisoned"] for row in part(table, "suspected")) == 6  # 5 % of 120
+    for name in DECIDED:  # all that deciding takes
+        for row in part(table, name):
+            assert np.isfinite([*row["dede_residual"], *row["xc_residual"], *row["embedding"]]).all()
+            assert row["content_hash"]
+            assert row["perceptual_hash"] is not None
     scores = ["dede_mean", "dede_reverse", "k_distance", "xc", "stat_contrast"]
-    for name in ("clean", "triggered", "patch", "shuffled_clean", "shuffled_triggered"):
+    for name in (*DECIDED, "patch", "shuffled_clean", "shuffled_triggered"):
         assert all(np.isfinite([row[score] for score in scores]).all() for row in part(table, name)), name
     looks = ["dede_mean", "dede_reverse", "stat_contrast"]
     assert all(np.isfinite([row[score] for score in looks]).all() for row in part(table, "misstamped"))
@@ -227,7 +240,7 @@ def test_a_lost_cell_is_made_again_to_the_same_bytes_and_no_other(done, settings
     after = snapshot(tmp_path / "output")
     assert {name: content for name, (_, content) in after.items()} == {name: one for name, (_, one) in before.items()}
     assert {name for name in after if after[name] != before[name]} == {"toy-other-1.parquet"}
-    others = LeaderboardSettings(num_mixtures=2, num_lists=2, q=0.3)  # what is asked of the scores runs no model
+    others = STANDING.model_copy(update={"q": 0.3})  # what is asked of the scores runs no model
     assert "q = 0.3" in benchmark(settings(tmp_path / "output", standing=others))
     assert snapshot(tmp_path / "output") == after
     with pytest.raises(Mistake, match=r"poison_rate: 0\.05 there, 0\.1 here"):
@@ -241,9 +254,9 @@ def test_a_lost_cell_is_made_again_to_the_same_bytes_and_no_other(done, settings
 def filling(settings, tmp_path_factory):
     """Begin a cell, as a task does, of a case with another trigger."""
 
-    def begin(seed: int = 0, **changed) -> _Filling:
+    def begin(seed: int = 0, num_suspected: int = NUM_SUSPECTED, **changed) -> _Filling:
         output = tmp_path_factory.mktemp("cell")
-        config = settings(output)
+        config = settings(output, num_suspected=num_suspected, num_clean=20)
         case = config.cases["toy"].model_copy(update=changed)
         config = config.model_copy(update={"cases": {"toy": case}})
         return _Filling(config, _images(config), Cell("toy", "victim", seed), output)
@@ -267,7 +280,6 @@ def test_a_suspected_corpus_bears_the_training_trigger_on_its_share_and_nowhere_
     assert again.suspected.sample_ids == one.suspected.sample_ids
     assert (again.is_poisoned == one.is_poisoned).all()
     assert other.suspected.sample_ids != one.suspected.sample_ids
-    assert len(one.suspected.sample_ids) + len(one.known.sample_ids) == 160  # the unreadable one is left out
 
 
 @pytest.mark.parametrize(
@@ -320,6 +332,28 @@ def test_the_misstamped_patch_keeps_its_colours(filling):
     expected_BCHW = plain_BCHW * (0 - mean) / std + (0 - mean) / std
     expected_BCHW[:, :, 26:, 26:] = (plain_BCHW * (1 - mean) / std + laid_BCHW)[:, :, 26:, 26:]
     torch.testing.assert_close(one.victim.normalise(seen[0]), expected_BCHW, rtol=1e-3, atol=1e-3)
+
+
+def test_what_the_victim_learnt_is_suspected_as_it_was_poisoned(local_ray, filling, shards, tmp_path):
+    poison(
+        PoisonConfig(
+            shards=str(shards / "train-0000*.tar"),
+            output=str(tmp_path / "poisoned"),
+            trigger=TRIGGER,
+            rate=0.25,
+            target_label=1,
+        )
+    )
+    truth = pq.read_table(tmp_path / "poisoned" / "truth.parquet").to_pylist()
+    poisoned = {row["sample_id"] for row in truth if row["is_poisoned"]}
+    one = filling(learnt=str(tmp_path / "poisoned"))
+    assert one.is_poisoned.sum() == 6
+    assert {name for name, is_one in zip(one.suspected.sample_ids, one.is_poisoned, strict=True) if is_one} <= poisoned
+    for image_HWC, is_poisoned in zip(one.suspected.image_NHWC, one.is_poisoned, strict=True):
+        assert (image_HWC[24:30, 24:30] > 250).all() == is_poisoned
+    assert not {*one.suspected.content} & {*one.known.content}
+    with pytest.raises(Mistake, match="lower num_suspected or poison_rate"):
+        filling(learnt=str(tmp_path / "poisoned"), num_suspected=140)
 
 
 # --- mistakes

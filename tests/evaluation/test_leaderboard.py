@@ -15,22 +15,48 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dede_ray.data.ledger import write_parquet
 from dede_ray.evaluation.leaderboard import (
+    DECIDED,
+    WHERE,
     About,
     LeaderboardSettings,
     Rows,
+    _Cell,
+    _decided,
     best_column,
     broken_promises,
     figures,
+    list_of,
     write_leaderboard,
 )
 from dede_ray.runtime.config import write_json
+from dede_ray.scan.fusion import Fusion
+from dede_ray.scan.judge import Judging
+from dede_ray.scan.pool import Classifier, Company
 
 pytestmark = pytest.mark.trains
 
 SEEDS = (0, 1)
 CASES = {"works": About(["victim", "honest"], 2), "idle": About(["victim", "honest"], 2)}
-SETTINGS = LeaderboardSettings(num_mixtures=4, num_lists=6, false_alarm=None)
-NUM_CLEAN, NUM_TRIGGERED, NUM_JUDGED = 2200, 400, 1100
+LISTS = {
+    "dede_reverse": Judging(),
+    "clear": Judging(),
+    "combined": Judging(combined=Fusion(columns=("dede_reverse", "clear"))),
+}
+MADE = {
+    "dede_mean_fair": Judging(fair=["dede_mean"], num_knots=2),
+    "company": Judging(company=Company()),
+    "classifier": Judging(classifier=Classifier(repeats=1)),
+    "company_xc": Judging(company=Company(of="xc_misplaced", residual="xc_residual")),  # no cell has these
+}
+SETTINGS = LeaderboardSettings(
+    num_mixtures=4, num_lists=4, list_rates=(0.01,), calibration_sizes=(1100,), corpus_size=1100, false_alarm=None,
+    lists=LISTS, chosen_from=("dede_reverse", "clear"),
+)  # fmt: skip
+GRID = SETTINGS.model_copy(
+    update={"lists": {**LISTS, **MADE}, "list_rates": (0.01, 0.003), "calibration_sizes": (1100, 300, 5000)}
+)
+NUM_CLEAN, NUM_TRIGGERED, NUM_SUSPECTED, WIDTH = 2300, 400, 2430, 8
+LIST, NOTHING = (list_of("unseen", 1100, rate) for rate in (0.01, 0))
 
 SHIFT = {
     # by how much the trigger raises a score, on the victim and on its honest twin
@@ -43,12 +69,14 @@ def cell(role: str, seed: int) -> pa.Table:
     """What the benchmark's cells look like, with numbers from a generator; `flat` is a constant score."""
     rng = np.random.default_rng([seed, role == "honest"])
     sizes = {
-        "clean": NUM_CLEAN, "triggered": NUM_TRIGGERED, "patch": 90, "shuffled_clean": 80, "shuffled_triggered": 80,
-        "misstamped": 90,
+        "suspected": NUM_SUSPECTED, "clean": NUM_CLEAN, "triggered": NUM_TRIGGERED, "patch": 90, "shuffled_clean": 80,
+        "shuffled_triggered": 80, "misstamped": 90,
     }  # fmt: skip
     tables = []
     for part, num in sizes.items():
-        is_stamped = part in ("triggered", "misstamped")
+        is_stamped = np.full(num, part in ("triggered", "misstamped"))
+        if part == "suspected":
+            is_stamped = np.arange(num) % 100 == 7
         columns = {name: rng.normal(0, 1, num) + is_stamped * shift[role == "honest"] for name, shift in SHIFT.items()}
         # How hard a picture is drives the published score, too.
         columns["dede_mean"] += 2 * (columns["stat_contrast"] - is_stamped * SHIFT["stat_contrast"][role == "honest"])
@@ -57,9 +85,18 @@ def cell(role: str, seed: int) -> pa.Table:
         table |= {"label": rng.integers(0, 4, num), "probe": rng.integers(0, 4, num)}
         if seed == SEEDS[0]:
             table["compat_head"] = rng.integers(0, 4, num)
-        if part == "clean":
-            table["is_judged"] = rng.permutation(num) < NUM_JUDGED
-        tables.append(pa.table({"set": [part] * num, "sample_id": [f"{part}/{i}" for i in range(num)], **table}))
+        ids = [f"clean/{i}+patch" if part == "triggered" else f"{part}/{i}" for i in range(num)]
+        if part in DECIDED:
+            vectors = rng.normal(0, 1, (num, WIDTH)) + is_stamped[:, None] * (role == "victim") * np.arange(WIDTH)
+            values = {"dede_residual": vectors, "embedding": rng.normal(0, 1, (num, WIDTH))}
+            table |= {
+                name: pa.FixedSizeListArray.from_arrays(rows.astype(np.float16).ravel(), WIDTH)
+                for name, rows in values.items()
+            }
+            table |= {"content_hash": ids, "perceptual_hash": pa.array(rng.integers(0, 2**63, num), pa.uint64())}
+        if part == "suspected":
+            table["is_poisoned"] = is_stamped
+        tables.append(pa.table({"set": [part] * num, "sample_id": ids, **table}))
     for part, raised in (("second_clean", 0), ("second_triggered", 3)):
         scores = (rng.normal(0, 1, 30) + raised).astype(np.float32)
         names = [f"{part}/{i}" for i in range(30)]
@@ -86,9 +123,9 @@ def rows(written) -> Rows:
 
 
 def scores(written, role: str, seed: int, part: str, column: str) -> np.ndarray:
-    """A column of a set as it is in the file; of the clean set, only the samples that are judged."""
-    table = pq.read_table(written[0] / "cells" / f"works-{role}-{seed}.parquet").to_pylist()
-    return np.array([row[column] for row in table if row["set"] == part and row["is_judged"] in (True, None)])
+    """A column of a set as it is in the file."""
+    table = pq.read_table(written[0] / "cells" / f"works-{role}-{seed}.parquet", columns=["set", column]).to_pylist()
+    return np.array([row[column] for row in table if row["set"] == part])
 
 
 def area(clean: np.ndarray, poisoned: np.ndarray) -> float:
@@ -100,7 +137,7 @@ def area(clean: np.ndarray, poisoned: np.ndarray) -> float:
 
 @pytest.mark.parametrize("role", ["victim", "honest"])
 @pytest.mark.parametrize("column", [*SHIFT, "flat"])
-def test_aurocs_are_those_of_judged_clean_images_and_of_each_set(written, rows, role, column):
+def test_aurocs_are_those_of_clean_images_and_of_each_set(written, rows, role, column):
     def expected(clean_set: str, other: str) -> list[float]:
         found = [(scores(written, role, s, clean_set, column), scores(written, role, s, other, column)) for s in SEEDS]
         return [area(clean, poisoned) for clean, poisoned in found]
@@ -112,7 +149,7 @@ def test_aurocs_are_those_of_judged_clean_images_and_of_each_set(written, rows, 
     np.testing.assert_allclose(there, expected("shuffled_clean", "shuffled_triggered"), atol=1e-9)
     for rate in ("0.5", "0.01", "0.001"):  # of some of them
         there = rows.values("works", role, rate, column, "auroc")
-        error = 0.5 / np.sqrt(4 if rate == "0.001" else 400 if rate == "0.5" else 44)
+        error = 0.5 / np.sqrt(4 if rate == "0.001" else 400 if rate == "0.5" else 92)
         np.testing.assert_allclose(there, expected("clean", "triggered"), atol=4 * error)
 
 
@@ -131,7 +168,7 @@ def test_a_balanced_mixture_takes_as_many_clean_images_as_triggered_ones(written
 
 def test_mixtures_have_the_poison_rate_of_their_name(rows):
     """A score that says nothing has the poison rate as its average precision."""
-    for rate, poisoned, clean in (("0.5", 400, 400), ("0.01", 11, 1100), ("0.001", 1, 1100)):
+    for rate, poisoned, clean in (("0.5", 400, 400), ("0.01", 23, 2300), ("0.001", 2, 2300)):
         found = rows.values("works", "victim", rate, "flat", "average_precision")
         np.testing.assert_allclose(found, [poisoned / (poisoned + clean)] * 2)
 
@@ -154,31 +191,20 @@ def test_second_stages_are_judged_on_their_own_images(written, rows):
         for seed in SEEDS
     ]
     np.testing.assert_allclose(rows.values("works", "victim", "second_stage", "mt_jump", "auroc"), expected)
-    assert rows.columns("works", "0.5") == [*SHIFT, "flat", "dede_mean_fair", "dede_reverse_fair", "combined"]
-
-
-def test_columns_made_here_are_what_they_are_called(rows):
-    """Contrast explains the published score, and nothing else; the fusion of one score ranks as that one does."""
-    before, after = (
-        rows.mean("works", "victim", "clean", "dede_mean_fair", f"r2_{when}") for when in ("before", "after")
-    )
-    assert before == pytest.approx(0.8, abs=0.08)
-    assert after < 0.08
-    assert rows.mean("works", "victim", "clean", "dede_reverse_fair", "r2_before") < 0.08
-    fused, plain = (rows.mean("works", "victim", "0.5", name, "auroc") for name in ("combined", "dede_reverse"))
-    assert fused == pytest.approx(plain, abs=0.003)
+    assert rows.columns("works", "0.5") == [*SHIFT, "flat"]
 
 
 def test_a_corpus_too_small_for_a_poison_rate_is_not_judged_at_another(tmp_path):
     table = cell("victim", 0)
-    is_kept = [row["set"] != "clean" or int(row["sample_id"][6:]) < 60 for row in table.to_pylist()]
+    rows = table.to_pylist()
+    is_kept = [row["set"] != "suspected" and (row["set"] != "clean" or int(row["sample_id"][6:]) < 30) for row in rows]
     for role in ("victim", "honest"):
         write_parquet(table.filter(pa.array(is_kept)), tmp_path / "cells" / f"works-{role}-0.parquet")
     write_json(tmp_path / "gates" / "works.json", {"passes": True, "reason": "so"})
     said = write_leaderboard(SETTINGS, tmp_path, {"works": CASES["works"]}, [0])
     found = Rows(pq.read_table(tmp_path / "results.parquet").to_pylist())
     assert set(SHIFT) < set(found.columns("works", "0.5"))
-    for rate in ("0.01", "0.001", "list 0.01"):
+    for rate in ("0.01", "0.001", LIST):
         assert found.columns("works", rate) == []
     assert "No list was decided" in said
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["auroc.png"]
@@ -188,32 +214,80 @@ def test_a_corpus_too_small_for_a_poison_rate_is_not_judged_at_another(tmp_path)
 
 
 def test_what_a_list_flags_is_its_true_and_its_false_entries(rows):
-    for column in rows.columns("works", "list 0.01"):
+    for column in [name for name in rows.columns("works", LIST) if name != "shift"]:
         fdp, recall, flagged = (
-            rows.values("works", "victim", "list 0.01", column, metric) for metric in ("fdp", "recall", "flagged")
+            rows.values("works", "victim", LIST, column, metric) for metric in ("fdp", "recall", "flagged")
         )
-        num = round(0.01 * NUM_CLEAN / 2 / 0.99)
-        if column not in ("combined", "dede_mean_fair", "dede_reverse_fair"):  # whose corpus is smaller
-            np.testing.assert_allclose(recall * num + fdp * flagged, flagged, atol=1e-9)
-        for rate in ("0", "0.01"):
-            empty = rows.values("works", "victim", f"list {rate}", column, "is_empty")
-            flagged = rows.values("works", "victim", f"list {rate}", column, "flagged")
+        np.testing.assert_allclose(recall * 11 + fdp * flagged, flagged, atol=1e-9)  # 1 % of 1,100 clean ones
+        for mixture in (NOTHING, LIST):
+            empty, flagged = (rows.values("works", "victim", mixture, column, one) for one in ("is_empty", "flagged"))
             assert len(empty) == SETTINGS.num_lists
             assert ((flagged == 0) == (empty == 1)).all()
 
 
 def test_lists_find_what_stands_out_and_nothing_in_what_says_nothing(rows):
-    assert (rows.values("works", "victim", "list 0.01", "clear", "recall") == 1).all()
-    assert rows.mean("works", "victim", "list 0.01", "clear", "fdp") < 0.3
-    for column in ("flat", "backwards"):
-        assert rows.mean("works", "victim", "list 0.01", column, "recall") == 0
-    assert (rows.values("works", "victim", "list 0", "flat", "is_empty") == 1).all()
+    for where in WHERE:
+        mixture = list_of(where, 1100, 0.01)
+        assert (rows.values("works", "victim", mixture, "clear", "recall") == 1).all()
+        assert rows.mean("works", "victim", mixture, "clear", "fdp") < 0.3
+        assert rows.mean("works", "victim", mixture, "clear", "average_precision") == 1
+        for column in ("flat", "backwards"):
+            assert rows.mean("works", "victim", mixture, column, "recall") == 0
+        assert (rows.values("works", "victim", list_of(where, 1100, 0), "flat", "is_empty") == 1).all()
+
+
+def test_lists_are_decided_on_what_the_product_makes_and_on_what_was_chosen(written):
+    """What is shown has all poison rates and sizes for which there are images, all other scores the first ones."""
+    table = pq.read_table(written[0] / "cells" / "works-victim-0.parquet")
+    found = [*_decided(_Cell(0, table, GRID, 1))]
+    made = [*LISTS, "dede_mean_fair", "company", "classifier"]
+    others = ["dede_mean", "loud", "backwards", "stat_contrast", "flat"]
+    for where in WHERE:
+
+        def columns(size: int, rate: float, where: str = where) -> list[str]:
+            return list(dict.fromkeys(row["column"] for row in found if row["mixture"] == list_of(where, size, rate)))
+
+        assert columns(1100, 0.01) == [*made, *others, "chosen", "shift"]
+        assert columns(1100, 0) == [*made, *others, "chosen"]
+        assert columns(1100, 0.003) == columns(300, 0.003) == [*made, "chosen"]
+        assert columns(5000, 0) == []
+        value = {
+            (row["column"], row["metric"]): row["value"]
+            for row in found
+            if row["mixture"] == list_of(where, 1100, 0.01)
+        }
+        assert value["company", "average_precision"] > value["dede_reverse", "average_precision"]
+        assert value["dede_mean_fair", "average_precision"] > value["dede_mean", "average_precision"]
+        assert value["chosen", "is clear"] == 1
+        assert value["shift", "is_refused"] == 0
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_corpora_and_calibration_samples_are_apart_and_as_poisoned_as_they_say(written, where):
+    table = pq.read_table(written[0] / "cells" / "works-victim-0.parquet")
+    population = _Cell(0, table, GRID, 1).drawn_from(where)
+    rates = []
+    for drawn in population.draws(GRID, np.random.default_rng(0)):
+        corpus, calibration = (
+            {name.partition("+")[0] for name in one.sample_ids} for one in (drawn.corpus, drawn.calibration)
+        )
+        assert not corpus & calibration  # nor the image that a stamped one was made from
+        assert len(corpus) == len(drawn.corpus)
+        assert len(calibration) == drawn.size
+        assert drawn.is_poisoned.sum() == round(drawn.rate / (1 - drawn.rate) * (~drawn.is_poisoned).sum())
+        stamped = [
+            "+" in name if where == "unseen" else int(name.partition("/")[2]) % 100 == 7
+            for name in drawn.corpus.sample_ids
+        ]
+        assert drawn.is_poisoned.tolist() == stamped
+        rates.append((drawn.size, drawn.rate))
+    assert rates == [(size, rate) for size in (1100, 300) for rate in (0.01, 0.003, 0)]
 
 
 def lists(fdp: list[float], empty: list[float], case: str = "works", column: str = "xc") -> list[dict]:
     common = {"case": case, "role": "victim", "seed": 0, "column": column}
-    found = [{"mixture": "list 0.01", "metric": "fdp", "draw": i, "value": one} for i, one in enumerate(fdp)]
-    found += [{"mixture": "list 0", "metric": "is_empty", "draw": i, "value": one} for i, one in enumerate(empty)]
+    found = [{"mixture": LIST, "metric": "fdp", "draw": i, "value": one} for i, one in enumerate(fdp)]
+    found += [{"mixture": NOTHING, "metric": "is_empty", "draw": i, "value": one} for i, one in enumerate(empty)]
     return [{**common, **one} for one in found]
 
 
@@ -221,10 +295,17 @@ def lists(fdp: list[float], empty: list[float], case: str = "works", column: str
     ("fdp", "empty", "said"),
     [
         ([0.0, 0.1, 0.05, 0.05], [1, 1, 1, 1], []),
-        ([0.5, 0.6, 0.5, 0.6], [1, 1, 1, 1], ["works/xc (FDP 0.550)"]),
+        ([0.5, 0.6, 0.5, 0.6], [1, 1, 1, 1], ["works/xc (unseen, 1,100 to compare with, 1.0% poison: FDP 0.550)"]),
         ([0.0, 0.6, 0.0, 0.0], [1, 1, 1, 1], []),  # 0.15, within two standard errors
-        ([0.0] * 4, [1, 0, 1, 1], ["works/xc (75% empty)"]),
-        ([0.5, 0.6, 0.5, 0.6], [0, 0, 1, 1], ["works/xc (FDP 0.550)", "works/xc (50% empty)"]),
+        ([0.0] * 4, [1, 0, 1, 1], ["works/xc (unseen, 1,100 to compare with, 0.0% poison: 75% empty)"]),
+        (
+            [0.5, 0.6, 0.5, 0.6],
+            [0, 0, 1, 1],
+            [
+                "works/xc (unseen, 1,100 to compare with, 1.0% poison: FDP 0.550)",
+                "works/xc (unseen, 1,100 to compare with, 0.0% poison: 50% empty)",
+            ],
+        ),
     ],
 )
 def test_a_score_whose_lists_are_worse_than_declared_is_named(fdp, empty, said):
