@@ -47,7 +47,7 @@ CHOSEN = "chosen"
 """The list whose column `scan.judge.choose` chose."""
 DECIDED = ("suspected", "clean", "triggered")
 """Sets that corpora and calibration samples are drawn from."""
-NO_SCORES = {"set", "sample_id", "label", "compat_head", "content_hash", "perceptual_hash", "embedding", "is_poisoned"}
+NO_SCORES = {"set", "sample_id", "label", "compat_head"}
 WHERE = ("in sample", "unseen")
 LEAST_CORPUS = 100
 """Clean samples that a corpus has at least."""
@@ -103,11 +103,16 @@ class _Cell:
     def columns(self) -> list[str]:
         """Streaming scores."""
         clean = self._set("clean")
-        names = [name for name, kind in zip(clean.column_names, clean.schema.types, strict=True) if _is_number(kind)]
-        return [name for name in names if name not in NO_SCORES and clean[name].null_count < len(clean)]
+        numbers = [one.name for one in clean.schema if pa.types.is_floating(one.type)]
+        return [name for name in numbers if clean[name].null_count < len(clean)]
 
-    def _set(self, *names: str) -> pa.Table:
-        return self.table.filter(pc.is_in(self.table["set"], pa.array(names)))
+    @cached_property
+    def _sets(self) -> dict[str, pa.Table]:
+        names = self.table["set"].unique().to_pylist()
+        return {name: self.table.filter(pc.equal(self.table["set"], name)) for name in names}
+
+    def _set(self, name: str) -> pa.Table:
+        return self._sets.get(name, self.table.slice(0, 0))
 
     def has(self, part: str, name: str) -> bool:
         """Whether a set has a column."""
@@ -116,46 +121,31 @@ class _Cell:
 
     def scores(self, part: str, name: str) -> Scores:
         """A column of one set; empty where the cell lacks the set."""
-        return _numbers_in(self._set(part)[name])
+        return self._set(part)[name].to_numpy(zero_copy_only=False).astype(np.float64)
 
     def drawn_from(self, where: str) -> _Population | None:
         """What corpora and calibration samples are drawn from; None where the cell lacks it."""
-        table = self._set("suspected") if where == "in sample" else self._set("clean", "triggered")
+        parts = [self._set(name) for name in (("suspected",) if where == "in sample" else ("clean", "triggered"))]
+        table = pa.concat_tables(parts)
         if not len(table):
             return None
-        ids = table["sample_id"].to_pylist()
-        is_stamped = np.asarray(pc.equal(table["set"], "triggered"))
-        vectors = [name for name, kind in zip(table.column_names, table.schema.types, strict=True) if _is_rows(kind)]
-        looks = [table[name].to_pylist() if name in table.column_names else [None] * len(ids) for name in LOOKS]
+        ids, is_stamped = table["sample_id"].to_pylist(), np.arange(len(table)) >= len(parts[0])
+        vectors = [one.name for one in table.schema if pa.types.is_fixed_size_list(one.type)]
+        rows = {name: matrix(table[name]).numpy() for name in vectors}
         scored = Scored(
-            ids,
-            looks[0],
-            [None] * len(ids),
-            looks[1],
-            {name: _numbers_in(table[name]) for name in self.columns},
-            ids if "embedding" in vectors else [],
-            matrix(table["embedding"]).numpy() if "embedding" in vectors else None,
-            residuals={name: matrix(table[name]).numpy() for name in vectors if name != "embedding"},
+            sample_ids=ids,
+            content_hash=table["content_hash"].to_pylist(),
+            captions=[None] * len(ids),
+            perceptual_hash=table["perceptual_hash"].to_pylist(),
+            columns={name: table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in self.columns},
+            embedding_ids=ids,
+            embedding_ME=rows.pop("embedding"),
+            residuals=rows,
         )
         is_poisoned = is_stamped if where == "unseen" else np.asarray(table["is_poisoned"])
         # An image is judged as it is or stamped, not both.
         own = [name.rpartition("+")[0] if is_one else name for name, is_one in zip(ids, is_stamped, strict=True)]
         return _Population(scored, is_poisoned, np.array(own, np.str_))
-
-
-LOOKS = ("content_hash", "perceptual_hash")
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_floating(kind)
-
-
-def _is_rows(kind: pa.DataType) -> bool:
-    return pa.types.is_fixed_size_list(kind)
-
-
-def _numbers_in(column: pa.ChunkedArray) -> Scores:
-    return column.to_numpy(zero_copy_only=False).astype(np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,6 +285,8 @@ def _decided(cell: _Cell) -> Iterator[Row]:
             if {*one.made_of(column_of(name, one)), *one.residuals} <= there and (covariates or not one.fair)
         }
         others = {name: Judging(shift=None, grouping=None) for name in cell.columns if name not in shown}
+        among = {name: one for name, one in shown.items() if name in settings.chosen_from}
+        first = next(iter(shown), None)
         for number in range(cell.num_lists):
             for drawn in population.draws(settings, np.random.default_rng([cell.seed, number])):
 
@@ -302,23 +294,18 @@ def _decided(cell: _Cell) -> Iterator[Row]:
                     decision = rule.model_copy(update={"score": column_of(name, one)})
                     return judge(one, decision, drawn.corpus, calibration, covariates, False)
 
-                lists = dict(shown)
-                if drawn.size == most[0] and drawn.rate in (0, most[1]):
-                    lists |= others
+                is_most = (drawn.size, drawn.rate) == most
+                lists = {**shown, **(others if is_most or (drawn.size, drawn.rate) == (most[0], 0) else {})}
+                if is_most and first:
+                    lists[first] = settings.lists[first]
                 found = {name: judged(name, one, drawn.calibration) for name, one in lists.items()}
                 numbers = {name: _of_list(one, drawn.is_poisoned) for name, one in found.items()}
-                among = {name: one for name, one in shown.items() if name in settings.chosen_from}
                 if len(among) > 1:
                     name, one, calibration = choose(among, rule, drawn.corpus, drawn.calibration, covariates)
                     numbers[CHOSEN] = _of_list(judged(name, one, calibration), drawn.is_poisoned) | {f"is {name}": 1.0}
-                if (drawn.size, drawn.rate) == most and shown:
-                    name = next(iter(shown))
-                    shift = judged(name, settings.lists[name], drawn.calibration).report["shift"]
-                    if shift is not None and shift["value"] is not None:
-                        numbers["shift"] = {
-                            "auroc": shift["value"],
-                            "is_refused": float(shift["value"] > shift["limit"]),
-                        }
+                shift = found[first].report["shift"] if first else None
+                if shift and shift["value"] is not None:
+                    numbers["shift"] = {"auroc": shift["value"], "is_refused": float(shift["value"] > shift["limit"])}
                 said = {"mixture": list_of(where, drawn.size, drawn.rate), "draw": number}
                 for column, metrics in numbers.items():
                     yield from ({**said, "column": column, "metric": m, "value": value} for m, value in metrics.items())

@@ -7,6 +7,7 @@ A config has one section for each comparison, of which it may hold several:
     trainers    our CLIP trainer beside open_clip's own (baseline.py): speed_clip.yaml, speed_clip_gpu.yaml
     loops       the decoder's training beside a bare PyTorch loop over the same batches in memory: speed.yaml
     scoring     the score pass beside bare loops on the same cores (speed_scoring.py): speed.yaml
+    deciding    what company and the classifier add to the pass (speed_deciding.py): speed.yaml
     ingest      the writing of shards beside webdataset's ShardWriter: a config of the line `ingest: {}`
     sift        sifting beside the plain copying of the same shards: speed_sift.yaml
     detectors   embedding with five detectors attached beside embedding alone: speed_detectors.yaml
@@ -82,6 +83,7 @@ from dede_ray.training.dataloader import CHUNK_SIZE
 from dede_ray.training.decoder import DecoderTrain, decoder_recipe
 from dede_ray.training.reconstruction import PRESETS, Reconstruction
 from tests.benchmarks.baseline import TrainerSpeed, compare_trainers, photographs
+from tests.benchmarks.speed_deciding import DecidingSpeed, compare_deciding
 from tests.benchmarks.speed_reference import ReferenceSpeed, compare_with_reference
 from tests.benchmarks.speed_scoring import ScoringSpeed, compare_scoring, digits, repeated, write_decoder, write_victim
 
@@ -162,6 +164,7 @@ class SpeedConfig(Config):
     trainers: list[TrainerSpeed] = Field([])
     loops: LoopSpeed | None = None
     scoring: list[ScoringSpeed] = Field([])
+    deciding: DecidingSpeed | None = None
     ingest: IngestSpeed | None = None
     sift: SiftSpeed | None = None
     detectors: list[DetectorSpeed] = Field([])
@@ -184,6 +187,8 @@ def measure_speed(config: SpeedConfig) -> str:
     if config.loops is not None:
         tables.append(_compare_loops(config.loops))
     tables += [compare_scoring(scoring) for scoring in config.scoring]
+    if config.deciding is not None:
+        tables.append(compare_deciding(config.deciding))
     if config.ingest is not None:
         tables.append(_compare_ingest(config.ingest))
     if config.sift is not None:

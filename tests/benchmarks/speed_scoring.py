@@ -64,18 +64,8 @@ def compare_scoring(config: ScoringSpeed) -> str:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        victim = write_victim(folder / "victim", config.model)
-        write_decoder(folder / "decoder", victim, config.decoder)
-        image_px = load_victim(victim).image_size
         num_cpus = os.cpu_count() or 1
-        shards = (
-            list_shards(config.shards) if config.shards else _made_up(folder / "shards", config, image_px, num_cpus)
-        )
-        arguments = {
-            "encoding": Encoding(victim, None, frozenset({"image"})),
-            "detectors": [DeDe(decoder=str(folder / "decoder"))],
-            "states": [None],
-        }
+        shards, arguments, image_px = _prepared(config, folder, num_cpus)
         numbers = [num for num in config.actors if num != num_cpus]
         ours: dict[int, list[float]] = {num: [] for num in (*numbers, num_cpus)}
         limits, shares = [], ""
@@ -98,6 +88,27 @@ def compare_scoring(config: ScoringSpeed) -> str:
             f"(turns: {', '.join(f'{ratio:.2f}' for ratio in growth)})"
         )
     return "\n".join([*lines, shares])
+
+
+def pass_rate(config: ScoringSpeed, folder: Path) -> float:
+    """Samples a second of one turn of the pass on all cores."""
+    num_cpus = os.cpu_count() or 1
+    shards, arguments, image_px = _prepared(config, folder, num_cpus)
+    return _ours(config, shards, arguments, image_px, folder / "pass", num_cpus)[0]
+
+
+def _prepared(config: ScoringSpeed, folder: Path, num_cpus: int) -> tuple[list[Shard], dict[str, Any], int]:
+    """Shards, the arguments of `ScoreWork`, and the victim's image size."""
+    victim = write_victim(folder / "victim", config.model)
+    write_decoder(folder / "decoder", victim, config.decoder)
+    image_px = load_victim(victim).image_size
+    shards = list_shards(config.shards) if config.shards else _made_up(folder / "shards", config, image_px, num_cpus)
+    arguments = {
+        "encoding": Encoding(victim, None, frozenset({"image"})),
+        "detectors": [DeDe(decoder=str(folder / "decoder"))],
+        "states": [None],
+    }
+    return shards, arguments, image_px
 
 
 def write_victim(folder: Path, model: str) -> OpenClipVictim:

@@ -171,8 +171,9 @@ def test_sets_are_of_the_size_and_the_images_that_they_promise(done):
     table = cell(done)
     sizes = {
         "suspected": NUM_SUSPECTED, "clean": NUM_TEST, "triggered": NUM_TRIGGERED, "patch": NUM_CONTROLS,
-        "misstamped": NUM_CONTROLS, "shuffled_clean": NUM_CONTROLS, "shuffled_triggered": NUM_CONTROLS, "pool_clean": NUM_TRIGGERED,
-        "pool_triggered": NUM_TRIGGERED, "second_clean": NUM_SECOND, "second_triggered": NUM_SECOND,
+        "misstamped": NUM_CONTROLS, "shuffled_clean": NUM_CONTROLS, "shuffled_triggered": NUM_CONTROLS,
+        "pool_clean": NUM_TRIGGERED, "pool_triggered": NUM_TRIGGERED, "second_clean": NUM_SECOND,
+        "second_triggered": NUM_SECOND,
     }  # fmt: skip
     assert {name: len(part(table, name)) for name in {row["set"] for row in table.to_pylist()}} == sizes
     clean = {row["sample_id"] for row in part(table, "clean")}

@@ -10,7 +10,7 @@ import pytest
 from dede_ray.runtime.config import Mistake
 from dede_ray.scan.decisions import Conformal, FixedThreshold
 from dede_ray.scan.fusion import Fusion
-from dede_ray.scan.judge import Judging, Scored, judge
+from dede_ray.scan.judge import Judging, Scored, choose, judge
 from dede_ray.scan.pool import Amplify, Classifier, Company
 from dede_ray.scan.shift import ShiftCheck
 
@@ -153,6 +153,40 @@ def test_a_list_may_rest_on_several_divisions_of_the_calibration():
     assert "averaged over 3 divisions" in several.report["how"]
     np.testing.assert_array_equal(several.verdict.p_value, one.verdict.p_value)  # of the first division
     assert several.report["certified"]
+
+
+def test_of_several_scores_the_one_is_chosen_that_finds_most_whoever_calibrates(calibration):
+    corpus = scored("corpus", 5, poison=60)
+    candidates = {"hard": Judging(), "seen": Judging(), "both": Judging(combined=Fusion(columns=("hard", "seen")))}
+    name, judging, others = choose(candidates, Conformal(), corpus, calibration, STATS)
+    assert (name, judging) == ("seen", Judging())
+    assert 0.4 * NUM < len(others) < 0.6 * NUM  # the scouts calibrate no more
+    judged = judge(judging, Conformal(score=name), corpus, others, STATS, False)
+    assert judged.verdict.flagged[:60].mean() > 0.9
+    everyone = corpus.with_others(others)
+    is_corpus = np.random.default_rng(0).permutation(len(everyone)) < NUM
+    scouts = calibration.part(~np.isin(calibration.sample_ids, others.sample_ids))
+    others = everyone.part(~is_corpus).with_others(scouts)
+    assert choose(candidates, Conformal(), everyone.part(is_corpus), others, STATS)[0] == name
+
+
+def test_a_classifier_that_is_chosen_learns_from_those_who_chose_it():
+    rng = np.random.default_rng(6)
+    residual_NR = rng.normal(size=(3000, 8))
+    residual_NR[:60] += 2
+    whole = scored("corpus", 6, num=3000)
+    whole = replace(whole, residuals={"xc_residual": residual_NR}, embedding_ME=None, embedding_ids=[])
+    corpus, calibration = whole.part(np.arange(3000) < 1000), whole.part(np.arange(3000) >= 1000)
+    candidates = {
+        "hard": Judging(),
+        "learnt": Judging(classifier=Classifier(columns=("seen",), residual="xc_residual")),
+    }
+    name, judging, teachers = choose(candidates, Conformal(), corpus, calibration, STATS)
+    assert name == "learnt"
+    judged = judge(judging, Conformal(score="classifier"), corpus, teachers, STATS, False)
+    left = choose({"hard": Judging()}, Conformal(), corpus, calibration, STATS)[2]
+    assert judged.report["num_calibration"] == len(left)
+    assert judged.verdict.flagged[:60].mean() > 0.8
 
 
 def test_copies_count_once_unless_their_captions_differ_where_a_score_reads_them(calibration):
