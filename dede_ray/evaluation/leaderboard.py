@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product, starmap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -366,10 +367,15 @@ class Rows:
 
     def columns(self, case: str, mixture: str) -> list[str]:
         """Columns of a case's victim, in the order of the cells."""
-        here = (
-            r["column"] for r in self.rows if r["case"] == case and r["mixture"] == mixture and r["role"] == "victim"
-        )
-        return list(dict.fromkeys(here))
+        return [*self._columns.get((case, mixture), ())]
+
+    @cached_property
+    def _columns(self) -> dict[tuple[str, str], dict[str, None]]:
+        found: dict[tuple[str, str], dict[str, None]] = {}
+        for case, role, mixture, column, _ in self._by_key:
+            if role == "victim":
+                found.setdefault((case, mixture), {})[column] = None
+        return found
 
 
 @dataclass(frozen=True)
@@ -386,9 +392,7 @@ def write_leaderboard(
     output: Path,
     cases: Mapping[str, About],
     seeds: Sequence[int],
-    call: Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], list[Any]] = lambda do, many: [
-        do(*a) for a in many
-    ],
+    call: Callable[..., list[Any]] = lambda do, many: [*starmap(do, many)],
 ) -> str:
     """Read every cell; write results.parquet, table.md and the figures.
 
@@ -403,16 +407,14 @@ def write_leaderboard(
         The tables.
     """
     num_lists = -(-settings.num_lists // len(seeds))
-    keys = [(case, role, seed) for case, about in cases.items() for role in about.roles for seed in seeds]
-    paths = [output / "cells" / f"{case}-{role}-{seed}.parquet" for case, role, seed in keys]
-    targets = [cases[case].target_label if seed == seeds[0] else None for case, _, seed in keys]
-    of_cells = call(
-        _of_cell,
-        [(path, key[2], target, settings, num_lists) for path, key, target in zip(paths, keys, targets, strict=True)],
-    )
+    cells = [(case, role, seed) for case, about in cases.items() for role in about.roles for seed in seeds]
+    work = []
+    for case, role, seed in cells:
+        target = cases[case].target_label if seed == seeds[0] else None
+        work.append((output / "cells" / f"{case}-{role}-{seed}.parquet", seed, target, settings, num_lists))
     numbers: list[Row] = []
     compat: dict[str, dict[str, Row]] = {}
-    for (case, role, seed), (found, protocol) in zip(keys, of_cells, strict=True):
+    for (case, role, seed), (found, protocol) in zip(cells, call(_of_cell, work), strict=True):
         numbers += [{"case": case, "role": role, "seed": seed, "draw": 0, **row} for row in found]
         if protocol:
             compat.setdefault(case, {})[role] = protocol
@@ -440,8 +442,8 @@ def _of_cell(
 ) -> tuple[list[Row], Row | None]:
     """The numbers of one cell, and, where there is a target, those of the published protocol."""
     cell = _Cell(seed, pq.read_table(path), settings, num_lists)
-    is_published = target is not None and PAPER in cell.columns
-    return [*_numbers(cell)], _published_protocol(cell, target) if is_published else None
+    protocol = None if target is None or PAPER not in cell.columns else _published_protocol(cell, target)
+    return [*_numbers(cell)], protocol
 
 
 def _spread(values: Scores) -> str:
@@ -554,35 +556,30 @@ def _list_cells(rows: Rows, case: str, poisoned: str, clean: str, column: str) -
 
 def broken_promises(rows: Rows, cases: Iterable[str], settings: LeaderboardSettings) -> Iterator[str]:
     """Victims, lists and scores that are worse than declared."""
-    for case in cases:
-        for where in WHERE:
-            for size in settings.calibration_sizes:
-                for rate in (*settings.list_rates, 0.0):
-                    mixture = list_of(where, size, rate)
-                    for column in rows.columns(case, mixture):
-                        said = f"{case}/{column} ({where}, {size:,} to compare with, {rate:.1%} poison: "
-                        fdp = rows.values(case, "victim", mixture, column, "fdp")
-                        if len(fdp) and fdp.mean() > settings.q + 2 * _standard_error(fdp):
-                            yield f"{said}FDP {fdp.mean():.3f})"
-                        empty = rows.mean(case, "victim", mixture, column, "is_empty")
-                        if not rate and empty < 0.9:
-                            yield f"{said}{empty:.0%} empty)"
+    for case, where, size, rate in product(cases, WHERE, settings.calibration_sizes, (*settings.list_rates, 0.0)):
+        mixture = list_of(where, size, rate)
+        for column in rows.columns(case, mixture):
+            said = f"{case}/{column} ({where}, {size:,} to compare with, {rate:.1%} poison: "
+            fdp = rows.values(case, "victim", mixture, column, "fdp")
+            if len(fdp) and fdp.mean() > settings.q + 2 * _standard_error(fdp):
+                yield f"{said}FDP {fdp.mean():.3f})"
+            empty = rows.mean(case, "victim", mixture, column, "is_empty")
+            if not rate and empty < 0.9:
+                yield f"{said}{empty:.0%} empty)"
 
 
 def _grid(rows: Rows, case: str, settings: LeaderboardSettings) -> list[str]:
     """Recall and FDP of each list by poison rate and number of calibration samples."""
-    kinds = [(size, rate) for size in sorted(settings.calibration_sizes) for rate in (*settings.list_rates, 0.0)]
+    kinds = [*product(sorted(settings.calibration_sizes), (*settings.list_rates, 0.0))]
     lines = []
-    for where in WHERE:
-        mixtures = [list_of(where, *kind) for kind in kinds]
-        for column in (*settings.lists, CHOSEN):
-            cells = []
-            for mixture, (_, rate) in zip(mixtures, kinds, strict=True):
-                metrics = ("recall", "fdp") if rate else ("is_empty",)
-                found = [rows.mean(case, "victim", mixture, column, metric) for metric in metrics]
-                cells.append("–" if np.isnan(found).any() else " / ".join(f"{value:.2f}" for value in found))
-            if {*cells} != {"–"}:
-                lines.append(f"| {where} | {column} | {' | '.join(cells)} |")
+    for where, column in product(WHERE, (*settings.lists, CHOSEN)):
+        cells = []
+        for size, rate in kinds:
+            metrics = ("recall", "fdp") if rate else ("is_empty",)
+            found = [rows.mean(case, "victim", list_of(where, size, rate), column, metric) for metric in metrics]
+            cells.append("–" if np.isnan(found).any() else " / ".join(f"{value:.2f}" for value in found))
+        if {*cells} != {"–"}:
+            lines.append(f"| {where} | {column} | {' | '.join(cells)} |")
     if not lines:
         return []
     head = (f"{size:,}, {rate:.1%}" if rate else f"{size:,}, none" for size, rate in kinds)
