@@ -84,8 +84,9 @@ class LeaderboardSettings(Config):
     lists: dict[str, Judging] = LISTS
     """By name, what is decided on at every poison rate and number of calibration samples: the column that the settings
     make, or the one of this name where they make none. Lists that need what a run lacks are left out."""
-    chosen_from: tuple[str, ...] = ("company", "company_xc", "dede_reverse", "xc_misplaced")
-    """Lists of which `chosen` is one, chosen anew for each corpus without labels."""
+    chosen_from: tuple[str, ...] = ("combined", "company", "company_xc", "dede_reverse", "xc_misplaced")
+    """Lists of which `chosen` is one, chosen anew for each corpus without labels; of equal ones the
+    first."""
 
 
 # ------------------------------------------------------------------------------------------------ scores of a cell
@@ -286,7 +287,7 @@ def _decided(cell: _Cell) -> Iterator[Row]:
             if {*one.made_of(column_of(name, one)), *one.residuals} <= there and (covariates or not one.fair)
         }
         others = {name: Judging(shift=None, grouping=None) for name in cell.columns if name not in shown}
-        among = {name: one for name, one in shown.items() if name in settings.chosen_from}
+        among = {name: shown[name] for name in settings.chosen_from if name in shown}
         first = next(iter(shown), None)
         for number in range(cell.num_lists):
             for drawn in population.draws(settings, np.random.default_rng([cell.seed, number])):

@@ -250,23 +250,25 @@ def choose(
     """Choose one of several ways to decide; the decided column is what its settings make, or the one of its name.
 
     Half of the calibration samples, by key, are scouts: with them each candidate judges all others, corpus and
-    calibration samples in one heap, and the longest list wins; of equal ones the first. Given the scouts, the choice
-    does not change where a clean corpus sample and another calibration sample are exchanged, so those calibrate as if
-    it had been made beforehand. Scouts calibrate no more, but may teach the classifier, which needs as many anyhow.
+    calibration samples in one heap, and the longest list wins; of equal ones the one with most poison for sure, then
+    the one least like a clean corpus, then the first. Given the scouts, the choice does not change where a clean corpus
+    sample and another calibration sample are exchanged, so those calibrate as if it had been made beforehand. Scouts
+    calibrate no more, but may teach the classifier, which needs as many anyhow.
 
     Returns:
         Name and settings of the chosen one, and the calibration samples to `judge` with.
     """
     is_scout = by_halves(_pictures(calibration), seed)
-    others, longest = calibration.part(~is_scout), (-1, -1)
+    others, longest, best = calibration.part(~is_scout), (-1, -1, -1.0), ""
     heap, scouts = corpus.with_others(others), calibration.part(is_scout)
     for name, judging in candidates.items():
         column = judging.made[-1] if judging.made else name
         judged = judge(
             _seeded(judging, seed + 1), decision.model_copy(update={"score": column}), heap, scouts, covariates, False
         )
-        length = int(judged.verdict.flagged.sum()), int(judged.verdict.poisoned_at_least.max(initial=0))
-        if length > longest:
+        bound, alarm = judged.verdict.poisoned_at_least.max(initial=0), judged.report["alarm"]
+        length = int(judged.verdict.flagged.sum()), int(bound), -1.0 if alarm is None else -float(alarm)
+        if length > longest or not best:
             longest, best = length, name
     return best, _seeded(candidates[best], seed), calibration if candidates[best].classifier else others
 
