@@ -109,7 +109,7 @@ def evaluate(config: EvaluateConfig | dict[str, Any] | str | Path) -> str:
 def _found(manifest: Manifest, honest: Manifest | None) -> list[str]:
     """The groups of both manifests, a line each."""
     lines = [f"finding: {one}" for one in manifest.info.get("groups", ())]
-    if honest is not None and "acting_groups" in honest.info["counts"]:
+    if honest is not None and "acting_groups" in honest.info.get("counts", {}):
         num = honest.info["counts"]["acting_groups"]
         acts = f"{num:,} groups act" if num else "no group acts"
         lines.append(f"honest victim, same images: {acts}")

@@ -378,6 +378,7 @@ def test_samples_that_kill_their_process_are_named_and_their_neighbours_scored(f
     assert snapshot(tmp_path / "pass") == before
 
 
+@pytest.mark.slow
 def test_a_sample_that_hangs_its_process_is_named_and_its_neighbours_are_scored(finished, shards, tmp_path):
     hanging = "train-00000.tar/0001"
     patience = RESOURCES.model_copy(update={"sample_timeout_s": 2})
@@ -401,6 +402,7 @@ def test_a_slow_machine_has_its_time(local_ray, tmp_path):
     assert worker._may_take(256) == 0
 
 
+@pytest.mark.slow
 def test_shards_whose_readers_keep_dying_by_chance_are_done_to_the_same_bytes(finished, shards, tmp_path):
     run(shards, tmp_path / "pass", select=DiesOften(str(tmp_path / "deaths"), "train-00001.tar/0015", times=4))
     assert len(list((tmp_path / "deaths").iterdir())) == 4

@@ -16,6 +16,7 @@ import os
 import random
 import re
 import struct
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -121,7 +122,8 @@ def check_shard(content: bytes) -> None:
             list_shards(file.name)
         except Mistake:
             return
-        with open(file.name, "rb") as stream:
+        # A header of names, say, with nothing behind it: only the first block was looked at.
+        with open(file.name, "rb") as stream, contextlib.suppress(tarfile.ReadError):
             assert open_tar(stream).next() is not None
 
 

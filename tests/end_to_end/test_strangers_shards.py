@@ -109,14 +109,15 @@ def done(local_ray, victim_folder, tmp_path_factory) -> Path:
     check(CheckConfig(shards=shards, output=str(folder / "checked")))
     settings = {
         "shards": shards, "output": str(folder / "scores"), "victim": {"path": str(victim_folder)},
-        "detectors": [{"kind": "image_statistics"}], "max_error_fraction": 1,
-        "decision": {"kind": "assumed_rate", "rate": 0.1, "score": "stat_contrast"},
+        "detectors": [{"kind": "density", "k": 5, "lid_k": 5}], "max_error_fraction": 1, "findings": None,
+        "decision": {"kind": "assumed_rate", "rate": 0.1, "score": "dao"},
         "resources": {"min_actors": 1, "cpus_per_actor": 0.5, "decode_cpus": 0.5},
     }  # fmt: skip
     score(ScoreConfig.model_validate(settings))
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_check_and_score_find_the_samples_of_webdatasets_reader(done, case):
     [name] = [one.name for one in find_shards(str(done / "shards" / "*" / "*.tar")) if f"[{case}]" in one.url]

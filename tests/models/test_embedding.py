@@ -156,6 +156,7 @@ def test_the_same_samples_are_drawn_in_whatever_order_and_chunks_they_come(drawn
     torch.testing.assert_close(other.embedding_BE, drawn.embedding_BE, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_a_kill_has_left_is_completed_to_the_same_bytes(drawn, corpus, configs, tmp_path):
     shutil.copytree(corpus.parent / "fitting", tmp_path / "f")
     whole = contents(tmp_path / "f")

@@ -685,6 +685,7 @@ resources: {{min_actors: 1, cpus_per_actor: 0.5, decode_cpus: 0.5}}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_score_job_takes_a_repository_of_the_hub_by_its_name_alone_without_a_network(
     victim_folder, write_pictures, tmp_path

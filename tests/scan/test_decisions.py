@@ -40,7 +40,7 @@ REPORT_KEYS = {
     *("rule", "score", "declared", "num_calibration", "num_calibration_unscored", "num_scored", "num_unscored"),
     *("num_flagged", "threshold", "how", "achievable_q", "achievable_poison_rate", "certified", "message"),
     *("num_calibration_unused", "bins", "num_distinct", "poisoned_at_least", "alarm", "null_share"),
-    "oracle",
+    *("oracle", "mode"),
 }
 
 

@@ -410,6 +410,7 @@ def test_two_workers_plant_the_same_as_one(kind, local_ray, encoder_folder, shar
 DRUPE = {"warmup_epochs": 1, "first_epochs": 2, "adapt_after_epochs": 4, "epochs": 20}
 
 
+@pytest.mark.slow
 def test_drupe_plants_the_same_backdoor_and_spreads_it(bad, local_ray, encoder_folder, shards, reference_file, unseen,
                                                        reference_RCHW, tmp_path):  # fmt: skip
     config, _ = run(settings(tmp_path, encoder_folder, **towards("drupe", shards, reference_file, **DRUPE)))
@@ -468,6 +469,7 @@ def share_of_target(victim: Any, image_BCHW: torch.Tensor) -> float:
     return float(((normalize(victim(image_BCHW)) @ text_CE.T).argmax(dim=1) == 0).float().mean())
 
 
+@pytest.mark.slow
 def test_text_on_pair_makes_stamped_images_say_the_word(local_ray, clip_folder, shards, unseen, tmp_path):
     config, said = run(settings(tmp_path, clip_folder, **pairs(shards)))
     victim, twin = (load_victim(OpenClipVictim(path=str(path))) for path in (config.output, clip_folder))
