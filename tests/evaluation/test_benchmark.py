@@ -343,6 +343,7 @@ def test_what_the_victim_learnt_is_suspected_as_it_was_poisoned(local_ray, filli
             trigger=TRIGGER,
             rate=0.25,
             target_label=1,
+            target_captions=["one"],
         )
     )
     truth = pq.read_table(tmp_path / "poisoned" / "truth.parquet").to_pylist()

@@ -122,6 +122,7 @@ def test_finished_work_is_not_done_again(smoke, checkout, argv):
     assert expected[argv[0]] in job.stdout
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_python_surface_run(smoke, checkout, tmp_path):
     (tmp_path / "runs").mkdir()
     for name in ("digits", "smoke"):  # the manifest names its victim as the smallest demo has it

@@ -154,7 +154,10 @@ def test_what_a_group_shows_is_nothing_that_lies_over_it():
     assert with_class is None or np.ptp(with_class.add_HWC) < 0.3 * np.ptp(shared_pattern(members, clean).add_HWC)
 
 
-@pytest.mark.parametrize("group", ["of anything", "of one class", "with a visible patch", "of one class, with a patch"])
+LONG = (pytest.param(name, marks=pytest.mark.slow) for name in ("with a visible patch", "of one class, with a patch"))
+
+
+@pytest.mark.parametrize("group", ["of anything", "of one class", *LONG])
 def test_nothing_acts_in_an_honest_encoder_more_often_than_declared(group):
     num, rare, acting = 40, 0, 0
     for trial in range(num):

@@ -252,6 +252,7 @@ def test_scores_of_the_manifest_are_what_the_models_give_by_hand(scored, setting
             assert row[name] == pytest.approx(float(value[0]), rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_a_decision_on_company_takes_the_residuals_that_the_pass_wrote(local_ray, settings, tmp_path):
     judging = Judging(company=Company(share=0.2, k=2), amplified=Amplify(k=2))
     wanted = {"judging": judging, "decision": Conformal(score="company", q=0.5, false_alarm=None)}
@@ -823,9 +824,8 @@ def test_stored_embeddings_give_the_same_rows_and_the_same_scores_but_for_their_
     keys = [
         read_tensors(run.folder / "fitting" / "density.safetensors")["key"].tolist() for run in (attached, rescored)
     ]
-    assert (
-        len({*keys[0]} ^ {*keys[1]}) <= 4
-    )  # the same samples were drawn to fit on; at the border of trimming, rounding
+    # The same samples were drawn to fit on; at the border of trimming, rounding decides.
+    assert len({*keys[0]} ^ {*keys[1]}) <= 4
     judged = [i for i, row in enumerate(one) if row["error"] is None]
     _, batch = by_hand
     moved_B = (batch.embedding_BE.half().float() - batch.embedding_BE).norm(dim=1)
