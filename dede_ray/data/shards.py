@@ -73,7 +73,7 @@ Reason = L[
 REASONS: tuple[Reason, ...] = get_args(Reason)
 Note = L["caption_unreadable", "caption_too_long", "label_unreadable", "key_again", "several_images"]
 NOTES: tuple[Note, ...] = get_args(Note)
-"""Reasons for which an image is not left out: they are about what stands beside it."""
+"""Reasons for which an image is not left out: they are about what is beside it."""
 
 
 class BadSample(Exception):
@@ -159,7 +159,7 @@ class Sample:
 
     @property
     def is_again(self) -> bool:
-        """Whether its key is one of an earlier sample of the shard, behind which stands its index here."""
+        """Whether its key is one of an earlier sample of the shard; its index is put behind it here."""
         return self.error == "duplicate_key" or "key_again" in self.notes
 
     @property

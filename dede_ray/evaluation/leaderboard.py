@@ -218,7 +218,6 @@ def _numbers(cell: _Cell) -> Iterator[Row]:
             yield {"mixture": mixture, "column": name, "metric": "auroc", "value": _auroc(one, other)}
     yield from _small_sets(cell)
     yield from _decided(cell)
-    yield from _acts(cell)
 
 
 def _auroc(clean: Scores, poisoned: Scores) -> float:
@@ -333,11 +332,6 @@ def _of_list(judged: Judged, is_poisoned: NDArray[np.bool_]) -> dict[str, float]
         claimed = judged.report["poisoned_at_least"] or 0
         found["overclaims"] = float(claimed > (flagged & is_poisoned).sum())
     return found
-
-
-def _acts(cell: _Cell) -> Iterator[Row]:
-    """Whether findings act in the cell's encoder: mixture `findings`, metric `acts`. Cells hold none yet."""
-    yield from ()
 
 
 # ------------------------------------------------------------------------------------------------ writing the tables

@@ -416,7 +416,7 @@ def _look_at_text(path: str, source: UrlList, sample: list[str]) -> _List:
 def _are_quoted(raw: _List, quoted: _List, sample: list[str]) -> bool:
     """Whether quotes hold the fields of a TSV together: by the rows that are whole only so, and by doubled quotes.
 
-    A sign against it is a quote that opens and does not close; a caption that stands in quotes does not say.
+    A sign against it is a quote that opens and does not close; a caption within quotes does not say.
     """
     rows = [fields for fields in raw.records(iter(sample)) if raw.is_row(fields)]
     with_quotes = [fields for fields in rows if any(QUOTED.fullmatch(text) for text in fields)]

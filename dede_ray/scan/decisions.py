@@ -662,7 +662,7 @@ def e_values(p_value: ArrayLike, num_calibration: int, q: float) -> NDArray[np.f
     """Evidence against each of M samples being clean, in expectation at most 1 on average over clean ones.
 
     (n + 1) 1{s >= T} / (1 + how many calibration samples are >= T), with T as low as Benjamini-Hochberg allows at q:
-    R samples and floor(q R (n + 1) / M) - 1 calibration samples stand at T or above it.
+    R samples and floor(q R (n + 1) / M) - 1 calibration samples score T or more.
 
     Args:
         p_value: (M,), conformal, of distinct samples.

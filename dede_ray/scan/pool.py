@@ -89,15 +89,9 @@ class Company(Config):
         is_candidate = (base_N >= least) & np.isfinite(residual_NR).all(axis=1)
         rows = np.flatnonzero(is_candidate)
         group = looks.part(rows).groups()
-        unit_CR = residual_NR[rows] / np.maximum(np.linalg.norm(residual_NR[rows], axis=1, keepdims=True), 1e-30)
-        unit_CR = unit_CR.astype(np.float32)
+        unit_CR = _unit(residual_NR[rows]).astype(np.float32)
         leaders = np.flatnonzero(group == np.arange(rows.size))
-        for start in range(0, rows.size, BLOCK):
-            block = slice(start, start + BLOCK)
-            cosine = unit_CR[block] @ unit_CR[leaders].T
-            cosine[group[block, None] == leaders[None]] = -np.inf  # no company to oneself
-            nearest = np.partition(cosine, -min(self.k, leaders.size), axis=1)[:, -self.k :]
-            score_N[rows[block]] = np.where(np.isfinite(nearest), nearest, 0).sum(axis=1, dtype=np.float64) / self.k
+        score_N[rows] = _reach(unit_CR, unit_CR[leaders], np.searchsorted(leaders, group), self.k)
         return score_N
 
 
@@ -130,16 +124,30 @@ class Amplify(Config):
         group = looks.part(usable[seeds]).groups()
         is_leader, place_U = group == np.arange(num_seeds), np.full(usable.size, -1)
         place_U[seeds] = (np.cumsum(is_leader) - 1)[group]  # of a seed's picture among the leaders
-        unit_LR = residual_UR[seeds[is_leader]]
-        unit_LR = unit_LR / np.maximum(np.linalg.norm(unit_LR, axis=1, keepdims=True), 1e-30)
-        score_N, k = np.full(base_N.size, np.nan), min(self.k, len(unit_LR))
-        for start in range(0, usable.size, BLOCK):
-            block = slice(start, start + BLOCK)
-            reach = residual_UR[block] @ unit_LR.T
-            reach[place_U[block, None] == np.arange(len(unit_LR))] = -np.inf  # no company to oneself
-            nearest = np.partition(reach, -k, axis=1)[:, -k:]
-            score_N[usable[block]] = np.where(np.isfinite(nearest), nearest, 0).sum(axis=1, dtype=np.float64) / self.k
+        score_N = np.full(base_N.size, np.nan)
+        score_N[usable] = _reach(residual_UR, _unit(residual_UR[seeds[is_leader]]), place_U, self.k)
         return score_N
+
+
+def _unit(rows_NR: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Rows of length one; a row of zeros stays."""
+    return rows_NR / np.maximum(np.linalg.norm(rows_NR, axis=1, keepdims=True), 1e-30)
+
+
+def _reach(rows_NR: NDArray[np.floating], unit_LR: NDArray[np.floating], own_N: NDArray[np.int64], k: int) -> Scores:
+    """How far rows go in the `k` nearest of L directions, on average: float64 (N,); too few count as zeros.
+
+    Args:
+        own_N: the direction that is a row's own, which is no company to it; -1 for none.
+    """
+    num, reach_N = min(k, len(unit_LR)), np.empty(len(rows_NR))
+    for start in range(0, len(rows_NR), BLOCK):
+        block = slice(start, start + BLOCK)
+        reach_BL = rows_NR[block] @ unit_LR.T
+        reach_BL[own_N[block, None] == np.arange(len(unit_LR))] = -np.inf
+        nearest = np.partition(reach_BL, -num, axis=1)[:, -num:]
+        reach_N[block] = np.where(np.isfinite(nearest), nearest, 0).sum(axis=1, dtype=np.float64) / k
+    return reach_N
 
 
 class Classifier(Config):
